@@ -1,0 +1,473 @@
+"""The rule book: tiers, reasoning steps and the decision table, read from one YAML file and checked.
+
+Everything else in this package follows from a `RuleBook`: `wording` gives its texts, `automaton` its
+token tables. The file's own comments (`four_tier.yaml`) explain the format.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
+
+import numpy as np
+import yaml
+from etils import epath
+
+from agrl_jax.rulebook import wording
+from agrl_jax.types import UNKNOWN
+
+ORDERS = ("think_then_respond", "respond_then_think")
+FREE_TEXT = ("none", "between")
+MAX_COMBINATIONS = 1_000_000  # the table is written out for the device, one tier for each combination
+_BUNDLED = epath.Path(__file__).parent
+
+
+class RuleBookError(ValueError):
+    """A rule book that cannot be used; the message names file, line and key."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tier:
+    name: str
+    grade: int  # higher is better
+    good: bool  # a shopper is glad to see it
+    meaning: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    name: str
+    label: str  # how responses call it
+    question: str
+    values: tuple[str, ...]
+    meanings: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of the decision table: it matches where every step has one of the values listed for it."""
+
+    when: tuple[tuple[int, ...], ...]  # for each step the values that match; empty: any
+    tier: int
+    because: str
+    line: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+    """How a response is worded."""
+
+    phrase: str = "{part}: {value}"
+    separator: str = "\n"
+    tier: str = "Tier"  # how responses call the tier
+    free_text: str = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """How a prompt is worded. Every English word in a prompt is here or in the tiers and steps."""
+
+    terse: str = "Query: {query}\nItem: {item}\n"
+    full: str = "{instructions}\n\nQuery: {query}\nItem: {item}\n\nAnswer:\n"
+    task: str = "Judge how relevant an item is to a shopper's query."
+    steps: str = "Take these steps. Each has one value:"
+    tiers: str = "The tiers, best first:"
+    table: str = "The tier follows from the first rule that applies:"
+    otherwise: str = "otherwise"
+    format: str = ""  # by default as `free_text` has it: see `wording.instructions`
+
+
+class Phrase(NamedTuple):
+    """A text that states the value of a part (part R is the tier) wherever it stands in a response."""
+
+    part: int
+    value: int
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RuleBook:
+    """Tiers (best first), steps (in order of reasoning) and the table that gives the tier. See `load`."""
+
+    name: str
+    tiers: tuple[Tier, ...]
+    steps: tuple[Step, ...]
+    rows: tuple[Row, ...]
+    order: str = ORDERS[0]
+    response: Response = Response()
+    prompt: Prompt = Prompt()
+
+    @property
+    def num_values(self) -> tuple[int, ...]:
+        """Values of each step."""
+        return tuple(len(step.values) for step in self.steps)
+
+    @property
+    def part_order(self) -> tuple[int, ...]:
+        """Part indices in the order a response states them; the tier is part R."""
+        steps = tuple(range(len(self.steps)))
+        tier = (len(self.steps),)
+        return steps + tier if self.order == "think_then_respond" else tier + steps
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Part names in the order a response states them."""
+        names = (*(step.name for step in self.steps), "tier")
+        return tuple(names[part] for part in self.part_order)
+
+    @functools.cached_property
+    def phrases(self) -> tuple[Phrase, ...]:
+        """Every phrase by part and value; its index is the phrase id of the token tables."""
+        labelled = [(step.label, step.values) for step in self.steps]
+        labelled.append((self.response.tier, tuple(tier.name for tier in self.tiers)))
+        return tuple(
+            Phrase(part, value, self.word(label, name))
+            for part, (label, names) in enumerate(labelled)
+            for value, name in enumerate(names)
+        )
+
+    def word(self, label: str, value: str) -> str:
+        """The phrase template filled in."""
+        before, after = self.response.phrase.split("{part}")
+        return before.replace("{value}", value) + label + after.replace("{value}", value)
+
+    def tier_for(self, values: Sequence[int]) -> int:
+        """The tier that the table gives for one value of every step.
+
+        Raises:
+          ValueError: a value is UNKNOWN or out of range.
+        """
+        if len(values) != len(self.steps) or any(
+            not 0 <= value < count for value, count in zip(values, self.num_values, strict=True)
+        ):
+            raise ValueError(f"tier_for needs a value of every step, each below {self.num_values}; got {tuple(values)}")
+        return int(self._table[tuple(values)])
+
+    def tier_table(self) -> np.ndarray:
+        """[product of num_values] int32: the tier of each combination, mixed radix, first step slowest."""
+        return self._table.reshape(-1).copy()
+
+    def implied(self, tier: int) -> tuple[int, ...]:
+        """For each step the one value that `tier` leaves possible, or UNKNOWN."""
+        combinations = np.argwhere(self._table == tier)  # [n, R]
+        return tuple(
+            int(column[0]) if len(column) and (column == column[0]).all() else UNKNOWN for column in combinations.T
+        )
+
+    @property
+    def digest(self) -> str:
+        """sha256 over all that changes a prompt, a response or a reward; not over reasons, comments or layout."""
+        content = [
+            [dataclasses.astuple(tier) for tier in self.tiers],
+            [dataclasses.astuple(step) for step in self.steps],
+            self.tier_table().tolist(),
+            [self.order, dataclasses.astuple(self.response), dataclasses.astuple(self.prompt)],
+        ]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    @functools.cached_property
+    def _table(self) -> np.ndarray:
+        winner = _winners(self.rows, self.num_values)
+        return np.append([row.tier for row in self.rows], UNKNOWN).astype(np.int32)[winner]
+
+
+def load(path: epath.PathLike = "four_tier", order: str | None = None) -> RuleBook:
+    """Reads and checks a rule book.
+
+    Args:
+      path: a YAML file, local or remote; or the bare name of a bundled book.
+      order: `think_then_respond` or `respond_then_think`, instead of the order in the file.
+
+    Raises:
+      RuleBookError: the file cannot be read, is misspelt, is not total, has a row that can never win, or is
+        ambiguous in its wording.
+    """
+    if order is not None and order not in ORDERS:
+        raise RuleBookError(f"rule book order: unknown value {order!r}; {_hint(order, ORDERS)}")
+    root = _read(path)
+    fields = root.fields(
+        ("name", "order", "response", "prompt", "tiers", "steps", "table"), required=("tiers", "steps", "table")
+    )
+    book, places = _parse(fields, order)
+    _check_table(book, fields["table"])
+    if found := wording.ambiguity(book):
+        phrase, problem = found
+        places[phrase].fail(problem)
+    return book
+
+
+# Reading the file
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A node of the file, and what to call it in an error."""
+
+    file: str
+    key: str
+    node: yaml.Node
+
+    @property
+    def line(self) -> int:
+        return self.node.start_mark.line + 1
+
+    def fail(self, problem: str) -> NoReturn:
+        raise RuleBookError(f"{self.file}:{self.line}: {self.key or 'rule book'}: {problem}")
+
+    def text(self, empty: bool = False) -> str:
+        """A scalar as it is written: `no` and `4` are text here."""
+        if not isinstance(self.node, yaml.ScalarNode):
+            self.fail("should be a single value")
+        if not empty and not self.node.value.strip():
+            self.fail("is empty")
+        return self.node.value
+
+    def integer(self) -> int:
+        text = self.text()
+        try:
+            return int(text)
+        except ValueError:
+            self.fail(f"should be a whole number, not {text!r}")
+
+    def index(self, options: Sequence[str], what: str) -> int:
+        """Which of the options the scalar is."""
+        text = self.text()
+        if text not in options:
+            self.fail(f"unknown {what} {text!r}; {_hint(text, options)}")
+        return list(options).index(text)
+
+    def choice(self, options: Sequence[str]) -> str:
+        return options[self.index(options, "value")]
+
+    def items(self) -> list[_Entry]:
+        if not isinstance(self.node, yaml.SequenceNode):
+            self.fail("should be a list")
+        if not self.node.value:
+            self.fail("is empty")
+        return [_Entry(self.file, f"{self.key}[{i}]", node) for i, node in enumerate(self.node.value)]
+
+    def pairs(self) -> list[tuple[_Entry, _Entry]]:
+        """The keys and values of a mapping, each key once. The value's entry is named by its key."""
+        if not isinstance(self.node, yaml.MappingNode):
+            self.fail("should be a mapping of keys to values")
+        pairs: dict[str, tuple[_Entry, _Entry]] = {}
+        for key_node, value_node in self.node.value:
+            key = _Entry(self.file, self.key, key_node)
+            name = key.text()
+            path = f"{self.key}.{name}" if self.key else name
+            if name in pairs:
+                key.fail(f"{name!r} stands twice; it is also on line {pairs[name][0].line}")
+            pairs[name] = (_Entry(self.file, path, key_node), _Entry(self.file, path, value_node))
+        return list(pairs.values())
+
+    def fields(self, known: Sequence[str], required: Sequence[str] = ()) -> dict[str, _Entry]:
+        """A mapping with known keys only."""
+        fields = {}
+        for key, value in self.pairs():
+            fields[known[key.index(known, "key")]] = value
+        for name in required:
+            if name not in fields:
+                self.fail(f"lacks the key {name!r}")
+        return fields
+
+
+def _hint(text: str, options: Sequence[str]) -> str:
+    close = difflib.get_close_matches(text, options, n=1)
+    nearest = f"did you mean {close[0]!r}? " if close else ""
+    return f"{nearest}It should be one of: {', '.join(options)}"
+
+
+def _read(path: epath.PathLike) -> _Entry:
+    name = os.fspath(path)
+    if re.fullmatch(r"[\w-]+", name):
+        bundled = sorted(file.stem for file in _BUNDLED.glob("*.yaml"))
+        if name not in bundled:
+            raise RuleBookError(f"no bundled rule book {name!r}; {_hint(name, bundled)}, or a path to a .yaml file")
+        path = _BUNDLED / f"{name}.yaml"
+    try:
+        text = epath.Path(path).read_bytes().decode("utf-8-sig")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise RuleBookError(f"{name}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise RuleBookError(f"{name}:{line}: not UTF-8: {error.reason} at byte {error.start}") from error
+    except yaml.reader.ReaderError as error:
+        line = text[: error.position].count("\n") + 1
+        raise RuleBookError(f"{name}:{line}: not valid YAML: {error.reason}") from error
+    except yaml.MarkedYAMLError as error:
+        raise RuleBookError(f"{name}:{error.problem_mark.line + 1}: not valid YAML: {error.problem}") from error
+    if node is None:
+        raise RuleBookError(f"{name}:1: is empty; a rule book has tiers, steps and a table")
+    return _Entry(os.fspath(path), "", node)
+
+
+# From entries to the book
+
+
+def _parse(fields: dict[str, _Entry], order: str | None) -> tuple[RuleBook, list[_Entry]]:
+    """The book, and for each of its phrases the entry that words it."""
+    tiers, tier_places = _parse_tiers(fields["tiers"])
+    steps, step_places = _parse_steps(fields["steps"])
+    file_order = fields["order"].choice(ORDERS) if "order" in fields else ORDERS[0]
+    book = RuleBook(
+        name=fields["name"].text() if "name" in fields else epath.Path(fields["table"].file).stem,
+        tiers=tiers,
+        steps=steps,
+        rows=tuple(_parse_row(entry, tiers, steps) for entry in fields["table"].items()),
+        order=order or file_order,
+        response=_parse_response(fields["response"]) if "response" in fields else Response(),
+        prompt=_parse_prompt(fields["prompt"]) if "prompt" in fields else Prompt(),
+    )
+    return book, step_places + tier_places
+
+
+def _parse_tiers(entry: _Entry) -> tuple[tuple[Tier, ...], list[_Entry]]:
+    tiers, places = [], []
+    for item in entry.items():
+        fields = item.fields(("name", "grade", "good", "meaning"), required=("name", "grade", "good"))
+        tier = Tier(
+            name=fields["name"].text(),
+            grade=fields["grade"].integer(),
+            good=fields["good"].choice(("true", "false")) == "true",
+            meaning=fields["meaning"].text(empty=True) if "meaning" in fields else "",
+        )
+        if tier.name in [other.name for other in tiers]:
+            fields["name"].fail(f"the tier {tier.name!r} stands twice")
+        if tiers and tier.grade >= tiers[-1].grade:
+            fields["grade"].fail(f"tiers are listed best first, so this should be below {tiers[-1].grade}")
+        if tiers and tier.good and not tiers[-1].good:
+            fields["good"].fail(f"a better tier, {tiers[-1].name!r}, is not good")
+        tiers.append(tier)
+        places.append(fields["name"])
+    if len(tiers) < 2:
+        entry.fail(f"there should be at least two tiers, not {len(tiers)}")
+    if not tiers[0].good or tiers[-1].good:
+        entry.fail("the best tier should be good and the worst not, or good and bad cannot be told apart")
+    return tuple(tiers), places
+
+
+def _parse_steps(entry: _Entry) -> tuple[tuple[Step, ...], list[_Entry]]:
+    steps, places = [], []
+    for item in entry.items():
+        fields = item.fields(("name", "label", "question", "values"), required=("name", "question", "values"))
+        name = fields["name"].text()
+        if name == "tier":
+            fields["name"].fail("'tier' is the name of the conclusion; call the step something else")
+        if name in [other.name for other in steps]:
+            fields["name"].fail(f"the step {name!r} stands twice")
+        values = _parse_values(fields["values"])
+        label = fields["label"].text() if "label" in fields else name[:1].upper() + name[1:]
+        meanings = tuple(meaning for _, meaning in values)
+        steps.append(Step(name, label, fields["question"].text(), tuple(key.text() for key, _ in values), meanings))
+        places += [key for key, _ in values]
+    if math.prod(len(step.values) for step in steps) > MAX_COMBINATIONS:
+        entry.fail(f"there should be at most {MAX_COMBINATIONS:,} combinations of values")
+    return tuple(steps), places
+
+
+def _parse_values(entry: _Entry) -> list[tuple[_Entry, str]]:
+    """The values of a step and their meanings: a mapping of one to the other, or a list of values."""
+    if isinstance(entry.node, yaml.SequenceNode):
+        values = [(item, "") for item in entry.items()]
+        names = [key.text() for key, _ in values]
+        for i, (key, _) in enumerate(values):
+            if names[i] in names[:i]:
+                key.fail(f"the value {names[i]!r} stands twice")
+    else:
+        values = [(key, value.text(empty=True)) for key, value in entry.pairs()]
+    if len(values) < 2:
+        entry.fail(f"a step should have at least two values, not {len(values)}")
+    return values
+
+
+def _parse_row(entry: _Entry, tiers: Sequence[Tier], steps: Sequence[Step]) -> Row:
+    fields = entry.fields(("when", "tier", "because"), required=("when", "tier"))
+    names = [step.name for step in steps]
+    when: list[tuple[int, ...]] = [()] * len(steps)
+    if isinstance(fields["when"].node, yaml.ScalarNode):
+        fields["when"].choice(("otherwise",))
+    else:
+        for key, value in fields["when"].pairs():
+            step = key.index(names, "step")
+            choices = value.items() if isinstance(value.node, yaml.SequenceNode) else [value]
+            found = [choice.index(steps[step].values, f"value of {names[step]!r}") for choice in choices]
+            if len(set(found)) < len(found):
+                value.fail("a value stands twice")
+            when[step] = tuple(found)
+    return Row(
+        when=tuple(when),
+        tier=fields["tier"].index([tier.name for tier in tiers], "tier"),
+        because=fields["because"].text(empty=True) if "because" in fields else "",
+        line=entry.line,
+    )
+
+
+
+def _parse_response(entry: _Entry) -> Response:
+    fields = entry.fields(("phrase", "separator", "tier", "free_text"))
+    if "phrase" in fields:
+        _check_template(fields["phrase"], ("part", "value"), ordered=False)
+    if "free_text" in fields:
+        fields["free_text"].choice(FREE_TEXT)
+    return Response(**{name: field.text(empty=name == "separator") for name, field in fields.items()})
+
+
+def _parse_prompt(entry: _Entry) -> Prompt:
+    fields = entry.fields(tuple(field.name for field in dataclasses.fields(Prompt)))
+    if "terse" in fields:
+        _check_template(fields["terse"], ("query", "item"))
+    if "full" in fields:
+        _check_template(fields["full"], ("instructions", "query", "item"))
+    return Prompt(**{name: field.text() for name, field in fields.items()})
+
+
+def _check_template(entry: _Entry, names: Sequence[str], ordered: bool = True) -> None:
+    """Refuses a template that does not have each of its placeholders once, in this order."""
+    found = re.findall(r"\{(\w*)\}", entry.text())
+    for name in found:
+        if name not in names:
+            entry.fail(f"unknown placeholder {{{name}}}; {_hint(name, names)}")
+    if (found if ordered else sorted(found)) != (list(names) if ordered else sorted(names)):
+        wanted = ", ".join(f"{{{name}}}" for name in names)
+        entry.fail(f"should have {wanted}, once each{' and in this order' if ordered else ''}")
+
+
+# The decision table
+
+
+def _winners(rows: Sequence[Row], num_values: Sequence[int]) -> np.ndarray:
+    """[values of step 0, of step 1, ...] the first row that matches each combination; -1 if none does."""
+    winner = np.full(num_values, -1, np.int32)
+    for i in reversed(range(len(rows))):
+        winner[np.ix_(*(when or range(count) for when, count in zip(rows[i].when, num_values, strict=True)))] = i
+    return winner
+
+
+def _check_table(book: RuleBook, table: _Entry) -> None:
+    """Refuses a table with a combination that no row covers, a row that never wins or a tier that never results."""
+    winner = _winners(book.rows, book.num_values)
+    for i, entry in enumerate(table.items()):
+        if not (winner == i).any():
+            block = np.ix_(*(w or range(n) for w, n in zip(book.rows[i].when, book.num_values, strict=True)))
+            above = ", ".join(str(book.rows[j].line) for j in np.unique(winner[block]))
+            entry.fail(f"this row can never win: the rows on lines {above} match first")
+    uncovered = np.argwhere(winner == -1)
+    if len(uncovered):
+        example = ", ".join(
+            f"{step.name}: {step.values[value]}" for step, value in zip(book.steps, uncovered[0], strict=True)
+        )
+        table.fail(
+            f"not total: no row gives a tier for {{{example}}} ({len(uncovered)} combinations in all); "
+            "add a row, or end the table with `when: otherwise`"
+        )
+    for tier in sorted(set(range(len(book.tiers))) - {row.tier for row in book.rows}):
+        table.fail(f"no row gives the tier {book.tiers[tier].name!r}")

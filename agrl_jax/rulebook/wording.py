@@ -1,0 +1,207 @@
+"""The texts of a rule book: prompts, gold responses, and the reader of text that the device reader must equal.
+
+A response states its parts by phrases, such as "Category: same". A phrase counts wherever it stands, so
+the reader needs no parser, and no phrase may be mistaken for another: `ambiguity` is why a book is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from agrl_jax.types import UNKNOWN
+
+if TYPE_CHECKING:
+    from agrl_jax.rulebook.book import RuleBook
+
+STYLES = ("terse", "full")
+_FORMAT = {
+    "none": "Answer in exactly this form, with one of the values in each place of <>:",
+    "between": "Answer in this form, with one of the values in each place of <>; you may reason before each line:",
+}
+
+
+# Prompts
+
+
+def instructions(book: RuleBook) -> str:
+    """The task, steps, tiers, rules and form of response, for a language model that knows none of them.
+
+    Values are shown in angle brackets where a phrase could else arise, so that the text states nothing.
+    """
+    words = book.prompt
+    steps = [
+        f"{step.label}: {step.question}\n"
+        + "\n".join(f"- {_explained(*pair)}" for pair in zip(step.values, step.meanings, strict=True))
+        for step in book.steps
+    ]
+    tiers = "\n".join(f"- {_explained(tier.name, tier.meaning)}" for tier in book.tiers)
+    labels = [(step.label, step.values) for step in book.steps]
+    labels.append((book.response.tier, tuple(tier.name for tier in book.tiers)))
+    form = book.response.separator.join(
+        book.word(label, f"<{' | '.join(values)}>") for label, values in (labels[part] for part in book.part_order)
+    )
+    return "\n\n".join([
+        words.task,
+        "\n\n".join([words.steps, *steps]),
+        f"{words.tiers}\n{tiers}",
+        f"{words.table}\n{_rules(book)}",
+        f"{words.format or _FORMAT[book.response.free_text]}\n{form}",
+    ])
+
+
+def _explained(name: str, meaning: str) -> str:
+    return f"{name} ({meaning})" if meaning else name
+
+
+def _rules(book: RuleBook) -> str:
+    lines = []
+    for row in book.rows:
+        conditions = [
+            f"{step.label} <{' | '.join(step.values[value] for value in values)}>"
+            for step, values in zip(book.steps, row.when, strict=True)
+            if values
+        ]
+        lines.append(f"- {', '.join(conditions) or book.prompt.otherwise} -> {book.tiers[row.tier].name}")
+    return "\n".join(lines)
+
+
+def prompt_pieces(book: RuleBook, style: str = "terse") -> tuple[str, str, str]:
+    """The fixed text before the query, between query and item, and after the item.
+
+    Raises:
+      ValueError: the style is neither `terse` nor `full`.
+    """
+    if style not in STYLES:
+        raise ValueError(f"unknown prompt style {style!r}; it should be one of: {', '.join(STYLES)}")
+    template = book.prompt.terse if style == "terse" else book.prompt.full
+    before, rest = template.split("{query}")
+    between, after = rest.split("{item}")
+    return before.replace("{instructions}", instructions(book)), between, after
+
+
+def prompt(book: RuleBook, query: str, item: str, style: str = "terse") -> str:
+    """The prompt for one query and one item, in a `terse` style for small policies or a `full` one for LLMs."""
+    before, between, after = prompt_pieces(book, style)
+    return before + query + between + item + after
+
+
+# Gold responses
+
+
+def part_text(book: RuleBook, part: int, value: int, first: bool) -> str:
+    """What a canonical response says for one part; with the separator before it unless it is the `first`."""
+    text = next(phrase.text for phrase in book.phrases if phrase[:2] == (part, value))
+    return text if first else book.response.separator + text
+
+
+def gold_segments(book: RuleBook, tier: int, steps: Sequence[int]) -> list[str]:
+    """The canonical response, one text per part in response order, separators included.
+
+    It stops before the first part that is UNKNOWN, so the texts are always the start of the whole response.
+    `steps` may be empty where none is known.
+    """
+    values = (*(steps or [UNKNOWN] * len(book.steps)), tier)
+    segments: list[str] = []
+    for part in book.part_order:
+        if values[part] == UNKNOWN:
+            break
+        segments.append(part_text(book, part, values[part], first=not segments))
+    return segments
+
+
+# Reading
+
+
+class TextReading(NamedTuple):
+    """What a text states, by part index (part R is the tier)."""
+
+    value: tuple[int, ...]  # UNKNOWN if not stated, or if repeats conflict
+    count: tuple[int, ...]  # how often a value of the part was stated
+
+
+def read(book: RuleBook, text: str | bytes) -> TextReading:
+    """Reads every phrase in the text, wherever it stands, overlapping ones too."""
+    stated: list[list[int]] = [[] for _ in range(len(book.steps) + 1)]
+    for phrase, _ in _statements(book, text):
+        part, value, _ = book.phrases[phrase]
+        stated[part].append(value)
+    value = tuple(values[0] if len(set(values)) == 1 else UNKNOWN for values in stated)
+    return TextReading(value, tuple(len(values) for values in stated))
+
+
+def well_formed(book: RuleBook, text: str | bytes) -> bool:
+    """Whether the text is a whole response: each part once, in order, free text only where the book allows it."""
+    data = text.encode() if isinstance(text, str) else text
+    statements = list(_statements(book, data))
+    if tuple(book.phrases[phrase].part for phrase, _ in statements) != book.part_order:
+        return False
+    if book.response.free_text == "between":
+        return statements[-1][1] == len(data)
+    return data == book.response.separator.join(book.phrases[phrase].text for phrase, _ in statements).encode()
+
+
+def _statements(book: RuleBook, text: str | bytes) -> list[tuple[int, int]]:
+    """Every occurrence of a phrase as (phrase, end in bytes), in order of completion."""
+    data = text.encode() if isinstance(text, str) else text
+    found = [
+        (end, index) for index, phrase in enumerate(book.phrases) for end in _ends(phrase.text.encode(), data)
+    ]
+    return [(index, end) for end, index in sorted(found)]
+
+
+def _ends(phrase: bytes | str, text: bytes | str) -> Iterator[int]:
+    start = text.find(phrase)
+    while start >= 0:
+        yield start + len(phrase)
+        start = text.find(phrase, start + 1)
+
+
+# What would be misread
+
+
+def ambiguity(book: RuleBook) -> tuple[int, str] | None:
+    """The index of a phrase that could be misread, and why; None if every phrase is clear."""
+    return _nested_phrase(book) or _phrase_in_prompt(book) or _misread_response(book)
+
+
+def _nested_phrase(book: RuleBook) -> tuple[int, str] | None:
+    for i, inner in enumerate(book.phrases):
+        for j, outer in enumerate(book.phrases):
+            if i != j and inner.text in outer.text:
+                return i, f"ambiguous wording: {inner.text!r} stands inside {outer.text!r}; word one differently"
+    return None
+
+
+def _phrase_in_prompt(book: RuleBook) -> tuple[int, str] | None:
+    wordings = [(f"the {style} prompt", "\0".join(prompt_pieces(book, style))) for style in STYLES]
+    for place, text in [("the separator", book.response.separator), *wordings]:
+        for i, phrase in enumerate(book.phrases):
+            if (at := text.find(phrase.text)) >= 0:
+                context = text[max(0, at - 30) : at + len(phrase.text) + 30]
+                return i, f"ambiguous wording: {phrase.text!r} stands inside {place}: {context!r}"
+    return None
+
+
+def _misread_response(book: RuleBook) -> tuple[int, str] | None:
+    """Looks for a phrase that arises where two parts of a canonical response meet.
+
+    What a text may still become is the longest end of it that starts a phrase. There are few such ends, so all
+    canonical responses can be read at once, part by part.
+    """
+    phrases = [phrase.text for phrase in book.phrases]
+    pending = {""}
+    for place, part in enumerate(book.part_order):
+        ends = set()
+        for i, phrase in enumerate(book.phrases):
+            if phrase.part != part:
+                continue
+            for tail in pending:
+                text = tail + part_text(book, part, phrase.value, first=place == 0)
+                heard = [(end, j) for j, other in enumerate(phrases) for end in _ends(other, text) if end > len(tail)]
+                if heard != [(len(text), i)]:
+                    other = next(j for end, j in heard if (end, j) != (len(text), i))
+                    return other, f"ambiguous wording: {phrases[other]!r} can be read where parts meet, in {text!r}"
+                ends.add(next(text[k:] for k in range(len(text) + 1) if any(p.startswith(text[k:]) for p in phrases)))
+        pending = ends
+    return None

@@ -1,0 +1,161 @@
+"""The arrays that travel between the parts, each field with its shape.
+
+Shape letters, used in names (`logp_bgt`), einsum strings and docstrings throughout:
+
+    B  examples (query-product pairs) in a batch     G  sampled responses of one example
+    S  prompt length, padded                         T  response length, padded
+    V  vocabulary                                    D  model width
+    H  query heads                                   K  key/value heads
+    L  layers                                        R  reasoning steps of the rule book
+    P  parts of a response: the R steps and the tier, so P = R + 1
+    N  training rows
+
+Part indices: part r < R is step r of the rule book, part R is the tier, whatever the order in which
+a response states them. Where the *order of the response* matters (what is revealed first), the
+arrays say so.
+
+No mask is ever derived from pad ids: lengths and masks are fields of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from flax import struct
+
+Array = jax.Array
+Params = Any  # a pytree of arrays
+
+UNKNOWN = -1  # a step value, tier or phrase that is not known or not stated
+
+
+@struct.dataclass
+class Batch:
+    """Labelled pairs, encoded. All int32. Host (numpy) or device arrays."""
+
+    prompt: Array  # [B, S] tokens, right-padded
+    prompt_len: Array  # [B] tokens of each prompt
+    gold: Array  # [B, T] canonical response up to its first unknown part; with the end token if whole
+    gold_len: Array  # [B] tokens of `gold`
+    part_end: Array  # [B, P] in response order: tokens of `gold` when its first k + 1 parts are shown
+    known_parts: Array  # [B] how many leading parts of the response are known (P: all of them)
+    steps: Array  # [B, R] true value of each step, or UNKNOWN
+    tier: Array  # [B] index of the true tier
+    row: Array  # [B] index of the pair in its split: identifies the example for random numbers and guidance
+    family: Array  # [B] index of the query family
+
+
+@struct.dataclass
+class RuleTables:
+    """A rule book compiled for one vocabulary: all that `rl` knows of either.
+
+    S, C and E here are states, token classes and phrases completed within one token.
+    """
+
+    # The reader: a multi-pattern automaton lifted from bytes to tokens.
+    token_class: Array  # [V] int32
+    next_state: Array  # [S, C] int32; state 0 is the start
+    emits: Array  # [S, C, E] int32 phrase ids in order of completion, padded with UNKNOWN
+    phrase_part: Array  # [phrases] int32 part that the phrase states (R: the tier)
+    phrase_value: Array  # [phrases] int32 value that it states
+    # The recogniser of whole well-formed responses.
+    grammar_class: Array  # [V] int32
+    grammar_next: Array  # [S', C'] int32; state 0 is the start, state 1 is dead
+    grammar_distance: Array  # [S'] int32 fewest tokens (end token included) to a whole response; DEAD_DISTANCE if none
+    # The decision table.
+    tier_of: Array  # [product of num_values] int32 tier for each combination, mixed radix, first step slowest
+    implied: Array  # [tiers, R] int32 the one value a tier leaves possible for a step, or UNKNOWN
+    end_token: int = struct.field(pytree_node=False)
+    num_values: tuple[int, ...] = struct.field(pytree_node=False)  # values of each step
+    num_tiers: int = struct.field(pytree_node=False)
+    order: tuple[int, ...] = struct.field(pytree_node=False)  # parts in the order a response states them
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.num_values)
+
+
+DEAD_DISTANCE = 1 << 20  # `grammar_distance` of a state from which no response can be finished
+
+
+@struct.dataclass
+class Reading:
+    """What the responses state, part by part (the tier is part R)."""
+
+    value: Array  # [B, G, P] int32 value stated, UNKNOWN if none or if repeats conflict
+    count: Array  # [B, G, P] int32 how often a value of the part was stated
+    position: Array  # [B, G, P] int32 index of the token that first completed it; T if never
+    well_formed: Array  # [B, G] bool the whole response is in the grammar, end token included
+
+
+@struct.dataclass
+class Prefix:
+    """Keys and values of the prompts, computed once per example and shared by its group."""
+
+    k: Array  # [L, B, S, K, D/H] compute dtype
+    v: Array  # [L, B, S, K, D/H]
+    length: Array  # [B] int32 valid entries
+    last_hidden: Array  # [B, D] final hidden state at the last prompt token
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of the responses themselves."""
+
+    k: Array  # [L, B, G, T, K, D/H]
+    v: Array  # [L, B, G, T, K, D/H]
+
+
+@struct.dataclass
+class Rollout:
+    """G responses to each of B prompts."""
+
+    tokens: Array  # [B, G, T] int32; after the end: the end token, masked by `valid`
+    logp: Array  # [B, G, T] float32 log-probability of each token under the distribution sampled from; 0 where invalid
+    sampled: Array  # [B, G, T] bool the policy chose this token (valid and not forced)
+    valid: Array  # [B, G, T] bool the token is part of the response, end token included
+    finished: Array  # [B, G] bool the end token was reached
+
+    @property
+    def forced(self) -> Array:
+        """[B, G, T] bool: tokens given, not chosen."""
+        return self.valid & ~self.sampled
+
+
+class ApplyFn(Protocol):
+    """The policy as a pure function; see `policy.transformer.apply`."""
+
+    def __call__(
+        self, params: Params, tokens: Array, *, offset: Array | int = 0, prefix: Prefix | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Array, Cache]: ...
+
+
+class Policy(NamedTuple):
+    """The three pure functions that sampling and training need of a model."""
+
+    apply: ApplyFn  # (params, tokens [B, G, n], offset, prefix, cache) -> hidden [B, G, n, D], cache
+    unembed: Any  # (params, hidden [..., D]) -> logits [..., V] float32
+    init_cache: Any  # (batch, group, length) -> Cache of zeros
+
+
+@struct.dataclass
+class GuidanceState:
+    """What guided replay remembers between steps."""
+
+    level: Array  # [families] float32 parts revealed, before the offset of the row
+    offset: Array  # [N] int8 correction of the level for each training row
+    memory: Array  # [N] int8 pass rate in percent when the row was last guided; UNKNOWN if not, or since met again
+
+
+@struct.dataclass
+class TrainState:
+    """All that a run carries from step to step, and all that a checkpoint holds."""
+
+    params: Params
+    opt_state: Any
+    step: Array  # [] int32 updates asked for so far, skipped ones included
+    key: Array  # [2] uint32 the root of all random numbers; never changes
+    guidance: GuidanceState | None
+    skipped: Array  # [] int32 consecutive updates skipped for non-finite gradients

@@ -1,0 +1,40 @@
+"""Packaging. `pip install -e .` installs what training, evaluation and judging need; extras add the rest."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="agrl_jax",
+    version="0.1.0",
+    description="LLM judges of e-commerce search relevance, trained by rule-aware, guided reinforcement learning",
+    python_requires=">=3.11",
+    packages=find_packages(include=["agrl_jax", "agrl_jax.*"]),
+    package_data={"agrl_jax": ["rulebook/*.yaml", "data/*.yaml", "data/ontology/*.yaml"]},
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "transformers>=5.0",
+        "tokenizers>=0.22",
+        "tensorflow-datasets>=4.9.9",
+        "array_record>=0.8",  # TFDS reads and writes it without TensorFlow
+        "grain>=0.2.12",
+        "ml-collections>=1.1",
+        "absl-py",
+        "etils[epath]",
+        "numpy>=2.0",
+        "polars>=1.30",
+        "pyarrow>=18",
+        "pyyaml",
+        "gguf>=0.17",
+        "rich>=13",
+        "tensorboardX>=2.6.4",
+        "matplotlib>=3.9",
+        "scikit-learn>=1.6",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.8"],
+        "tpu": ["jax[tpu]>=0.10"],
+        "cuda": ["jax[cuda13]>=0.10"],
+    },
+)
