@@ -1,0 +1,239 @@
+"""From pairs to batches: tokens of fixed shape, in an order that depends on the seed and the batch number alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from agrl_jax.data.pairs import Pair, PairsError, item_text
+from agrl_jax.policy.tokenizer import Tokenizer
+from agrl_jax.rulebook import wording
+from agrl_jax.rulebook.book import RuleBook
+from agrl_jax.types import UNKNOWN, Batch
+
+_CHUNK = 8192  # pairs tokenised at once
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedSplit:
+    """Tokenised pairs."""
+
+    batch: Batch  # numpy, one row for each of the N pairs
+    pairs: Sequence[Pair]  # N
+    families: tuple[str, ...]  # the names that `batch.family` indexes
+    shortened: int  # pairs whose item text was cut to fit the prompt
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def take(self, indices: np.ndarray) -> Batch:
+        """The rows at `indices`, in that order."""
+        return jax.tree.map(lambda rows: rows[indices], self.batch)
+
+
+def encode(
+    pairs: Sequence[Pair],
+    book: RuleBook,
+    tokenizer: Tokenizer,
+    prompt_len: int,
+    response_len: int,
+    style: str = "terse",
+    families: Sequence[str] | None = None,
+) -> EncodedSplit:
+    """Tokenises prompts and gold responses.
+
+    A prompt over the limit loses the end of its item text, never of its query or rules.
+
+    Args:
+      pairs: N pairs.
+      book: words the prompts and the gold responses.
+      tokenizer: of the policy.
+      prompt_len: S, tokens of a prompt at most.
+      response_len: T, tokens of a response at most, end token included.
+      style: `terse` or `full`.
+      families: names of the query families, the first being 0; by default those of the pairs, sorted.
+
+    Raises:
+      PairsError: there are no pairs, query and rules alone are over `prompt_len`, a gold response is over
+        `response_len`, or a pair is of no known family.
+    """
+    if not pairs:
+        raise PairsError("there are no pairs to encode")
+    names = tuple(sorted({pair.family for pair in pairs}) if families is None else families)
+    prompt, length, shortened = _prompts(pairs, book, tokenizer, prompt_len, style)
+    steps = [_steps(pair, book) for pair in pairs]
+    batch = Batch(
+        prompt=prompt,
+        prompt_len=length,
+        **_gold([pair.tier for pair in pairs], steps, book, tokenizer, response_len),
+        steps=np.array(steps, np.int32).reshape(len(pairs), len(book.steps)),
+        tier=np.array([pair.tier for pair in pairs], np.int32),
+        row=np.arange(len(pairs), dtype=np.int32),
+        family=_family(pairs, names),
+    )
+    return EncodedSplit(batch, pairs, names, shortened)
+
+
+def batches(
+    encoded: EncodedSplit, batch_size: int, seed: int, start: int = 0, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+    """Training batches without end, each epoch in a new order and without its last incomplete batch.
+
+    Batch k depends on the seed and k alone, so `start=k` goes on as if k batches had been taken. No row stands twice
+    in a batch.
+
+    Args:
+      encoded: N pairs.
+      batch_size: B, over all processes.
+      seed: of the order.
+      start: number of the first batch.
+      process_index: which of the processes this is; it gets its equal share of each batch.
+      process_count: number of processes.
+
+    Raises:
+      ValueError: the batch is larger than the split, or does not divide over the processes.
+    """
+    if not 0 < batch_size <= len(encoded):
+        raise ValueError(f"batch_size={batch_size} should be from 1 to {len(encoded)}, the number of pairs")
+    if batch_size % process_count:
+        raise ValueError(f"batch_size={batch_size} cannot be split over {process_count} processes")
+    share = batch_size // process_count
+    rows = (
+        grain.MapDataset.range(len(encoded))
+        .shuffle(seed=seed)
+        .batch(batch_size, drop_remainder=True)
+        .repeat()
+        .map(lambda indices: indices[process_index * share : (process_index + 1) * share])
+    )
+    return (encoded.take(rows[k]) for k in itertools.count(start))
+
+
+def eval_batches(
+    encoded: EncodedSplit, batch_size: int, indices: np.ndarray | None = None
+) -> Iterator[tuple[Batch, np.ndarray]]:
+    """The rows at `indices` (by default all) in order, with a mask [B] bool.
+
+    All batches have the same shape: the last is filled up with its last row, where the mask is False.
+    """
+    indices = np.arange(len(encoded)) if indices is None else np.asarray(indices)
+    for first in range(0, len(indices), batch_size):
+        rows = indices[first : first + batch_size]
+        padding = batch_size - len(rows)
+        yield encoded.take(np.pad(rows, (0, padding), mode="edge")), np.arange(batch_size) < len(rows)
+
+
+def stratified(encoded: EncodedSplit, count: int, seed: int) -> np.ndarray:
+    """A fixed sample of `count` rows (all, if there are fewer), ascending, in which every combination of family
+    and tier has its share in the split, to within one row.
+    """
+    strata: dict[tuple[int, int], list[int]] = {}
+    for row, key in enumerate(zip(encoded.batch.family.tolist(), encoded.batch.tier.tolist(), strict=True)):
+        strata.setdefault(key, []).append(row)
+    count = min(count, len(encoded))
+    keys = sorted(strata)
+    exact = np.array([count * len(strata[key]) / len(encoded) for key in keys])
+    sizes = np.floor(exact).astype(int)
+    rng = np.random.default_rng(seed)
+    # The largest remainders are rounded up; equal ones in an order that favours no family.
+    order = np.lexsort((rng.permutation(len(keys)), -(exact - sizes)))
+    sizes[order[: count - sizes.sum()]] += 1
+    chosen = [rng.permutation(strata[key])[:size] for key, size in zip(keys, sizes, strict=True)]
+    return np.sort(np.concatenate(chosen))
+
+
+# Prompts
+
+
+def _prompts(
+    pairs: Sequence[Pair], book: RuleBook, tokenizer: Tokenizer, limit: int, style: str
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Tokens [N, S], lengths [N], and how many prompts had to be shortened."""
+    before, between, after = wording.prompt_pieces(book, style)
+    # The pieces are tokenised one by one. A space goes with the word that follows it, as in running text.
+    before, query_space = _move_spaces(before)
+    between, item_space = _move_spaces(between)
+    head = ([] if tokenizer.bos_token is None else [tokenizer.bos_token]) + tokenizer.encode(before)
+    tail = tokenizer.encode(after)
+    tokens = np.zeros((len(pairs), limit), np.int32)
+    lengths = np.zeros(len(pairs), np.int32)
+    shortened = 0
+    for first in range(0, len(pairs), _CHUNK):
+        chunk = pairs[first : first + _CHUNK]
+        queries = tokenizer.encode_batch([query_space + pair.query + between for pair in chunk])
+        items = tokenizer.encode_batch([item_space + item_text(pair) for pair in chunk])
+        for row, (query, item) in enumerate(zip(queries, items, strict=True), start=first):
+            room = limit - len(head) - len(query) - len(tail)
+            if room < 1:
+                raise PairsError(
+                    f"pair {pairs[row].id} (row {row + 1}): its query and the rules alone take {limit - room} tokens, "
+                    f"which leaves none of prompt_len={limit} for the item: {pairs[row].query[:80]!r}"
+                )
+            shortened += len(item) > room
+            prompt = head + query + item[:room] + tail
+            tokens[row, : len(prompt)] = prompt
+            lengths[row] = len(prompt)
+    return tokens, lengths, shortened
+
+
+def _move_spaces(text: str) -> tuple[str, str]:
+    """The text without the spaces at its end, and those spaces."""
+    bare = text.rstrip(" ")
+    return bare, text[len(bare) :]
+
+
+# Gold responses
+
+
+def _steps(pair: Pair, book: RuleBook) -> tuple[int, ...]:
+    if pair.steps and len(pair.steps) != len(book.steps):
+        raise PairsError(f"pair {pair.id}: has {len(pair.steps)} steps where the rule book has {len(book.steps)}")
+    return pair.steps or (UNKNOWN,) * len(book.steps)
+
+
+def _gold(
+    tiers: Sequence[int],
+    steps: Sequence[tuple[int, ...]],
+    book: RuleBook,
+    tokenizer: Tokenizer,
+    limit: int,
+) -> Mapping[str, Any]:
+    """The fields of a batch that follow from the gold responses; few are distinct."""
+    distinct = {key: i for i, key in enumerate(dict.fromkeys(zip(tiers, steps, strict=True)))}
+    p = len(book.parts)
+    gold = np.zeros((len(distinct), limit), np.int32)
+    gold_len = np.zeros(len(distinct), np.int32)
+    part_end = np.zeros((len(distinct), p), np.int32)
+    known_parts = np.zeros(len(distinct), np.int32)
+    spelt: dict[str, list[int]] = {}
+    needed = 0
+    for i, (tier, values) in enumerate(distinct):
+        segments = wording.gold_segments(book, tier, values)
+        parts = [spelt.setdefault(text, tokenizer.encode(text)) for text in segments]
+        tokens = [token for part in parts for token in part]
+        tokens += [tokenizer.end_token] if len(parts) == p else []
+        needed = max(needed, len(tokens))
+        ends = list(itertools.accumulate(map(len, parts)))
+        known_parts[i] = len(parts)
+        part_end[i] = ends + [ends[-1] if ends else 0] * (p - len(parts))
+        gold_len[i] = len(tokens)
+        gold[i, : len(tokens)] = tokens[:limit]
+    if needed > limit:
+        raise PairsError(f"the longest gold response has {needed} tokens: response_len={limit} should be at least that")
+    index = np.array([distinct[key] for key in zip(tiers, steps, strict=True)])
+    fields = {"gold": gold, "gold_len": gold_len, "part_end": part_end, "known_parts": known_parts}
+    return {name: rows[index] for name, rows in fields.items()}
+
+
+def _family(pairs: Sequence[Pair], names: Sequence[str]) -> np.ndarray:
+    """[N] int32 index of each pair's family."""
+    index = {name: i for i, name in enumerate(names)}
+    for pair in pairs:
+        if pair.family not in index:
+            raise PairsError(f"pair {pair.id}: unknown family {pair.family!r}; it should be one of: {', '.join(names)}")
+    return np.array([index[pair.family] for pair in pairs], np.int32)

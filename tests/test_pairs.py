@@ -1,0 +1,324 @@
+"""Files of labelled pairs: what is read, how it is split, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agrl_jax.data.esci import EXAMPLES, PRODUCTS, read_esci
+from agrl_jax.data.pairs import Pair, PairsError, item_text, read_pairs, split_by_query
+from agrl_jax.data.wands import read_wands
+from agrl_jax.rulebook import book
+from agrl_jax.types import UNKNOWN
+
+BOOK = book.load()
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLE = ROOT / "examples" / "pairs.csv"
+ESCI_SMALL = ROOT.parent / "shared" / "data" / "esci_small" / "pairs.csv"
+SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
+
+
+def write(tmp_path: Path, text: str, name: str = "pairs.csv") -> Path:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def all_pairs(path: Path, **options) -> list[Pair]:
+    """The pairs in the order of their ids."""
+    splits = read_pairs(path, BOOK, **options).splits
+    return sorted((pair for split in splits.values() for pair in split), key=lambda pair: pair.id)
+
+
+def refusal(path: Path, **options) -> str:
+    with pytest.raises(PairsError) as error:
+        read_pairs(path, BOOK, **options)
+    return str(error.value)
+
+
+class TestReading:
+    def test_the_bundled_example(self):
+        pairs = all_pairs(EXAMPLE)
+        assert [pair.id for pair in pairs] == [f"p{i:02}" for i in range(1, 25)]
+        first = pairs[0]
+        assert first.query == "waterproof hiking boots women"
+        assert (first.brand, first.price, first.family) == ("Trailborne", "129.00", "attribute")
+        # same, not asked, met, none asked
+        assert (first.tier, first.steps) == (0, (0, 2, 0, 3))
+        assert not read_pairs(EXAMPLE, BOOK).contradicting
+
+    @pytest.mark.skipif(not ESCI_SMALL.exists(), reason="the sample of ESCI is not beside this checkout")
+    def test_real_pairs_as_they_are(self):
+        file = read_pairs(ESCI_SMALL, BOOK)
+        tiers = [pair.tier for split in file.splits.values() for pair in split]
+        assert [tiers.count(tier) for tier in range(4)] == [525, 412, 26, 500]
+        assert all(file.splits.values()) and not file.contradicting
+        queries = [{pair.query for pair in split} for split in file.splits.values()]
+        assert len(set.union(*queries)) == sum(map(len, queries)) == 700
+
+    @pytest.mark.parametrize(
+        ("label", "tier"),
+        [("4-Excellent", 0), ("4-EXCELLENT", 0), ("4", 0), ("4.0", 0), (" 3 ", 1), ("2-mismatch", 2), ("1", 3)],
+    )
+    def test_labels_by_name_or_grade(self, tmp_path, label, tier):
+        assert all_pairs(write(tmp_path, f"query,title,label\nshoe,Red shoe,{label}\n"))[0].tier == tier
+
+    def test_quoted_cells_and_white_space(self, tmp_path):
+        text = '\ufeffquery,title,label\n"nails, 5""","Box of\n  5"" nails\t",4\n'
+        pair = all_pairs(write(tmp_path, text))[0]
+        assert pair == Pair(id="1", query='nails, 5"', title='Box of 5" nails', tier=0, steps=(0, -1, -1, -1),
+                            split="train")
+
+    def test_csv_tsv_parquet_and_jsonl_read_the_same(self, tmp_path):
+        columns = {"id": ["a", "b"], "query": ["shoe", "hat"], "title": ["Red, shoe", "Cap"], "label": ["4", "2"],
+                   "brand": ["Acme", None]}
+        frame = pl.DataFrame(columns)
+        frame.write_csv(tmp_path / "p.csv")
+        frame.write_csv(tmp_path / "p.tsv", separator="\t")
+        frame.with_columns(pl.col("label").cast(pl.Int64)).write_parquet(tmp_path / "p.parquet")
+        write(tmp_path, "\n".join(json.dumps(row | {"label": float(row["label"])}) for row in frame.to_dicts()),
+              "p.jsonl")
+        files = [all_pairs(tmp_path / f"p.{kind}", seed=3) for kind in ("csv", "tsv", "parquet", "jsonl")]
+        assert files[0] == files[1] == files[2] == files[3]
+        assert [(pair.title, pair.brand, pair.tier) for pair in files[0]] == [("Red, shoe", "Acme", 0), ("Cap", "", 2)]
+
+    def test_a_row_without_id_is_named_by_its_product_or_its_number(self, tmp_path):
+        rows = "shoe,Red shoe,4,B07\nhat,Cap,4,\n"
+        assert [p.id for p in all_pairs(write(tmp_path, "query,title,label,product_id\n" + rows))] == ["2", "B07"]
+        assert [p.id for p in all_pairs(write(tmp_path, "query,title,label,sku\n" + rows))] == ["1", "2"]
+
+    def test_columns_can_be_renamed(self, tmp_path):
+        path = write(tmp_path, "search_term,title,label,brand_judgement\nacme shoe,Acme shoe,4,match\n")
+        pair = all_pairs(path, columns={"query": "search_term", "step_brand": "brand_judgement"})[0]
+        assert (pair.query, pair.steps) == ("acme shoe", (0, 0, UNKNOWN, UNKNOWN))
+
+    def test_the_brand_column_is_the_item_and_not_the_step(self, tmp_path):
+        pair = all_pairs(write(tmp_path, "query,title,label,brand\nshoe,Shoe,3,Acme\n"))[0]
+        assert (pair.brand, pair.steps) == ("Acme", (UNKNOWN,) * 4)
+
+
+class TestSteps:
+    HEADER = "query,title,label,step_category,step_brand,step_attributes,step_limits\n"
+
+    def steps(self, tmp_path, row: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        path = write(tmp_path, self.HEADER + f"q,t,{row}\n")
+        return all_pairs(path)[0].steps, read_pairs(path, BOOK).contradicting
+
+    def test_what_the_tier_implies_is_filled_in(self, tmp_path):
+        # 4-Excellent only where the category is the same; 1-Irrelevant only where it is different.
+        assert self.steps(tmp_path, "4,,,,") == ((0, -1, -1, -1), ())
+        assert self.steps(tmp_path, "1,,,,none asked") == ((3, -1, -1, 3), ())
+        assert self.steps(tmp_path, "3,,,,") == ((-1, -1, -1, -1), ())
+
+    def test_values_are_read_in_any_case(self, tmp_path):
+        assert self.steps(tmp_path, "3,Substitute,NOT ASKED,Partly met,kept")[0] == (1, 2, 1, 0)
+
+    def test_unknown_is_a_value_where_the_book_has_it_and_empty_is_not(self, tmp_path):
+        assert self.steps(tmp_path, "3,same,not asked,unknown,") == ((0, 2, 3, -1), ())
+
+    def test_steps_that_contradict_the_label_are_masked_and_reported(self, tmp_path):
+        # The table gives 2-Mismatch for a complement, so 4 contradicts; of 4 the category alone is implied.
+        assert self.steps(tmp_path, "4,complement,match,met,kept") == ((0, -1, -1, -1), (1,))
+
+    def test_a_partly_known_contradiction_is_found_too(self, tmp_path):
+        assert self.steps(tmp_path, "4,,,violated,") == ((0, -1, -1, -1), (1,))
+        assert self.steps(tmp_path, "1,same,,,") == ((3, -1, -1, -1), (1,))
+
+
+class TestSplits:
+    def test_the_split_column_is_kept(self, tmp_path):
+        path = write(tmp_path, "query,title,label,split\na,t,4,test\nb,t,4,train\nc,t,4,validation\nd,t,4,train\n")
+        splits = read_pairs(path, BOOK).splits
+        assert {name: [pair.query for pair in pairs] for name, pairs in splits.items()} == {
+            "train": ["b", "d"], "validation": ["c"], "test": ["a"],
+        }
+
+    def test_without_validation_rows_some_training_queries_are_held_out(self, tmp_path):
+        rows = "".join(f"q{i},t,4,{'test' if i < 5 else 'train'}\n" for i in range(105))
+        splits = read_pairs(write(tmp_path, "query,title,label,split\n" + rows), BOOK).splits
+        assert [pair.query for pair in splits["test"]] == [f"q{i}" for i in range(5)]
+        assert 1 <= len(splits["validation"]) <= 25
+        assert len(splits["train"]) + len(splits["validation"]) == 100
+
+    def test_shares_are_about_80_10_10_and_repeatable(self):
+        pairs = [Pair(id=str(i), query=f"query {i // 2}", title="t") for i in range(4000)]
+        splits = split_by_query(pairs, 7, SHARES)
+        # 2,000 queries: a standard deviation of 0.9% for train, 0.7% for the others.
+        assert abs(len(splits["train"]) / 4000 - 0.8) < 0.04
+        assert abs(len(splits["test"]) / 4000 - 0.1) < 0.03
+        assert splits == split_by_query(pairs, 7, SHARES)
+        assert splits != split_by_query(pairs, 8, SHARES)
+
+    def test_more_rows_move_no_query(self):
+        pairs = [Pair(id=str(i), query=f"query {i}", title="t") for i in range(600)]
+        side = {pair.query: pair.split for split in split_by_query(pairs[:300], 0, SHARES).values() for pair in split}
+        more = {pair.query: pair.split for split in split_by_query(pairs, 0, SHARES).values() for pair in split}
+        assert all(more[query] == split for query, split in side.items())
+
+    @given(st.lists(st.sampled_from(["a", "A", "b", "c", "d", "E f"]), min_size=1, max_size=20), st.integers(0, 99))
+    def test_no_query_is_on_two_sides_and_none_is_lost(self, queries, seed):
+        pairs = [Pair(id=str(i), query=query, title="t") for i, query in enumerate(queries)]
+        splits = split_by_query(pairs, seed, SHARES)
+        sides = [{pair.query.casefold() for pair in split} for split in splits.values()]
+        distinct = {query.casefold() for query in queries}
+        assert sum(map(len, sides)) == len(distinct)
+        assert sorted(pair.id for split in splits.values() for pair in split) == sorted(pair.id for pair in pairs)
+        assert sum(bool(side) for side in sides) == min(3, len(distinct))
+        assert splits["train"]
+
+
+class TestItemText:
+    def test_order_and_labels(self):
+        pair = Pair(id="1", query="q", title="Red shoe", description="Soft.", brand="Acme", price="9.99", color="red")
+        assert item_text(pair) == "Red shoe | brand: Acme | price: 9.99 | color: red | Soft."
+
+    def test_title_alone(self):
+        assert item_text(Pair(id="1", query="q", title="Red shoe")) == "Red shoe"
+
+
+class TestBadFiles:
+    def test_missing(self, tmp_path):
+        assert "nothing.csv: there is no such file" in refusal(tmp_path / "nothing.csv")
+
+    @pytest.mark.parametrize("text", ["", " \n\n"])
+    def test_empty(self, tmp_path, text):
+        assert "pairs.csv: is empty" in refusal(write(tmp_path, text))
+
+    def test_header_alone(self, tmp_path):
+        assert "has no rows" in refusal(write(tmp_path, "query,title,label\n"))
+
+    def test_not_utf8(self, tmp_path):
+        path = tmp_path / "pairs.csv"
+        path.write_bytes("query,title,label\nhat,Béret,4\n".encode("latin-1"))
+        assert "pairs.csv:2: not UTF-8" in refusal(path)
+
+    def test_kind_of_file(self, tmp_path):
+        message = refusal(write(tmp_path, "x", "pairs.xlsx"))
+        assert "unknown kind" in message and ".csv" in message
+
+    def test_not_parquet(self, tmp_path):
+        assert "not a readable Parquet file" in refusal(write(tmp_path, "query", "pairs.parquet"))
+
+    def test_not_json(self, tmp_path):
+        path = write(tmp_path, '{"query": "a", "title": "t", "label": 4}\n{"query": \n', "pairs.jsonl")
+        assert "pairs.jsonl:2: not valid JSON" in refusal(path)
+
+    def test_unclosed_quote(self, tmp_path):
+        assert "pairs.csv:3: not valid CSV" in refusal(write(tmp_path, 'query,title,label\na,t,4\nb,"t,4\n'))
+
+    def test_column_missing(self, tmp_path):
+        message = refusal(write(tmp_path, "Query,titel,label\na,b,4\n"))
+        assert "lacks the column 'query'; it has Query, titel, label" in message
+        assert "did you mean 'titel'?" in refusal(write(tmp_path, "query,titel,label\na,b,4\n"))
+
+    def test_column_twice(self, tmp_path):
+        assert "'title' twice" in refusal(write(tmp_path, "query,title,title,label\na,b,c,4\n"))
+
+    def test_renamed_column(self, tmp_path):
+        path = write(tmp_path, "query,title,label\na,b,4\n")
+        assert "columns.qery: there is no such column" in refusal(path, columns={"qery": "query"})
+        assert "lacks the column 'colour'" in refusal(path, columns={"color": "colour"})
+
+    def test_misspelt_step_column(self, tmp_path):
+        message = refusal(write(tmp_path, "query,title,label,step_atributes\na,b,4,met\n"))
+        assert "'step_atributes' is no step" in message and "did you mean 'step_attributes'?" in message
+
+
+class TestBadRows:
+    def test_all_are_named_by_row_and_line(self, tmp_path):
+        text = 'query,title,label,step_category,split\n' \
+               'a,"two\nlines",4,same,train\n' \
+               'b,t,5,same,train\n' \
+               ',t,3,sam,train\n' \
+               'c,,excellent,,dev\n' \
+               'd,t\n'
+        message = refusal(write(tmp_path, text))
+        assert "4 of 5 rows cannot be used" in message
+        lines = [line.strip() for line in message.splitlines()[1:]]
+        assert lines[0].startswith("row 2 (line 4): label '5' is outside the tiers; it should be one of: 4-Excellent")
+        assert lines[1].startswith("row 3 (line 5): query is empty; step_category 'sam' is unknown")
+        assert "did you mean 'same'?" in lines[1]
+        assert lines[2].startswith("row 4 (line 6): title is empty; label 'excellent'")
+        assert "split 'dev' is unknown; it should be one of: train, validation, test" in lines[2]
+        assert lines[3] == "row 5 (line 7): has 2 cells where the header has 5"
+
+    def test_many_are_counted(self, tmp_path):
+        message = refusal(write(tmp_path, "query,title,label\n" + "a,t,9\n" * 25 + "a,t,4\n"))
+        assert "25 of 26 rows" in message
+        assert "row 10 " in message and "row 11 " not in message and "and 15 more" in message
+
+    @pytest.mark.parametrize("label", ["", "nan", "inf", "4.5", "-4", "5-Excellent"])
+    def test_labels_outside_the_tiers(self, tmp_path, label):
+        assert f"label {label!r} is outside" in refusal(write(tmp_path, f"query,title,label\na,t,{label}\n"))
+
+    def test_a_line_of_json_that_is_no_object(self, tmp_path):
+        path = write(tmp_path, '{"query": "a", "title": "t", "label": 4}\n[1]\n', "pairs.jsonl")
+        assert "row 2 (line 2): is not a JSON object" in refusal(path)
+
+
+class TestPublicReleases:
+    @pytest.fixture
+    def esci(self, tmp_path) -> Path:
+        rows = [(i, f"query {i // 2}", f"B{i % 3}", "us", "ESCI"[i % 4], 1, "train") for i in range(40)]
+        rows += [(40, "hat", "B0", "us", "E", 1, "test"), (41, "hat", "B9", "us", "E", 1, "test"),
+                 (42, "hat", "B0", "us", "E", 0, "test"), (43, "sombrero", "B0", "es", "E", 1, "test")]
+        schema = ["example_id", "query", "product_id", "product_locale", "esci_label", "small_version", "split"]
+        pl.DataFrame(rows, schema=schema, orient="row").write_parquet(tmp_path / EXAMPLES)
+        products = {
+            "product_id": ["B0", "B1", "B2", "B9", "B0"],
+            "product_locale": ["us", "us", "us", "us", "es"],
+            "product_title": ["Sun &amp; rain hat", "Cap", "Boot", None, "Gorro"],
+            "product_description": ["<p>For <b>all</b> weather</p>", None, None, None, None],
+            "product_bullet_point": ["Light\nand soft", None, None, None, None],
+            "product_brand": ["Acme", None, None, None, None],
+            "product_color": [None, "red", None, None, None],
+        }
+        pl.DataFrame(products).write_parquet(tmp_path / PRODUCTS)
+        return tmp_path
+
+    def test_esci(self, esci):
+        file = read_esci(esci, BOOK)
+        assert file.dropped == 1  # B9 has no title
+        assert file.splits["test"] == [
+            Pair(id="40", query="hat", title="Sun & rain hat", description="Light and soft For all weather",
+                 brand="Acme", tier=0, steps=(0, -1, -1, -1), split="test")
+        ]
+        train, validation = file.splits["train"], file.splits["validation"]
+        assert len(train) + len(validation) == 40 and validation
+        assert not {pair.query for pair in train} & {pair.query for pair in validation}
+        # Example i has label ESCI[i % 4]: tiers 0, 1, 2, 3.
+        assert all(pair.tier == int(pair.id) % 4 for pair in train)
+
+    def test_esci_whole_or_another_locale(self, esci):
+        assert [pair.id for pair in read_esci(esci, BOOK, small_version=False).splits["test"]] == ["40", "42"]
+        assert [pair.title for pair in read_esci(esci, BOOK, locale="es").splits["test"]] == ["Gorro"]
+
+    def test_esci_missing(self, tmp_path):
+        with pytest.raises(PairsError, match="not a readable ESCI release"):
+            read_esci(tmp_path, BOOK)
+
+    def test_wands(self, tmp_path):
+        write(tmp_path, "query_id\tquery\tquery_class\n0\tsalon chair\tMassage Chairs\n1\tdesk\tDesks\n", "query.csv")
+        write(tmp_path, "product_id\tproduct_name\tproduct_class\tcategory hierarchy\tproduct_description\n"
+              "7\tbarber chair\tMassage Chairs\tFurniture / Chairs\tsturdy , black\n8\toak desk\t\t\t\n", "product.csv")
+        write(tmp_path, "id\tquery_id\tproduct_id\tlabel\n0\t0\t7\tExact\n1\t0\t8\tIrrelevant\n2\t1\t8\tPartial\n",
+              "label.csv")
+        splits = read_wands(tmp_path, BOOK).splits
+        pairs = {pair.id: pair for split in splits.values() for pair in split}
+        assert {name: pairs[name].tier for name in pairs} == {"0": 0, "1": 3, "2": 1}
+        assert (pairs["0"].query, pairs["0"].title, pairs["0"].category) == ("salon chair", "barber chair",
+                                                                             "Massage Chairs")
+        assert pairs["0"].split == pairs["1"].split != pairs["2"].split
+
+    def test_wands_with_an_unknown_label(self, tmp_path):
+        write(tmp_path, "query_id\tquery\n0\tdesk\n", "query.csv")
+        columns = "product_id\tproduct_name\tproduct_class\tproduct_description"
+        write(tmp_path, f"{columns}\n8\toak desk\t\t\n", "product.csv")
+        write(tmp_path, "id\tquery_id\tproduct_id\tlabel\n5\t0\t8\tPerfect\n", "label.csv")
+        with pytest.raises(PairsError, match="id 5: unknown label 'Perfect'"):
+            read_wands(tmp_path, BOOK)
