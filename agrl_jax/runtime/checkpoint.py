@@ -1,0 +1,284 @@
+"""Checkpoints with Orbax: whole or not there, bounded in number, tied to the run they belong to.
+
+Three Orbax managers below `checkpoints/`: `sft` and `rl`, one per stage, each with its own count of
+steps, and `sft_end`, the end of the supervised stage, which is the reference policy and is kept for
+good. A manager keeps the last few checkpoints and the best one. Orbax writes into a temporary directory
+and renames it when all is there, so a killed save leaves nothing that could be loaded.
+
+A checkpoint holds the state and a small record: stage, step, position in the data, and the identity of
+the run (config, rule book, versions). Resuming under another identity is refused.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers
+
+from agrl_jax.runtime.config import diff, flatten, matches
+
+STAGES = ("sft", "rl")  # in the order in which a run goes through them
+SFT_END = "sft_end"
+
+# What of the identity may differ on resuming: what is watched, kept and laid out, and the versions of
+# libraries (the continuation is then exact up to rounding only).
+MAY_CHANGE = ("config.eval", "config.log", "config.checkpoint", "config.mesh", "config.workdir", "versions")
+# And the length of a stage that is not over may grow; the learning rate follows the new length from there.
+MAY_GROW = {"sft": "config.sft.steps", "rl": "config.rl.steps"}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that could not be written or read."""
+
+
+class CheckpointMismatch(CheckpointError):
+    """The working directory belongs to a run with another config or rule book."""
+
+
+class Restored(NamedTuple):
+    """What comes back from a checkpoint."""
+
+    stage: str
+    step: int
+    state: Any
+    data_position: Any
+
+
+class Checkpointer:
+    """Saves and restores the state of a run in `workdir`/checkpoints; usable as a context manager.
+
+    `keep` bounds the last checkpoints of each stage; the one with the highest `metrics[best]` is kept
+    beside them. `identity` is a JSON-able dict such as `{"config": ..., "rulebook": digest, "versions":
+    ...}`; if the newest checkpoint was written under another one, CheckpointMismatch is raised at once
+    and names the fields. With `identity=None` the checkpoints are opened for reading: nothing is
+    created, deleted or checked.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        keep: int = 2,
+        identity: Mapping[str, Any] | None = None,
+        best: str = "macro_f1",
+    ) -> None:
+        self.directory = epath.Path(workdir).resolve() / "checkpoints"
+        self._identity = None if identity is None else _plain(identity)
+        self._best = best
+        self._writing: tuple[str, int] | None = None
+        logging.getLogger("absl").addFilter(_quiet)
+        if identity is not None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        self._managers = {name: self._manager(name, keep) for name in (*STAGES, SFT_END)}
+        if identity is not None and self.newest() is not None:
+            self._check_identity()
+
+    def _manager(self, name: str, keep: int) -> ocp.CheckpointManager:
+        def score(metrics: Mapping[str, float | None]) -> float:
+            value = metrics[self._best]
+            return -math.inf if value is None else value
+
+        writing = self._identity is not None
+        latest = checkpoint_managers.LatestN(keep)
+        best = checkpoint_managers.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
+        options = ocp.CheckpointManagerOptions(
+            create=writing,
+            cleanup_tmp_directories=writing,
+            save_root_metadata=False,
+            best_fn=score,  # makes Orbax store the metrics; what is kept is the policy's business
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy([latest, best]),
+        )
+        return ocp.CheckpointManager(self.directory / name, options=options)
+
+    # ---------------------------------------------------------------------------------------- saving
+
+    def save(
+        self,
+        stage: str,
+        step: int,
+        state: Any,
+        data_position: Any = 0,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Starts saving; returns once the state is copied, so that its buffers may be donated.
+
+        `data_position` is anything JSON can hold. A step that is there already is left as it is. Raises
+        CheckpointError if this save, or the one before it, failed; the checkpoints before are untouched.
+        """
+        manager = self._managers[stage]
+        step = int(step)
+        if step == manager.latest_step():
+            return
+        record = {"stage": stage, "step": step, "data_position": data_position, "identity": self._identity}
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(_plain(record)))
+        score = float((metrics or {}).get(self._best, math.nan))
+        self.wait()
+        self._writing = (stage, step)
+        with self._clear_errors():
+            if not manager.save(step, args=items, metrics={self._best: score if math.isfinite(score) else None}):
+                raise CheckpointError(f"{self.directory / stage} already holds steps past {step}; use a new workdir")
+
+    def save_sft(self, tree: Any) -> None:
+        """Saves the end of the supervised stage, its parameters or its state, and waits until it is there.
+
+        It is kept for good. To be called once the last checkpoint of stage "sft", if any, has been saved.
+        """
+        self.save(SFT_END, 0, tree)
+        self.wait()
+
+    def wait(self) -> None:
+        """Waits until all that was saved is on disk. Raises CheckpointError if it could not be written."""
+        with self._clear_errors():
+            for manager in self._managers.values():
+                manager.wait_until_finished()
+        self._writing = None
+
+    def close(self) -> None:
+        """Waits, then lets go of threads and files."""
+        try:
+            self.wait()
+        finally:
+            for manager in self._managers.values():
+                manager.close()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        try:
+            self.close()
+        except CheckpointError as error:
+            if kind is None:
+                raise
+            logging.error("%s", error)  # the exception on its way out is the one to see
+
+    @contextmanager
+    def _clear_errors(self) -> Iterator[None]:
+        """Turns whatever Orbax or TensorStore raise into one CheckpointError."""
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except Exception as error:
+            stage, step = self._writing or ("?", "?")
+            for manager in self._managers.values():
+                manager.reload()  # what is on disk, where the manager counts what it has begun to save
+            last = self.newest()
+            raise CheckpointError(
+                f"checkpoint of {stage} step {step} could not be written to {self.directory}: {_reason(error)}; "
+                + (f"the last complete one, {last[0]} step {last[1]}, is intact" if last else "there is none before it")
+            ) from error
+
+    # ------------------------------------------------------------------------------------- restoring
+
+    def newest(self) -> tuple[str, int] | None:
+        """Stage and step of the newest checkpoint: where the run stands. None if there is none."""
+        for stage in reversed(STAGES):
+            step = self._managers[stage].latest_step()
+            if step is not None:
+                return stage, step
+        return ("sft", 0) if self.sft_ended else None  # a supervised stage of no steps
+
+    @property
+    def sft_ended(self) -> bool:
+        """Whether the end of the supervised stage has been saved."""
+        return self._managers[SFT_END].latest_step() is not None
+
+    def best_step(self, stage: str) -> int | None:
+        """The step of the best checkpoint of a stage; the latest if none has a score, None if none is there."""
+        return self._managers[stage].best_step()
+
+    def record(self, stage: str, step: int) -> dict[str, Any]:
+        """What a checkpoint says of itself: `stage`, `step`, `data_position`, `identity`."""
+        restored = self._restore(stage, step, record=ocp.args.JsonRestore())
+        return restored.record
+
+    def restore(self, template: Any, stage: str | None = None, step: int | None = None) -> Restored | None:
+        """The newest checkpoint of the run, or of a stage, or the one of a step of that stage.
+
+        `template` is a state, or its shapes and dtypes with shardings (`jax.ShapeDtypeStruct`): the
+        state comes back in its structure, on its shardings. Returns None if there is nothing to restore;
+        raises CheckpointError if the step asked for is not there or the template does not fit.
+        """
+        stage = stage or (self.newest() or STAGES)[0]
+        step = self._managers[stage].latest_step() if step is None else step
+        if step is None:
+            return None
+        return Restored(stage, step, self._state(stage, step, template), self.record(stage, step)["data_position"])
+
+    def restore_sft(self, template: Any) -> Any | None:
+        """What `save_sft` saved; None if the supervised stage has not ended."""
+        return self._state(SFT_END, 0, template) if self.sft_ended else None
+
+    def restore_params(self, template: Any, stage: str, step: int | None = None) -> Any:
+        """The parameters alone, of the latest or the given step of a stage, without the optimiser's state.
+
+        `template` is a tree of parameters. Raises CheckpointError if there is no such checkpoint.
+        """
+        step = self._managers[stage].latest_step() if step is None else step
+        if step is None:
+            raise CheckpointError(f"{self.directory / stage} holds no checkpoint")
+        return self._state(stage, step, {"params": template}, partial=True)["params"]
+
+    def _state(self, name: str, step: int, template: Any, partial: bool = False) -> Any:
+        restore_args = ocp.checkpoint_utils.construct_restore_args(template)
+        args = ocp.args.PyTreeRestore(item=template, restore_args=restore_args, partial_restore=partial)
+        return self._restore(name, step, state=args).state
+
+    def _restore(self, name: str, step: int, **args: Any) -> Any:
+        self.wait()
+        steps = self._managers[name].all_steps()
+        if step not in steps:
+            there = ", ".join(map(str, steps)) or "none"
+            raise CheckpointError(f"{self.directory / name} has no checkpoint of step {step}; there: {there}")
+        try:
+            return self._managers[name].restore(step, args=ocp.args.Composite(**args))
+        except (ValueError, KeyError, OSError) as error:
+            raise CheckpointError(f"{self.directory / name / str(step)} cannot be restored: {error}") from error
+
+    def _check_identity(self) -> None:
+        """Refuses to go on under a config or rule book other than that of the newest checkpoint."""
+        stage, step = self.newest()
+        if self._managers[stage].latest_step() is None:
+            stage = SFT_END
+        before = flatten(self.record(stage, step)["identity"] or {})
+        now = flatten(self._identity)
+        open_stages = STAGES[1:] if self.sft_ended else STAGES
+        growing = {MAY_GROW[stage] for stage in open_stages}
+
+        def may_differ(field: str) -> bool:
+            grows = field in growing and field in before and field in now and before[field] <= now[field]
+            return grows or matches(field, MAY_CHANGE)
+
+        differences = diff(
+            {field: value for field, value in before.items() if not may_differ(field)},
+            {field: value for field, value in now.items() if not may_differ(field)},
+        )
+        if differences:
+            belongs = f"the checkpoints in {self.directory} belong to another run; use a new workdir, or undo:"
+            raise CheckpointMismatch("\n  ".join([belongs, *(line.removeprefix("config.") for line in differences)]))
+
+
+def _quiet(record: logging.LogRecord) -> bool:
+    """Keeps Orbax's warnings; its progress is of no use here, and its errors are raised as CheckpointError."""
+    return "orbax" not in record.pathname or record.levelno == logging.WARNING
+
+
+def _plain(value: Any) -> Any:
+    """`value` as it comes back from JSON; NumPy scalars become numbers."""
+    return json.loads(json.dumps(value, default=lambda scalar: scalar.item()))
+
+
+def _reason(error: BaseException) -> str:
+    """Why a save failed, in a few words."""
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        return "no space left on device"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -1,0 +1,521 @@
+"""Configs: a string argument, the rules that every field obeys, and errors in one line.
+
+A config is an ml-collections `ConfigDict` made by `get_config(arg)` of a file in `configs/`. Its
+defaults, with their explanations, stand there; here stand the types and ranges (`RULES`), the checks
+over several fields (`validate_together`), and what turns a mistake on the command line into one clear
+message (`parse_flags`). Fields are named by their dotted path, `rl.group_size`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from absl import app, flags
+from ml_collections import ConfigDict
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message names every field that is wrong."""
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """Up to `count` of `known` that resemble `name`, best first; a dotted name by its last part too."""
+
+    def ratio(a: str, b: str) -> float:
+        return difflib.SequenceMatcher(None, a, b).ratio()
+
+    last = name.rpartition(".")[2]
+    scored = [(ratio(name, k), ratio(last, k.rpartition(".")[2]), k) for k in known]
+    close = [(whole + part, k) for whole, part, k in scored if part >= 0.6 or whole >= 0.8]
+    return [k for _, k in sorted(close, key=lambda pair: -pair[0])[:count]]
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    found = nearest(name, known)
+    if found:
+        return f"did you mean {' or '.join(found)}?"
+    return f"known: {', '.join(known)}" if len(known) <= 12 else "see configs/common.py for all fields"
+
+
+# ------------------------------------------------------------------------- the argument of a config file
+
+
+def parse_arg(arg: str | None, **spec: Any) -> ConfigDict:
+    """Parses the argument of a config file, as in `--config=configs/quickstart.py:grpo,batch=8`.
+
+    `spec` maps each name to its default, which gives the type; a tuple lists the values allowed, the
+    first being the default. The argument is a comma-separated list of `name=value`. A first word
+    without `=` is the value of `variant`, where `spec` has one; any other bare word switches on the
+    boolean of that name.
+
+    Returns a locked ConfigDict with all names of `spec`. Raises ConfigError for a name that is not in
+    `spec`, a name given twice, or a value of the wrong type.
+
+    >>> parse_arg("grpo,batch=8", variant=("agrl", "grpo"), batch=4, local=False).to_dict()
+    {'batch': 8, 'local': False, 'variant': 'grpo'}
+    """
+    values: dict[str, Any] = {name: default[0] if isinstance(default, tuple) else default
+                              for name, default in spec.items()}
+    given: set[str] = set()
+    words = [word.strip() for word in (arg or "").split(",") if word.strip()]
+    for position, word in enumerate(words):
+        name, equals, text = word.partition("=")
+        if not equals and position == 0 and "variant" in spec and not isinstance(spec.get(word), bool):
+            name, text = "variant", word
+        elif not equals and isinstance(spec.get(name), bool):
+            text = "true"
+        elif not equals and name in spec:
+            raise ConfigError(f"config argument {arg!r}: {name} needs a value, as in {name}={values[name]}")
+        if name not in spec:
+            raise ConfigError(f"config argument {arg!r}: unknown name {name!r}; {_did_you_mean(name, spec)}")
+        if name in given:
+            raise ConfigError(f"config argument {arg!r}: {name} is given twice")
+        given.add(name)
+        values[name] = _parse_value(name, text, spec[name])
+    return ConfigDict(values).lock()
+
+
+def _parse_value(name: str, text: str, default: Any) -> Any:
+    """`text` as a value of the type of `default`, or as one of the values in a tuple."""
+    if isinstance(default, tuple):
+        value = _parse_value(name, text, default[0])
+        if value not in default:
+            hint = _did_you_mean(text, [str(choice) for choice in default])
+            raise ConfigError(f"config argument {name}={text}: not one of {', '.join(map(str, default))}; {hint}")
+        return value
+    if isinstance(default, bool):
+        booleans = {"true": True, "1": True, "false": False, "0": False}
+        if text.lower() not in booleans:
+            raise ConfigError(f"config argument {name}={text}: expected true or false")
+        return booleans[text.lower()]
+    try:
+        return type(default)(text)
+    except ValueError:
+        raise ConfigError(f"config argument {name}={text}: expected {type(default).__name__}") from None
+
+
+# ------------------------------------------------------------------------------- the rules of the fields
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a field may hold. A string or boolean with no choices may hold anything of its type.
+
+    `low` and `high` are inclusive, `above` is exclusive; `also` lists values allowed beside the range;
+    `optional` allows None.
+    """
+
+    type: type = float
+    low: float | None = None
+    above: float | None = None
+    high: float | None = None
+    choices: tuple[Any, ...] = ()
+    also: tuple[Any, ...] = ()
+    optional: bool = False
+
+    def problem(self, value: Any) -> str:
+        """What is wrong with `value`, as the end of a sentence; empty if nothing is."""
+        if (value is None and self.optional) or (type(value) is self.type and value in self.also):
+            return ""
+        if not _is_a(value, self.type):
+            return f"is {value!r}, expected {self._expected()}"
+        if self.choices and value not in self.choices:
+            hint = f"; {_did_you_mean(value, self.choices)}" if nearest(str(value), self.choices) else ""
+            return f"is {value!r}, expected {self._expected()}{hint}"
+        if self.type not in (int, float):
+            return ""
+        inside = (
+            math.isfinite(value)
+            and (self.low is None or value >= self.low)
+            and (self.above is None or value > self.above)
+            and (self.high is None or value <= self.high)
+        )
+        return "" if inside else f"is {value!r}, expected {self._expected()}"
+
+    def _expected(self) -> str:
+        if self.choices:
+            text = "one of " + ", ".join(map(str, self.choices))
+        elif self.type in (int, float):
+            kind = "a whole number" if self.type is int else "a number"
+            bounds = [
+                f"{sign} {bound}"
+                for sign, bound in ((">=", self.low), (">", self.above), ("<=", self.high))
+                if bound is not None
+            ]
+            text = " ".join([kind, " and ".join(bounds)]).strip()
+        else:
+            text = {str: "a string", bool: "True or False"}.get(self.type, self.type.__name__)
+        return " or ".join([text, *map(str, self.also), *(["None"] if self.optional else [])])
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    """Whether `value` is of type `kind`: a whole number is a number, a boolean is neither."""
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _one_of(*choices: str) -> Rule:
+    return Rule(str, choices=choices)
+
+
+def _whole(low: int, high: int | None = None) -> Rule:
+    return Rule(int, low=low, high=high)
+
+
+_TEXT, _FLAG = Rule(str), Rule(bool)
+_COUNT, _SIZE = _whole(0), _whole(1)  # may be none at all; at least one
+_WEIGHT, _POSITIVE, _SHARE = Rule(low=0), Rule(above=0), Rule(low=0, high=1)
+_DTYPE = _one_of("float32", "bfloat16")
+_AXIS = Rule(int, low=1, also=(-1,))  # -1: all devices that the other axes leave
+
+RULES: Mapping[str, Rule] = {
+    "seed": _whole(0, 2**32 - 1),
+    "method": _TEXT,
+    "rulebook.path": _TEXT,
+    "rulebook.order": _one_of("think_then_respond", "respond_then_think"),
+    # Data.
+    "data.source": _one_of("benchmark", "pairs"),
+    "data.path": _TEXT,
+    "data.dir": _TEXT,
+    "data.seed": _COUNT,
+    "data.prompt_len": _whole(8, 131_072),
+    "data.response_len": _whole(4, 32_768),
+    "data.style": _one_of("terse", "full"),
+    # The policy.
+    "policy.vocab_size": _whole(300),  # 256 bytes, the end token, and some merges
+    "policy.width": _SIZE,
+    "policy.layers": _SIZE,
+    "policy.heads": _SIZE,
+    "policy.kv_heads": _SIZE,
+    "policy.head_dim": _SIZE,
+    "policy.mlp": _SIZE,
+    "policy.tied": _FLAG,
+    "policy.qk_norm": _FLAG,
+    "policy.bias": _FLAG,
+    "policy.rope_theta": _POSITIVE,
+    "policy.norm_eps": _POSITIVE,
+    "policy.param_dtype": _DTYPE,
+    "policy.compute_dtype": _DTYPE,
+    "policy.remat": _FLAG,
+    # Supervised warm start.
+    "sft.steps": _COUNT,
+    "sft.batch_size": _SIZE,
+    "sft.learning_rate": _POSITIVE,
+    "sft.warmup": _COUNT,
+    "sft.weight_decay": _WEIGHT,
+    # Reinforcement learning.
+    "rl.steps": _COUNT,
+    "rl.batch_size": _SIZE,
+    "rl.group_size": _whole(2),
+    "rl.temperature": _POSITIVE,
+    "rl.epochs": _SIZE,
+    "rl.minibatches": _SIZE,
+    "rl.micro_batches": _SIZE,
+    "rl.learning_rate": _POSITIVE,
+    "rl.warmup": _COUNT,
+    "rl.weight_decay": _WEIGHT,
+    "rl.max_skipped": _SIZE,
+    # Reward.
+    "reward.composition": _one_of("terminal", "sum", "gated", "gated_tier"),
+    "reward.tier_kind": _one_of("exact", "ordinal"),
+    "reward.tier_weight": _WEIGHT,
+    "reward.step_weight": _WEIGHT,
+    "reward.consistent_weight": _WEIGHT,
+    "reward.format_weight": _WEIGHT,
+    "reward.overlong_weight": _WEIGHT,
+    "reward.overlong_from": _COUNT,
+    # Objective.
+    "objective.loss": _one_of("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"),
+    "objective.credit": _one_of("sequence", "step"),
+    "objective.clip_low": Rule(above=0, high=10),
+    "objective.clip_high": Rule(above=0, high=10),
+    "objective.kl": _one_of("none", "k1", "k2", "k3"),
+    "objective.kl_weight": _WEIGHT,
+    "objective.entropy_weight": _WEIGHT,
+    "objective.mask_truncated": _FLAG,
+    "objective.logprob_chunk": _COUNT,
+    # Guided replay.
+    "guidance.enabled": _FLAG,
+    "guidance.threshold": _SHARE,
+    "guidance.capacity": _SHARE,
+    "guidance.replace": _SIZE,
+    "guidance.source": _one_of("gold", "own"),
+    "guidance.treatment": _one_of("shaped", "imitate", "importance", "mask"),
+    "guidance.gamma": _POSITIVE,
+    "guidance.imitate_weight": _WEIGHT,
+    "guidance.baseline": _one_of("pooled", "unguided_only"),
+    "guidance.level": _one_of("adaptive", "fixed"),
+    "guidance.initial_level": _WEIGHT,
+    "guidance.eta": _WEIGHT,
+    "guidance.per_family": _FLAG,
+    "guidance.cap": _one_of("none", "linear", "cosine"),
+    # Evaluation, checkpoints, logs, mesh.
+    "eval.every": _COUNT,
+    "eval.pairs": _COUNT,
+    "eval.validation_pairs": _COUNT,
+    "eval.pass_k": _SIZE,
+    "eval.pass_pairs": _COUNT,
+    "eval.batch_size": _SIZE,
+    "eval.bootstrap": _COUNT,
+    "checkpoint.every": _SIZE,
+    "checkpoint.keep": _SIZE,
+    "log.every": _SIZE,
+    "log.samples_every": _COUNT,
+    "log.samples": _COUNT,
+    "mesh.data": _AXIS,
+    "mesh.fsdp": _AXIS,
+    "mesh.tensor": _AXIS,
+}
+
+
+# ------------------------------------------------------------------------------------------- the checks
+
+
+def check_known(config: ConfigDict | Mapping[str, Any], reference: ConfigDict | Mapping[str, Any]) -> None:
+    """Raises ConfigError if `config` has fields that `reference` lacks, each with the nearest valid ones."""
+    known = dict(_flatten(reference))
+    unknown = [name for name, _ in _flatten(config) if name not in known]
+    _raise([f"unknown field {name}; {_did_you_mean(name, known)}" for name in unknown])
+
+
+def validate(
+    config: ConfigDict, rules: Mapping[str, Rule] = RULES, reference: ConfigDict | None = None
+) -> None:
+    """Checks every field by itself: each rule's field is there and obeys it, and there are no others.
+
+    With a `reference`, a field without a rule may stand, if it has the type that it has there. Raises
+    ConfigError with all problems in one message; unknown fields come with the nearest valid ones.
+    """
+    fields = dict(_flatten(config))
+    defaults = dict(_flatten(reference)) if reference is not None else {}
+    problems = [f"field {name} is missing" for name in rules if name not in fields]
+    for name, value in fields.items():
+        if name not in rules and name not in defaults:
+            problems.append(f"unknown field {name}; {_did_you_mean(name, [*rules, *defaults])}")
+            continue
+        default = defaults.get(name)
+        rule = rules.get(name, Rule(object if default is None else type(default)))
+        problem = rule.problem(value)
+        if problem:
+            problems.append(f"{name} {problem}")
+    _raise(problems)
+
+
+def validate_together(config: ConfigDict, data_shards: int = 1) -> None:
+    """Checks what concerns several fields at once, given the number of shards of the batch.
+
+    The batch is split over the mesh axes `data` and `fsdp`, so `data_shards` is the product of their
+    sizes. Raises ConfigError with all problems in one message.
+    """
+    _raise([*_policy_problems(config.policy), *_batch_problems(config, data_shards), *_objective_problems(config)])
+
+
+def _policy_problems(policy: ConfigDict) -> Iterator[str]:
+    if policy.heads % policy.kv_heads:
+        yield f"policy.kv_heads={policy.kv_heads} must divide policy.heads={policy.heads}"
+    if policy.head_dim % 2:
+        yield f"policy.head_dim={policy.head_dim} must be even: rotary positions turn pairs"
+
+
+def _batch_problems(config: ConfigDict, data_shards: int) -> Iterator[str]:
+    rl, guidance = config.rl, config.guidance
+    pieces = data_shards * rl.minibatches * rl.micro_batches
+    if rl.batch_size % pieces:
+        yield (f"rl.batch_size={rl.batch_size} cannot be split into {data_shards} data shards x "
+               f"rl.minibatches={rl.minibatches} x rl.micro_batches={rl.micro_batches} equal pieces; "
+               f"nearest: {_multiple(rl.batch_size, pieces)}")
+    for name, size in (("sft.batch_size", config.sft.batch_size), ("eval.batch_size", config.eval.batch_size)):
+        if size % data_shards:
+            yield (f"{name}={size} cannot be split over {data_shards} data shards; "
+                   f"nearest: {_multiple(size, data_shards)}")
+    if not guidance.enabled:
+        return
+    if guidance.replace > rl.group_size:
+        yield f"guidance.replace={guidance.replace} is more than rl.group_size={rl.group_size}"
+    per_shard = rl.batch_size // data_shards
+    if per_shard and guidance.capacity * per_shard < 1 - 1e-9:
+        yield (f"guidance.capacity={guidance.capacity} of {per_shard} examples per data shard is less than one "
+               f"group; use at least {1 / per_shard:.4g}, or guidance.enabled=False")
+
+
+def _objective_problems(config: ConfigDict) -> Iterator[str]:
+    guidance, reward, rulebook = config.guidance, config.reward, config.rulebook
+    if guidance.enabled and rulebook.order == "respond_then_think" and guidance.treatment == "mask":
+        yield ("guidance.treatment=mask with rulebook.order=respond_then_think: the tier would be forced and never "
+               "learnt; use shaped, imitate or importance")
+    if reward.overlong_weight > 0 and reward.overlong_from >= config.data.response_len:
+        yield (f"reward.overlong_from={reward.overlong_from} must be below "
+               f"data.response_len={config.data.response_len}, or reward.overlong_weight 0")
+    if config.data.source == "pairs" and not config.data.path:
+        yield "data.source=pairs needs data.path, a CSV or Parquet file: --config.data.path=FILE"
+
+
+def _multiple(size: int, of: int) -> str:
+    """The multiples of `of` next to `size`, as text."""
+    below, above = size // of * of, (size // of + 1) * of
+    return f"{below} or {above}" if below else str(above)
+
+
+def _raise(problems: Sequence[str]) -> None:
+    if len(problems) == 1:
+        raise ConfigError(f"config: {problems[0]}")
+    if problems:
+        raise ConfigError("\n  ".join([f"config: {len(problems)} problems", *problems]))
+
+
+# ----------------------------------------------------------------------------------- the resolved config
+
+
+def resolve(config: ConfigDict) -> dict[str, Any]:
+    """The config as a plain nested dict that JSON can hold, references followed, keys sorted."""
+    return json.loads(json.dumps(config.copy_and_resolve_references().to_dict(), sort_keys=True))
+
+
+def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """The config as one dict from dotted names to values."""
+    return dict(_flatten(config))
+
+
+def _flatten(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values; a branch without fields stands for itself."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict | Mapping) and len(value):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a dotted name is one of `patterns` or lies below one: `eval` covers `eval.every`."""
+    return any(name == pattern or name.startswith(pattern + ".") for pattern in patterns)
+
+
+def config_digest(config: ConfigDict, ignore: Sequence[str] = ("workdir",)) -> str:
+    """SHA-256, in hex, of all fields but those in or below the dotted names in `ignore`."""
+    kept = {name: value for name, value in _flatten(resolve(config)) if not matches(name, ignore)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def diff(old: ConfigDict | Mapping[str, Any], new: ConfigDict | Mapping[str, Any]) -> list[str]:
+    """The fields that differ, sorted, as lines such as `rl.group_size: 8 -> 16`."""
+    before, after = flatten(old), flatten(new)
+    absent = "(absent)"
+    return [
+        f"{name}: {before.get(name, absent)} -> {after.get(name, absent)}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name, absent) != after.get(name, absent)
+    ]
+
+
+# -------------------------------------------------------------------------------------- the command line
+
+
+def parse_flags(argv: Sequence[str], name: str = "config", positional: bool = False) -> list[str]:
+    """Parses the command line; a mistake ends the process with one clear message and exit code 2.
+
+    Left to itself, absl answers an unknown field of the config file flag `--{name}`, and an error inside
+    the config file, with a traceback. Returns the arguments that are not flags, the program's name
+    first; more than that is a mistake, unless `positional`. Fits `absl.app.run(flags_parser=...)` too.
+    """
+    app.define_help_flags()
+    try:
+        rest = flags.FLAGS(list(argv))
+        if name in flags.FLAGS and flags.FLAGS[name].value is not None:
+            _ = flags.FLAGS[name].value.is_locked  # a file that could not be read says so on first use only
+    except (flags.Error, AttributeError, KeyError, OSError) as error:
+        exit_with(overrides_error(error, argv, name))
+    if len(rest) > 1 and not positional:
+        exit_with(ConfigError(f"unexpected argument {rest[1]!r}; flags start with --"))
+    return rest
+
+
+def exit_with(error: Exception) -> NoReturn:
+    """Prints the message of `error` to stderr and ends the process with exit code 2."""
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def overrides_error(error: Exception, argv: Sequence[str], name: str = "config") -> ConfigError:
+    """The ConfigError that says what a failure to parse `argv` means, naming field and value.
+
+    Raises `error` itself where it comes from a bug in a config file, whose traceback is worth seeing.
+    """
+    inner = [cause for cause in _causes(error) if isinstance(cause, ConfigError)]
+    if inner:
+        return inner[-1]  # absl and ml-collections wrap what a config file raised, traceback and all
+    if isinstance(error, OSError) and "Configuration is not available" in str(error):
+        return ConfigError(f"the config file cannot be read: {str(error).strip().splitlines()[-1].strip()}")
+    if isinstance(error, flags.UnrecognizedFlagError) and str(error.flagname).startswith(f"{name}."):
+        return ConfigError(f"--{error.flagname} needs --{name}=FILE before it")
+    known = _load(argv, name)
+    problems = [problem for word in argv if (problem := _override_problem(word, known, name))] if known else []
+    if problems:
+        return ConfigError("\n  ".join(problems))
+    if isinstance(error, flags.Error):
+        return ConfigError(str(error).strip())
+    raise error
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """`error` and all that led to it, outermost first."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def _override_problem(word: str, known: Mapping[str, Any], name: str) -> str:
+    """What is wrong with one command-line word, if it is an override of the config; empty if nothing is."""
+    match = re.fullmatch(rf"--?(no)?{re.escape(name)}\.([^=]+)(?:=(.*))?", word, re.DOTALL)
+    if match is None:
+        return ""
+    negated, field, text = match.groups()
+    if field not in known:
+        below = [k for k in known if k.startswith(field + ".")]
+        if below:
+            return f"{word}: {field} is a group of fields; set one of them, such as {below[0]}"
+        return f"{word}: unknown field {field}; {_did_you_mean(field, known)}"
+    default = known[field]
+    if text is None or negated or isinstance(default, str | None):
+        return ""
+    if isinstance(default, bool):
+        wrong, expected = text.lower() not in ("true", "t", "1", "false", "f", "0"), "true or false"
+    elif isinstance(default, int | float):
+        wrong = not _parses(type(default), text)
+        expected = f"a {'whole ' * isinstance(default, int)}number such as {default}"
+    else:
+        return ""
+    return f"{word}: {field} is {text!r}, expected {expected}" if wrong else ""
+
+
+def _parses(kind: type, text: str) -> bool:
+    try:
+        kind(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _load(argv: Sequence[str], name: str) -> dict[str, Any]:
+    """The fields of the config file named in `argv`, without its overrides; empty if it cannot be loaded."""
+    for position, word in enumerate(argv):
+        match = re.fullmatch(rf"--?{re.escape(name)}(?:=(.*))?", word, re.DOTALL)
+        if match:
+            path = match.group(1) if match.group(1) is not None else "".join(argv[position + 1 : position + 2])
+            try:
+                return flatten(flags.FLAGS[name].parser.parse(path))
+            except Exception:  # whatever a config file may raise: the first error is the one to report
+                return {}
+    return {}

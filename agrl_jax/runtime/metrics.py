@@ -1,0 +1,256 @@
+"""What a run says: `metrics.jsonl`, `samples.jsonl`, TensorBoard events, a progress bar, tables.
+
+A killed run that is started again must leave the same files as one that was never killed. So a row is
+written before the checkpoint of its step, a resumed run first cuts the rows past its checkpoint, and
+numbers are written in one form: the shortest decimal that reads back as the same number.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+import rich.progress
+import rich.table
+import rich.text
+from etils import epath
+from tensorboardX import SummaryWriter
+
+STAGES = ("sft", "rl")  # in the order in which a run goes through them
+
+
+# ------------------------------------------------------------------------------------------------ logs
+
+
+class MetricsWriter:
+    """Appends rows to the logs of a working directory; usable as a context manager.
+
+    `resume` is the stage and step of the checkpoint that the run continues from: rows past it, and a
+    torn last line, are cut. Without it the logs start empty. On a run of several processes only the
+    first one writes. The directory may be local or remote; a remote file system must support appending.
+
+    Files: `metrics.jsonl`, `samples.jsonl`, and `tensorboard/STAGE/` with the scalars of each stage
+    (the stages count their steps apart, so each is a TensorBoard run of its own).
+    """
+
+    def __init__(self, workdir: epath.PathLike, resume: tuple[str, int] | None = None) -> None:
+        self._dir = epath.Path(workdir)
+        self._active = jax.process_index() == 0
+        self._resume = resume
+        self._boards: dict[str, SummaryWriter] = {}
+        if self._active:
+            self._dir.mkdir(parents=True, exist_ok=True)
+            if resume is None and (self._dir / "tensorboard").exists():
+                (self._dir / "tensorboard").rmtree()
+            self._metrics, self._samples = (self._open(name) for name in ("metrics.jsonl", "samples.jsonl"))
+
+    def _open(self, name: str) -> Any:
+        path = self._dir / name
+        cut_rows(path, self._resume)
+        return path.open("a")
+
+    def write(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
+        """Appends one row `{"step", "stage", ...values by sorted name}` and its scalars to TensorBoard.
+
+        Values are numbers, or arrays of one element; one that is not finite is written as null, since
+        JSON has no word for it. Call it before the checkpoint of the same step is saved.
+        """
+        _place(stage, step)
+        if not self._active:
+            return
+        row = {name: _plain(values[name]) for name in sorted(values)}
+        _append(self._metrics, {"step": int(step), "stage": stage, **row})
+        board = self._board(stage)
+        for name, value in row.items():
+            if isinstance(value, int | float):
+                board.add_scalar(name, value, int(step))
+
+    def write_samples(self, stage: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Appends decoded rollouts, one row `{"step", "stage", ...}` each, in the order given."""
+        _place(stage, step)
+        if self._active:
+            for row in rows:
+                _append(self._samples, {"step": int(step), "stage": stage, **_plain(row)})
+
+    def _board(self, stage: str) -> SummaryWriter:
+        """The event writer of a stage. On resuming, TensorBoard drops the events past the checkpoint."""
+        if stage not in self._boards:
+            purge = None
+            if self._resume is not None:
+                resumed_stage, resumed_step = self._resume
+                purge = resumed_step + 1 if stage == resumed_stage else 0
+            directory = self._dir / "tensorboard" / stage
+            self._boards[stage] = SummaryWriter(str(directory), purge_step=purge, flush_secs=10)
+        return self._boards[stage]
+
+    def close(self) -> None:
+        """Flushes and closes all files."""
+        if self._active:
+            for file in (self._metrics, self._samples, *self._boards.values()):
+                file.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def read_jsonl(path: epath.PathLike) -> list[dict[str, Any]]:
+    """The rows of a log, a torn last line left out. Raises ValueError for any other line that is not JSON."""
+    path = epath.Path(path)
+    *lines, _torn = path.read_text().split("\n")  # a whole line ends in a newline
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+    return rows
+
+
+def cut_rows(path: epath.PathLike, resume: tuple[str, int] | None) -> None:
+    """Drops the rows of a log that lie past stage and step `resume`, all of them if it is None.
+
+    The file is replaced in one piece, so that a kill leaves either the old one or the new one.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        return
+    kept = []
+    if resume is not None:
+        limit = _place(*resume)
+        kept = [row for row in read_jsonl(path) if _place(row["stage"], row["step"]) <= limit]
+    temporary = path.parent / (path.name + ".tmp")
+    temporary.write_text("".join(_line(row) for row in kept))
+    temporary.replace(path)
+
+
+def _place(stage: str, step: int) -> tuple[int, int]:
+    """Where a step stands in a run, as a sortable key."""
+    if stage not in STAGES:
+        raise ValueError(f"stage {stage!r}, expected one of {', '.join(STAGES)}")
+    return STAGES.index(stage), int(step)
+
+
+def _append(file: Any, row: Mapping[str, Any]) -> None:
+    file.write(_line(row))
+    file.flush()
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can hold it: arrays as numbers or lists, what is not finite as None."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, int | float):
+        return value if math.isfinite(value) else None
+    array = np.asarray(value)
+    if array.ndim:
+        return [_plain(item) for item in array]
+    if array.dtype.kind in "biu":
+        return array.item()
+    exact = array if array.dtype.itemsize > 4 else array.astype(np.float32)
+    return _plain(float(str(exact)))  # 0.1 for float32(0.1), where float() would give 0.10000000149011612
+
+
+# --------------------------------------------------------------------------------------------- console
+
+
+class Progress(AbstractContextManager):
+    """A stage's progress bar with ETA and live figures; see `progress`."""
+
+    def __init__(self, stage: str, total: int, start: int, every_s: float, console: rich.console.Console) -> None:
+        self._stage, self._total, self._done, self._first = stage, total, start, start
+        self._every_s, self._console = every_s, console
+        self._began = self._said = time.monotonic()
+        self._bar = None
+        if console.is_terminal:
+            self._bar = rich.progress.Progress(
+                rich.progress.TextColumn("[bold]{task.description}"), rich.progress.BarColumn(bar_width=24),
+                rich.progress.MofNCompleteColumn(), rich.progress.TimeElapsedColumn(),
+                rich.progress.TextColumn("eta"), rich.progress.TimeRemainingColumn(),
+                rich.progress.TextColumn("{task.fields[figures]}"), console=console,
+            )  # fmt: skip
+            self._task = self._bar.add_task(stage, total=total, completed=start, figures="")
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, step: int, figures: Mapping[str, float | str] | None = None) -> None:
+        """Says that `step` steps are done, with the figures to show beside, such as `{"reward": 0.61}`."""
+        self._done = step
+        text = "  ".join(f"{name} {_short(value)}" for name, value in (figures or {}).items())
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, **({"figures": text} if figures else {}))
+            return
+        now = time.monotonic()
+        if now - self._said >= self._every_s or step >= self._total:
+            self._said = now
+            rate = (step - self._first) / max(now - self._began, 1e-9)
+            eta = _clock((self._total - step) / rate) if rate > 0 else "?"
+            self.print(f"{self._stage} {step}/{self._total}  {_clock(now - self._began)} eta {eta}  {text}".rstrip())
+
+    def print(self, *objects: Any) -> None:
+        """Prints text or rich objects above the bar; text as it is, without markup."""
+        self._console.print(*objects, markup=False, highlight=False, soft_wrap=True)
+
+
+def progress(
+    stage: str, total: int, start: int = 0, every_s: float = 10.0, console: rich.console.Console | None = None
+) -> Progress:
+    """A context manager that shows the progress of a stage from step `start` to `total`.
+
+    On a terminal it is a live bar; elsewhere one plain line every `every_s` seconds and one at the end.
+
+    >>> with progress("rl", total=400) as bar:
+    ...     bar.update(1, {"reward": 0.61, "tok/s": 5200.0})
+    """
+    return Progress(stage, total, start, every_s, console or rich.console.Console(file=sys.stdout))
+
+
+def console_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> rich.table.Table:
+    """A table to print: the first column to the left, the others to the right, numbers shortened."""
+    table = rich.table.Table(title=title, title_justify="left")
+    for position, column in enumerate(columns):
+        table.add_column(column, justify="right" if position else "left", no_wrap=position == 0)
+    for row in rows:
+        table.add_row(*(rich.text.Text(_short(cell)) for cell in row))
+    return table
+
+
+def _short(value: Any) -> str:
+    """A figure for the eye: three decimals where small, thousands apart where large."""
+    if isinstance(value, str | bool | int) or value is None:
+        return str(value) if value is not None else "-"
+    value = float(value)
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,119 @@
+"""The optimiser: AdamW with warm-up, clipping by global norm, and updates that skip what is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from agrl_jax.types import Array, Params
+
+
+def learning_rate_schedule(
+    peak: float, warmup: int, steps: int, schedule: str = "cosine"
+) -> Callable[[Array | int], Array]:
+    """The learning rate by number of updates made before this one.
+
+    It rises linearly to `peak` over the first `warmup` updates (the first one uses peak / warmup, so
+    none is wasted at zero), then stays ("constant") or falls to zero at `steps` along half a cosine.
+    """
+    if schedule not in ("cosine", "constant"):
+        raise ValueError(f"schedule={schedule!r}, expected cosine or constant")
+
+    def rate(count: Array | int) -> Array:
+        count = jnp.asarray(count, jnp.float32)
+        done = jnp.clip((count - warmup) / max(steps - warmup, 1), 0, 1)
+        fall = 0.5 * (1 + jnp.cos(jnp.pi * done)) if schedule == "cosine" else 1.0
+        return peak * jnp.minimum((count + 1) / max(warmup, 1), fall)
+
+    return rate
+
+
+def make(
+    learning_rate: float,
+    warmup: int,
+    steps: int,
+    schedule: str = "cosine",
+    weight_decay: float = 0.0,
+    clip_norm: float = 1.0,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    decay: Any = None,
+) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101) after clipping by global norm; its state is float32 whatever the parameters.
+
+    `steps` counts updates: RL steps times epochs times minibatches. `decay` is a tree of booleans saying
+    which parameters decay (`decay_mask`); by default those of two or more dimensions. Parameters kept in
+    bfloat16 lose updates below about 1/256 of their size: keep them in float32 for small learning rates.
+    """
+    inner = optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.scale_by_adam(b1=b1, b2=b2, eps=1e-8),
+        optax.add_decayed_weights(weight_decay, mask=_two_dimensional if decay is None else decay),
+        optax.scale_by_learning_rate(learning_rate_schedule(learning_rate, warmup, steps, schedule)),
+    )
+
+    def init(params: Params) -> Any:
+        return inner.init(_float32(params))
+
+    def update(grads: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
+        return inner.update(_float32(grads), state, _float32(params))
+
+    return optax.GradientTransformation(init, update)
+
+
+def decay_mask(axes: Any) -> Any:
+    """Which parameters decay, from a tree of logical axis names: the matrices.
+
+    A matrix has the axis `embed` and another besides `layers`. Counting dimensions would take stacked
+    norms, [layers, embed], and biases, [layers, heads, head_dim], for matrices.
+    """
+
+    def is_matrix(names: tuple[str, ...]) -> bool:
+        return "embed" in names and len(set(names) - {"layers", "embed"}) > 0
+
+    return jax.tree.map(is_matrix, axes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def guarded_update(
+    tx: optax.GradientTransformation,
+    grads: Params,
+    params: Params,
+    opt_state: Any,
+    skipped: Array,
+    loss: Array | float = 0.0,
+) -> tuple[Params, Any, Array, dict[str, Array]]:
+    """One update, or none if the loss or any gradient is not finite. Pure, and safe under jit.
+
+    `skipped` [] int32 counts skipped updates in a row and is returned as such: 0 after an update that
+    was made. A skipped update leaves parameters and optimiser state (its schedule included) as they were.
+
+    Returns `(params, opt_state, skipped, stats)`; `stats`, all [] float32: `grad_norm` before clipping,
+    `update_norm` (0 if skipped), `finite` (1 if the update was made).
+    """
+    grad_norm = optax.tree.norm(_float32(grads))  # not finite as soon as one element is not
+    finite = jnp.isfinite(grad_norm) & jnp.isfinite(jnp.asarray(loss, jnp.float32))
+    updates, new_state = tx.update(grads, opt_state, params)
+
+    def choose(new: Array, old: Array) -> Array:
+        return jnp.where(finite, new, old)
+
+    stats = {
+        "grad_norm": grad_norm,
+        "update_norm": choose(optax.tree.norm(_float32(updates)), jnp.zeros((), jnp.float32)),
+        "finite": finite.astype(jnp.float32),
+    }
+    params = jax.tree.map(choose, optax.apply_updates(params, updates), params)
+    opt_state = jax.tree.map(choose, new_state, opt_state)
+    return params, opt_state, choose(jnp.zeros_like(skipped), skipped + 1), stats
+
+
+def _float32(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def _two_dimensional(params: Params) -> Any:
+    return jax.tree.map(lambda x: x.ndim >= 2, params)

@@ -1,0 +1,140 @@
+"""Where arrays live: one mesh, and one table from logical axis names to mesh axes.
+
+The mesh has three axes: `data` splits the batch; `fsdp` splits the batch too, and the parameters along
+their embedding axis; `tensor` splits heads, feed-forward and vocabulary. The same code runs on one
+device, where all three have size 1, and on a pod.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+_AUTO = (jax.sharding.AxisType.Auto,) * 3  # the compiler fills in what the borders of a jit leave open
+
+# What each logical axis of a parameter or an input is split over; () is replicated.
+RULES: Mapping[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "layers": (),
+}
+
+
+class ShardingError(ValueError):
+    """A mesh or a sharding that cannot be; the message says what does not fit."""
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all devices (of all processes), or over those given.
+
+    At most one size may be -1: what the other axes leave. Raises ShardingError if the sizes do not
+    multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    asked = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ShardingError(f"{asked}: sizes are at least 1, and at most one of them is -1")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(devices) % fixed or (not free and fixed != len(devices)):
+        raise ShardingError(f"{asked}: cannot be laid over {len(devices)} device{'s' * (len(devices) != 1)}")
+    for axis in free:
+        sizes[axis] = len(devices) // fixed
+    shape = tuple(sizes[axis] for axis in AXES)
+    if len(devices) == jax.device_count() and devices == list(jax.devices()):
+        return jax.make_mesh(shape, AXES, axis_types=_AUTO)  # follows the interconnect
+    return Mesh(np.asarray(devices, dtype=object).reshape(shape), AXES, axis_types=_AUTO)
+
+
+def data_shards(mesh: Mesh) -> int:
+    """Into how many pieces a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def spec(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+    """The PartitionSpec of an array with these logical axes; an axis that does not divide is replicated.
+
+    Raises ShardingError for an axis that `RULES` does not know, for names that do not match the shape,
+    and for two axes of one array that claim the same mesh axis.
+    """
+    if len(axes) != len(shape):
+        raise ShardingError(f"axes {tuple(axes)} do not name the dimensions of shape {tuple(shape)}")
+    unknown = [axis for axis in axes if axis is not None and axis not in RULES]
+    if unknown:
+        raise ShardingError(f"unknown logical axis {unknown[0]!r} in {tuple(axes)}; known: {', '.join(RULES)}")
+    wanted = [() if axis is None else RULES[axis] for axis in axes]
+    claimed = [name for names in wanted for name in names]
+    if len(set(claimed)) < len(claimed):
+        raise ShardingError(f"two of the logical axes {tuple(axes)} are split over the same mesh axis")
+    entries = []
+    for names, size in zip(wanted, shape, strict=True):
+        whole = size % math.prod(mesh.shape[name] for name in names) == 0
+        entries.append((names if len(names) > 1 else names[0]) if names and whole else None)
+    return PartitionSpec(*entries)
+
+
+def param_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
+    """A NamedSharding for each parameter.
+
+    `axes` and `shapes` are trees of one structure; a leaf of `axes` is a tuple of logical axis names, a
+    leaf of `shapes` has a `shape` (an array, or what `jax.eval_shape` gives).
+    """
+
+    def sharding(names: Sequence[str | None], leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, spec(mesh, names, leaf.shape))
+
+    return jax.tree.map(sharding, axes, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def state_shardings(mesh: Mesh, state: Any, params: Any) -> Any:
+    """Shardings for a whole training state, given those of its parameters.
+
+    Every subtree of `state` with the structure of `params` (the parameters themselves, the moments of
+    the optimiser) takes the parameters' shardings; all else is replicated. `params` is the result of
+    `param_shardings`.
+    """
+    structure = jax.tree.structure(params)
+
+    def like_params(node: Any) -> bool:
+        return jax.tree.structure(node) == structure
+
+    return jax.tree.map(lambda node: params if like_params(node) else replicated(mesh), state, is_leaf=like_params)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis split over the mesh axes of a batch, the others whole. For any array of a batch."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """Places host arrays on the mesh; one sharding for all leaves, or a tree of them.
+
+    Every process passes the whole array, and keeps the parts that its own devices hold.
+    """
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+
+    def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(place, tree, shardings)

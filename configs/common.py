@@ -1,0 +1,145 @@
+"""Every field of a run, with its default and what it means. The other configs change a few of them.
+
+A config is a function `get_config(arg)` that returns an ml_collections ConfigDict. Any field can be
+changed on the command line: `--config.rl.steps=100`. Ranges stand in `agrl_jax/runtime/config.py`.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+# What a method is: the fields in which it differs from AGRL. `--config=configs/quickstart.py:grpo`.
+METHODS: dict[str, dict[str, object]] = {
+    "agrl": {},  # rule-aware reward shaping and adaptive guided replay
+    "rrs": {"guidance.enabled": False},  # rule-aware reward shaping alone
+    "agr": {"reward.composition": "terminal"},  # adaptive guided replay alone
+    "grpo_pr": {"guidance.enabled": False, "reward.composition": "sum"},  # step rewards added up, no gate
+    "grpo": {"guidance.enabled": False, "reward.composition": "terminal"},  # the tier alone
+    "sft": {"rl.steps": 0},  # the warm start alone
+}
+
+
+def base() -> ConfigDict:
+    """The defaults: AGRL for a small policy trained from scratch on the bundled benchmark."""
+    c = ConfigDict()
+    c.seed = 0  # of parameters, batches and sampling
+    c.method = "agrl"  # names the RL stage in the scorecard
+
+    c.rulebook = ConfigDict()
+    c.rulebook.path = "four_tier"  # a bundled rule book by name, or the path of a YAML file
+    c.rulebook.order = "think_then_respond"  # or respond_then_think: the tier first
+
+    c.data = ConfigDict()
+    c.data.source = "benchmark"  # or pairs: train and evaluate on the file `path`
+    c.data.path = ""  # CSV, Parquet or JSON lines of labelled pairs
+    c.data.dir = ""  # where the benchmark is kept once built; empty: WORKDIR/data
+    c.data.seed = 0  # of the benchmark, and of the split of a file without a `split` column
+    c.data.prompt_len = 64  # S, tokens; longer item texts are shortened
+    c.data.response_len = 24  # T, tokens
+    c.data.style = "terse"  # or full: the rule book's instructions in every prompt, for language models
+
+    c.policy = ConfigDict()
+    c.policy.vocab_size = 2000  # of the byte-level BPE trained on the training text
+    c.policy.width = 128  # D
+    c.policy.layers = 4  # L
+    c.policy.heads = 4  # H
+    c.policy.kv_heads = 2  # K
+    c.policy.head_dim = 32
+    c.policy.mlp = 352
+    c.policy.tied = True  # one matrix for embedding and head
+    c.policy.qk_norm = True  # as Qwen3
+    c.policy.bias = False  # of queries, keys and values, as Qwen2
+    c.policy.rope_theta = 10_000.0
+    c.policy.norm_eps = 1e-6
+    c.policy.param_dtype = "float32"
+    c.policy.compute_dtype = "float32"
+    c.policy.remat = False  # recompute layers in the backward pass, to save memory
+
+    c.sft = ConfigDict()  # the supervised warm start, always on the bundled benchmark
+    c.sft.steps = 600
+    c.sft.batch_size = 128
+    c.sft.learning_rate = 2e-3  # peak; cosine decay to 0
+    c.sft.warmup = 30  # steps
+    c.sft.weight_decay = 0.01
+
+    c.rl = ConfigDict()
+    c.rl.steps = 200
+    c.rl.batch_size = 32  # B, examples
+    c.rl.group_size = 8  # G, answers to each
+    c.rl.temperature = 1.0
+    c.rl.epochs = 1  # passes over each rollout
+    c.rl.minibatches = 1  # updates in each pass
+    c.rl.micro_batches = 1  # pieces of each minibatch: less memory, the same gradient
+    c.rl.learning_rate = 3e-4  # constant after warm-up
+    c.rl.warmup = 5
+    c.rl.weight_decay = 0.0
+    c.rl.max_skipped = 10  # updates in a row skipped as not finite before the run stops
+
+    c.reward = ConfigDict()  # see agrl_jax/rl/reward.py
+    c.reward.composition = "gated"  # terminal, sum, gated, gated_tier
+    c.reward.tier_kind = "exact"  # or ordinal: one tier off is less wrong than three
+    c.reward.tier_weight = 1.0
+    c.reward.step_weight = 0.25  # of each step
+    c.reward.consistent_weight = 0.25
+    c.reward.format_weight = 0.1
+    c.reward.overlong_weight = 0.1
+    c.reward.overlong_from = 22  # tokens from which length is penalised
+
+    c.objective = ConfigDict()  # see agrl_jax/rl/objective.py
+    c.objective.loss = "grpo"  # grpo, dr_grpo, dapo, gspo, cispo, rloo
+    c.objective.credit = "sequence"  # or step: each step's reward to the tokens of that step
+    c.objective.clip_low = 0.2
+    c.objective.clip_high = 0.2  # dapo: 0.28
+    c.objective.kl = "none"  # to the end of the warm start: none, k1, k2, k3
+    c.objective.kl_weight = 0.0
+    c.objective.entropy_weight = 0.0
+    c.objective.mask_truncated = False  # answers without an end give no gradient
+    c.objective.logprob_chunk = 0  # positions whose logits are held at once; 0: all
+
+    c.guidance = ConfigDict()  # see agrl_jax/rl/guidance.py
+    c.guidance.enabled = True
+    c.guidance.threshold = 0.125  # a group fails where at most this share of its answers passes
+    c.guidance.capacity = 0.25  # groups guided at most, as a share of the batch
+    c.guidance.replace = 4  # answers of a guided group that are rolled again
+    c.guidance.source = "gold"  # own: where the truth is unknown, a right answer of the group itself
+    c.guidance.treatment = "shaped"  # of forced tokens in the loss: shaped, imitate, importance, mask
+    c.guidance.gamma = 0.1  # of shaped
+    c.guidance.imitate_weight = 0.1  # of imitate
+    c.guidance.baseline = "pooled"  # or unguided_only
+    c.guidance.level = "adaptive"  # or fixed
+    c.guidance.initial_level = 3.0  # parts of the gold response revealed at first
+    c.guidance.eta = 0.2  # how fast the level follows the guided pass rate
+    c.guidance.per_family = False  # one level for each query family
+    c.guidance.cap = "none"  # linear or cosine: the level may at most fall to 0 over training
+
+    c.eval = ConfigDict()
+    c.eval.every = 50  # RL steps between validations; 0: only at the end
+    c.eval.pairs = 500  # of each split, stratified and fixed; 0: all
+    c.eval.validation_pairs = 256
+    c.eval.pass_k = 8  # samples of each pair for pass@k and majority@k
+    c.eval.pass_pairs = 128  # pairs sampled so
+    c.eval.batch_size = 128
+    c.eval.bootstrap = 1000  # resamples of the 95% intervals
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 50  # steps
+    c.checkpoint.keep = 2  # besides the best by validation and the end of the warm start
+
+    c.log = ConfigDict()
+    c.log.every = 1  # steps
+    c.log.samples_every = 25  # steps between decoded rollouts
+    c.log.samples = 2  # examples decoded each time
+
+    c.mesh = ConfigDict()  # devices along each axis; -1: all that remain
+    c.mesh.data = -1
+    c.mesh.fsdp = 1
+    c.mesh.tensor = 1
+    return c
+
+
+def with_method(config: ConfigDict, method: str) -> ConfigDict:
+    """`config` changed to one of METHODS."""
+    config.method = method
+    with config.unlocked():
+        config.update_from_flattened_dict(METHODS[method])
+    return config

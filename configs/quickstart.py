@@ -1,0 +1,20 @@
+"""The first run: a small policy learns the bundled benchmark on two CPU cores in a few minutes.
+
+    python -m agrl_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+The argument names another method on the same data, warm start and budget:
+`--config=configs/quickstart.py:grpo` (agrl, rrs, agr, grpo_pr, grpo, sft).
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from agrl_jax.runtime.config import parse_arg
+from configs import common
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The defaults of `common`, which are chosen for this run."""
+    variant = parse_arg(arg, variant=tuple(common.METHODS)).variant
+    return common.with_method(common.base(), variant)

@@ -1,0 +1,286 @@
+"""Configs: the string argument, the rules of the fields, resolving and comparing, the command line."""
+
+import json
+
+import pytest
+from absl import flags
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ml_collections import ConfigDict, config_flags
+
+from agrl_jax.runtime import config as cfg
+from agrl_jax.runtime.config import ConfigError, Rule
+from configs import common
+
+# ------------------------------------------------------------------------- the argument of a config file
+
+SPEC = {"variant": ("agrl", "grpo", "rrs"), "batch": 4, "rate": 0.5, "name": "x", "local": False}
+
+
+def test_parse_arg_defaults():
+    expected = {"variant": "agrl", "batch": 4, "rate": 0.5, "name": "x", "local": False}
+    assert cfg.parse_arg(None, **SPEC).to_dict() == expected
+    assert cfg.parse_arg("", **SPEC).to_dict() == expected
+
+
+@pytest.mark.parametrize("arg", ["grpo,batch=8,rate=2,local", "variant=grpo, batch=8, rate=2.0, local=true"])
+def test_parse_arg_takes_types_from_the_defaults(arg):
+    parsed = cfg.parse_arg(arg, **SPEC)
+    assert parsed.to_dict() == {"variant": "grpo", "batch": 8, "rate": 2.0, "name": "x", "local": True}
+    assert isinstance(parsed.rate, float)
+
+
+def test_parse_arg_first_bare_word_may_be_a_boolean():
+    assert cfg.parse_arg("local", **SPEC).local is True
+    assert cfg.parse_arg("local", local=False).local is True
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("bach=8", "unknown name 'bach'; did you mean batch?"),
+        ("grop", "variant=grop: not one of agrl, grpo, rrs; did you mean grpo"),
+        ("batch=many", "batch=many: expected int"),
+        ("batch=1.5", "batch=1.5: expected int"),
+        ("local=perhaps", "local=perhaps: expected true or false"),
+        ("grpo,rrs", "unknown name 'rrs'"),
+        ("grpo,batch", "batch needs a value, as in batch=4"),
+        ("batch=1,batch=2", "batch is given twice"),
+    ],
+)
+def test_parse_arg_refuses(arg, message):
+    with pytest.raises(ConfigError) as error:
+        cfg.parse_arg(arg, **SPEC)
+    assert message in str(error.value)
+
+
+@given(batch=st.integers(), rate=st.floats(allow_nan=False), name=st.text("abc=", max_size=5), local=st.booleans())
+@settings(max_examples=50)
+def test_parse_arg_reads_back_what_was_written(batch, rate, name, local):
+    parsed = cfg.parse_arg(f"batch={batch},rate={rate!r},name={name},local={local}", **SPEC)
+    assert (parsed.batch, parsed.rate, parsed.name, parsed.local) == (batch, rate, name, local)
+
+
+# ------------------------------------------------------------------------------- the rules of the fields
+
+
+@pytest.mark.parametrize(
+    ("rule", "good", "bad"),
+    [
+        (Rule(int, low=2, high=4), [2, 4], [1, 5, 2.0, True, "2", None]),
+        (Rule(above=0, high=10), [10, 1e-9, 3], [0, -1, 10.1, float("nan"), float("inf"), False, "1"]),
+        (Rule(int, low=1, also=(-1,)), [-1, 1, 7], [0, -2, -1.0]),
+        (Rule(str, choices=("a", "b")), ["a"], ["c", "", 1, None]),
+        (Rule(bool), [True, False], [0, 1, "True", None]),
+        (Rule(str), ["", "x"], [1, None]),
+        (Rule(int, low=0, optional=True), [None, 0], [-1]),
+    ],
+)
+def test_rule(rule, good, bad):
+    assert [rule.problem(value) for value in good] == [""] * len(good)
+    assert all(rule.problem(value) for value in bad)
+
+
+def test_rule_says_what_would_be_right():
+    assert Rule(int, low=2).problem(1) == "is 1, expected a whole number >= 2"
+    assert Rule(above=0, high=10).problem(0) == "is 0, expected a number > 0 and <= 10"
+    assert Rule(int, low=1, also=(-1,)).problem(0) == "is 0, expected a whole number >= 1 or -1"
+    choices = Rule(str, choices=("grpo", "dapo", "rloo"))
+    assert choices.problem("grop") == "is 'grop', expected one of grpo, dapo, rloo; did you mean grpo?"
+
+
+def test_the_default_config_obeys_the_rules_and_has_no_field_without_one():
+    config = common.base()
+    cfg.validate(config)
+    cfg.validate_together(config, data_shards=1)
+    assert set(cfg.flatten(config)) == set(cfg.RULES)
+
+
+@pytest.mark.parametrize("name", sorted(cfg.RULES))
+def test_each_field_is_checked(name):
+    config = common.base()
+    with config.unlocked(), config.ignore_type():
+        config.update_from_flattened_dict({name: ["neither number nor text"]})
+    with pytest.raises(ConfigError, match=f"^config: {name} is "):
+        cfg.validate(config)
+
+
+def test_all_problems_come_in_one_message():
+    config = common.base()
+    config.rl.group_size = 1
+    config.objective.loss = "gropo"
+    config.guidance.threshold = 1.5
+    del config.sft
+    with pytest.raises(ConfigError) as error:
+        cfg.validate(config)
+    lines = str(error.value).splitlines()
+    assert lines[0] == "config: 8 problems"  # these three, and the five fields of sft
+    assert "  rl.group_size is 1, expected a whole number >= 2" in lines
+    assert "  guidance.threshold is 1.5, expected a number >= 0 and <= 1" in lines
+    assert "  field sft.warmup is missing" in lines
+    assert any(line.startswith("  objective.loss is 'gropo'") and "did you mean grpo" in line for line in lines)
+
+
+def test_a_field_that_a_config_file_misspells_is_refused():
+    config = common.base()
+    with config.unlocked():
+        config.rl.stpes = 3
+    with pytest.raises(ConfigError, match="unknown field rl.stpes; did you mean rl.steps"):
+        cfg.validate(config)
+
+
+def test_a_field_without_a_rule_keeps_the_type_of_the_reference():
+    reference = ConfigDict({"mine": 3, "free": None})
+    cfg.validate(ConfigDict({"mine": 4, "free": "x"}), rules={}, reference=reference)
+    with pytest.raises(ConfigError, match="mine is 'four', expected a whole number"):
+        cfg.validate(ConfigDict({"mine": "four", "free": 1}), rules={}, reference=reference)
+
+
+def test_check_known_names_the_nearest_fields():
+    config = ConfigDict({"rl": {"stpes": 3, "group_size": 8}, "stepz": 1})
+    with pytest.raises(ConfigError) as error:
+        cfg.check_known(config, common.base())
+    assert "unknown field rl.stpes; did you mean rl.steps" in str(error.value)
+    assert "unknown field stepz; did you mean " in str(error.value)
+    cfg.check_known(ConfigDict({"rl": {"steps": 3}}), common.base())
+
+
+# ----------------------------------------------------------------------------------- fields in agreement
+
+
+@pytest.mark.parametrize(
+    ("changes", "shards", "message"),
+    [
+        ({"rl.batch_size": 30}, 4, "rl.batch_size=30 cannot be split into 4 data shards x rl.minibatches=1 x "
+                                   "rl.micro_batches=1 equal pieces; nearest: 28 or 32"),
+        ({"rl.batch_size": 4, "rl.micro_batches": 2, "rl.minibatches": 3}, 1, "equal pieces; nearest: 6"),
+        ({"sft.batch_size": 30}, 4, "sft.batch_size=30 cannot be split over 4 data shards; nearest: 28 or 32"),
+        ({"guidance.capacity": 0.2}, 8, "guidance.capacity=0.2 of 4 examples per data shard is less than one group; "
+                                        "use at least 0.25, or guidance.enabled=False"),
+        ({"guidance.replace": 9}, 1, "guidance.replace=9 is more than rl.group_size=8"),
+        ({"rulebook.order": "respond_then_think", "guidance.treatment": "mask"}, 1, "the tier would be forced"),
+        ({"policy.heads": 3}, 1, "policy.kv_heads=2 must divide policy.heads=3"),
+        ({"policy.head_dim": 7}, 1, "policy.head_dim=7 must be even"),
+        ({"data.source": "pairs"}, 1, "data.source=pairs needs data.path"),
+        ({"data.response_len": 16}, 1, "reward.overlong_from=22 must be below data.response_len=16"),
+    ],
+)
+def test_fields_that_do_not_go_together_are_refused(changes, shards, message):
+    config = common.base()
+    config.update_from_flattened_dict(changes)
+    cfg.validate(config)
+    with pytest.raises(ConfigError) as error:
+        cfg.validate_together(config, shards)
+    assert message in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_guidance_that_is_off_needs_no_capacity():
+    config = common.base()
+    config.update_from_flattened_dict({"guidance.enabled": False, "guidance.capacity": 0.0, "guidance.replace": 99})
+    cfg.validate_together(config)
+
+
+# ------------------------------------------------------------------------------- resolving and comparing
+
+
+def test_resolve_follows_references_and_is_json():
+    config = ConfigDict({"rl": {"steps": 5}})
+    config.copy_of_steps = config.rl.get_oneway_ref("steps")
+    config.rl.steps = 7
+    assert json.loads(json.dumps(cfg.resolve(config))) == {"copy_of_steps": 7, "rl": {"steps": 7}}
+
+
+def test_digest_changes_with_the_fields_that_count():
+    one, two = common.base(), common.base()
+    two.eval.every, two.eval.pairs = 7, 3
+    assert cfg.config_digest(one) != cfg.config_digest(two)
+    assert cfg.config_digest(one, ignore=("eval",)) == cfg.config_digest(two, ignore=("eval",))
+    assert cfg.config_digest(one, ignore=("eva",)) != cfg.config_digest(two, ignore=("eva",))
+    assert cfg.config_digest(one) == cfg.config_digest(common.base())
+
+
+def test_diff_reads_as_lines():
+    old, new = {"rl": {"group_size": 8, "steps": 1}, "a": 1}, {"rl": {"group_size": 16, "steps": 1}, "b": "x"}
+    assert cfg.diff(old, new) == [
+        "a: 1 -> (absent)",
+        "b: (absent) -> x",
+        "rl.group_size: 8 -> 16",
+    ]
+    assert cfg.diff(common.base(), common.base()) == []
+
+
+# -------------------------------------------------------------------------------------- the command line
+
+CONFIG_FILE = """
+from ml_collections import ConfigDict
+from agrl_jax.runtime.config import parse_arg
+
+def get_config(arg=None):
+    if arg == "bug":
+        return ConfigDict().nothing
+    parse_arg(arg, variant=("agrl", "grpo"))
+    return ConfigDict({"seed": 0, "rl": {"steps": 10, "rate": 0.5, "on": True}})
+"""
+
+
+@pytest.fixture
+def parse(tmp_path, monkeypatch):
+    """Parses a command line with fresh flags, FILE standing for a config file; returns the config."""
+    path = tmp_path / "tiny.py"
+    path.write_text(CONFIG_FILE)
+
+    def run(line: str) -> ConfigDict:
+        argv = ["program", *line.replace("FILE", str(path)).split()]
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+        monkeypatch.setattr(flags, "FLAGS", values)
+        cfg.parse_flags(argv)
+        return values.config
+
+    return run
+
+
+def test_overrides_reach_the_config(parse):
+    config = parse("--config=FILE:grpo --config.rl.steps=3 --config.rl.rate=1 --noconfig.rl.on")
+    assert config.rl.to_dict() == {"steps": 3, "rate": 1.0, "on": False}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--config=FILE --config.rl.stps=3", "--config.rl.stps=3: unknown field rl.stps; did you mean rl.steps?"),
+        ("--config FILE --config.sed=3", "--config.sed=3: unknown field sed; did you mean seed?"),
+        ("--config=FILE --config.seed.x=3", "--config.seed.x=3: unknown field seed.x; did you mean seed?"),
+        ("--config=FILE --config.rl.steps=abc", "rl.steps is 'abc', expected a whole number such as 10"),
+        ("--config=FILE --config.rl.steps=1.5", "rl.steps is '1.5', expected a whole number such as 10"),
+        ("--config=FILE --config.rl.rate=fast", "rl.rate is 'fast', expected a number such as 0.5"),
+        ("--config=FILE --config.rl.on=perhaps", "rl.on is 'perhaps', expected true or false"),
+        ("--config=FILE --config.rl=3", "rl is a group of fields; set one of them, such as rl."),
+        ("--config=FILE:gppo", "variant=gppo: not one of agrl, grpo; did you mean grpo"),
+        ("--config=nowhere.py", "the config file cannot be read: [Errno 2] No such file or directory: 'nowhere.py'"),
+        ("--config=nowhere.py --config.rl.steps=1", "No such file or directory: 'nowhere.py'"),
+        ("--config.rl.steps=3", "--config.rl.steps needs --config=FILE before it"),
+        ("--config=FILE config.rl.steps=3", "unexpected argument 'config.rl.steps=3'; flags start with --"),
+        ("--config=FILE --wrokdir=x", "Unknown command line flag 'wrokdir'"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(parse, capsys, line, message):
+    with pytest.raises(SystemExit) as stop:
+        parse(line)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert message in said
+
+
+def test_two_mistakes_are_reported_together(parse, capsys):
+    with pytest.raises(SystemExit):
+        parse("--config=FILE --config.rl.stps=3 --config.rl.rate=x")
+    said = capsys.readouterr().err
+    assert "unknown field rl.stps" in said and "rl.rate is 'x'" in said
+
+
+def test_a_bug_in_a_config_file_keeps_its_traceback(parse):
+    with pytest.raises(AttributeError, match="nothing"):
+        parse("--config=FILE:bug")

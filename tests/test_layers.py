@@ -1,0 +1,116 @@
+"""The layers of the package, held over the imports of every module.
+
+`types`, `policy`, `runtime` and `rulebook` are the ground and do not know each other; `rl` knows jax,
+`types` and itself; `data` may use the rule book and the tokenizer; above stand supervised training,
+judging, the scorecard, decoded samples and plots; then `assemble`, which builds all these from a config;
+then `train`; any other file at the top is a command and may use all of them, but not `main`.
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "agrl_jax"
+
+GROUND = {
+    "types": set(),
+    "policy": {"types"},
+    "runtime": {"types"},
+    "rulebook": {"types"},
+    "rl": {"types"},
+    "data": {"types", "rulebook", "policy.tokenizer"},
+}
+ABOVE_RL = {"supervised", "judging", "scorecard", "samples", "plots"}
+MAY_IMPORT = GROUND | {name: GROUND.keys() | ABOVE_RL for name in ABOVE_RL}
+MAY_IMPORT["assemble"] = GROUND.keys() | ABOVE_RL
+MAY_IMPORT["train"] = GROUND.keys() | ABOVE_RL | {"assemble"}
+
+RL_LIBRARIES = {"jax", "flax", "optax", "numpy"}  # arrays, their containers, and the update; no files, flags or text
+CONFIG_DICT = {"runtime.config", "assemble", "train"}  # besides the commands and configs/
+
+
+def modules() -> list[str]:
+    """Dotted names below the package, such as `rl.step`."""
+    paths = (p.relative_to(ROOT).with_suffix("") for p in sorted(ROOT.rglob("*.py")))
+    return [".".join(p.parts) for p in paths if p.parts != ("__init__",)]
+
+
+def imports(source: str, module: str) -> set[str]:
+    """Absolute dotted names that the source of `agrl_jax.{module}` imports, those inside functions included."""
+    package = ["agrl_jax", *module.split(".")][:-1]
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{stem}.{alias.name}" for alias in node.names}
+    return found
+
+
+def violations(source: str, module: str) -> list[str]:
+    """What the source of `agrl_jax.{module}` imports and may not."""
+    part = module.split(".")[0]
+    allowed = MAY_IMPORT.get(part)
+    found = []
+    for name in sorted(imports(source, module)):
+        top, _, inside = name.partition(".")
+        if top == "agrl_jax":
+            to = inside.split(".")[0]
+            fine = (
+                to == part
+                or to == ""
+                or (allowed is None and to != "main")
+                or (allowed is not None and any((inside + ".").startswith(a + ".") for a in allowed))
+            )
+        elif top == "ml_collections":
+            fine = module in CONFIG_DICT or allowed is None
+        else:
+            fine = part != "rl" or top in RL_LIBRARIES or top in sys.stdlib_module_names - {"os", "pathlib", "io"}
+        if not fine:
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("module", modules())
+def test_module_imports_only_what_lies_below_it(module):
+    path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+    assert violations(path.read_text(), module) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "wrong"),
+    [
+        ("rl.step", "from agrl_jax.policy import transformer", "agrl_jax.policy.transformer"),
+        ("rl.step", "def f():\n    import agrl_jax.rulebook.book", "agrl_jax.rulebook.book"),
+        ("rl.step", "from ..data import pairs", "agrl_jax.data.pairs"),
+        ("rl.step", "import ml_collections", "ml_collections"),
+        ("rl.step", "import pathlib", "pathlib"),
+        ("policy.loading", "from agrl_jax.runtime.sharding import put", "agrl_jax.runtime.sharding.put"),
+        ("data.pipeline", "from agrl_jax.policy.transformer import build", "agrl_jax.policy.transformer.build"),
+        ("supervised.sft", "from agrl_jax import train", "agrl_jax.train"),
+        ("judging", "from agrl_jax.assemble import Model", "agrl_jax.assemble.Model"),
+        ("assemble", "from agrl_jax import evaluate", "agrl_jax.evaluate"),
+        ("supervised.sft", "from ml_collections import ConfigDict", "ml_collections.ConfigDict"),
+        ("train", "from agrl_jax.main import main", "agrl_jax.main.main"),
+        ("report", "import agrl_jax.main", "agrl_jax.main"),
+    ],
+)
+def test_an_import_from_above_is_found(module, source, wrong):
+    assert violations(source, module) == [wrong]
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("rl.step", "from agrl_jax.rl import reward\nfrom agrl_jax.types import Batch\nimport jax.numpy as jnp"),
+        ("data.pipeline", "from agrl_jax.policy.tokenizer import Tokenizer\nfrom agrl_jax.rulebook import wording"),
+        ("train", "from agrl_jax.rl import step\nfrom agrl_jax.runtime import config\nimport ml_collections"),
+        ("evaluate", "import polars\nfrom agrl_jax.train import run\nimport ml_collections"),
+    ],
+)
+def test_an_import_from_below_is_fine(module, source):
+    assert violations(source, module) == []
