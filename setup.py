@@ -18,6 +18,7 @@ setup(
         "tokenizers>=0.22",
         "tensorflow-datasets>=4.9.9",
         "array_record>=0.8",  # TFDS reads and writes it without TensorFlow
+        "importlib_resources",  # TFDS imports it without asking for it
         "grain>=0.2.12",
         "ml-collections>=1.1",
         "absl-py",

@@ -34,8 +34,8 @@ def base() -> ConfigDict:
     c.data.path = ""  # CSV, Parquet or JSON lines of labelled pairs
     c.data.dir = ""  # where the benchmark is kept once built; empty: WORKDIR/data
     c.data.seed = 0  # of the benchmark, and of the split of a file without a `split` column
-    c.data.prompt_len = 64  # S, tokens; longer item texts are shortened
-    c.data.response_len = 24  # T, tokens
+    c.data.prompt_len = 48  # S, tokens; longer item texts are shortened
+    c.data.response_len = 20  # T, tokens
     c.data.style = "terse"  # or full: the rule book's instructions in every prompt, for language models
 
     c.policy = ConfigDict()
@@ -46,7 +46,7 @@ def base() -> ConfigDict:
     c.policy.kv_heads = 2  # K
     c.policy.head_dim = 32
     c.policy.mlp = 352
-    c.policy.tied = True  # one matrix for embedding and head
+    c.policy.tied = False  # one matrix for embedding and head; apart, rare words keep their own direction
     c.policy.qk_norm = True  # as Qwen3
     c.policy.bias = False  # of queries, keys and values, as Qwen2
     c.policy.rope_theta = 10_000.0
@@ -56,11 +56,12 @@ def base() -> ConfigDict:
     c.policy.remat = False  # recompute layers in the backward pass, to save memory
 
     c.sft = ConfigDict()  # the supervised warm start, always on the bundled benchmark
-    c.sft.steps = 600
-    c.sft.batch_size = 128
-    c.sft.learning_rate = 2e-3  # peak; cosine decay to 0
+    c.sft.steps = 900
+    c.sft.batch_size = 64
+    c.sft.learning_rate = 3e-3  # peak; cosine decay to 0
     c.sft.warmup = 30  # steps
     c.sft.weight_decay = 0.01
+    c.sft.prompt_weight = 0.0  # of the prompts' own tokens in the loss
 
     c.rl = ConfigDict()
     c.rl.steps = 200
@@ -68,7 +69,7 @@ def base() -> ConfigDict:
     c.rl.group_size = 8  # G, answers to each
     c.rl.temperature = 1.0
     c.rl.epochs = 1  # passes over each rollout
-    c.rl.minibatches = 1  # updates in each pass
+    c.rl.minibatches = 2  # updates in each pass
     c.rl.micro_batches = 1  # pieces of each minibatch: less memory, the same gradient
     c.rl.learning_rate = 3e-4  # constant after warm-up
     c.rl.warmup = 5
@@ -83,7 +84,7 @@ def base() -> ConfigDict:
     c.reward.consistent_weight = 0.25
     c.reward.format_weight = 0.1
     c.reward.overlong_weight = 0.1
-    c.reward.overlong_from = 22  # tokens from which length is penalised
+    c.reward.overlong_from = 17  # tokens from which length is penalised
 
     c.objective = ConfigDict()  # see agrl_jax/rl/objective.py
     c.objective.loss = "grpo"  # grpo, dr_grpo, dapo, gspo, cispo, rloo
@@ -92,7 +93,7 @@ def base() -> ConfigDict:
     c.objective.clip_high = 0.2  # dapo: 0.28
     c.objective.kl = "none"  # to the end of the warm start: none, k1, k2, k3
     c.objective.kl_weight = 0.0
-    c.objective.entropy_weight = 0.0
+    c.objective.entropy_weight = 0.003
     c.objective.mask_truncated = False  # answers without an end give no gradient
     c.objective.logprob_chunk = 0  # positions whose logits are held at once; 0: all
 

@@ -215,6 +215,7 @@ RULES: Mapping[str, Rule] = {
     "sft.learning_rate": _POSITIVE,
     "sft.warmup": _COUNT,
     "sft.weight_decay": _WEIGHT,
+    "sft.prompt_weight": _WEIGHT,
     # Reinforcement learning.
     "rl.steps": _COUNT,
     "rl.batch_size": _SIZE,

@@ -217,6 +217,11 @@ class Progress(AbstractContextManager):
         self._console.print(*objects, markup=False, highlight=False, soft_wrap=True)
 
 
+def say(*objects: Any) -> None:
+    """Prints text, as it is, or rich objects such as tables."""
+    rich.console.Console(file=sys.stdout).print(*objects, markup=False, highlight=False, soft_wrap=True)
+
+
 def progress(
     stage: str, total: int, start: int = 0, every_s: float = 10.0, console: rich.console.Console | None = None
 ) -> Progress:

@@ -1,0 +1,157 @@
+"""From a config to the parts of a run: rule book, data, tokenizer, policy, tables.
+
+Training, evaluation and judging all start here, so that they read a workdir in the same way.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from agrl_jax.data import benchmark, pipeline
+from agrl_jax.data.pairs import Pair, PairsFile, item_text, read_pairs
+from agrl_jax.data.pipeline import EncodedSplit
+from agrl_jax.judging import EvalConfig, Evaluator
+from agrl_jax.policy import tokenizer as tokenizers
+from agrl_jax.policy import transformer
+from agrl_jax.policy.tokenizer import Tokenizer
+from agrl_jax.policy.transformer import PolicyConfig
+from agrl_jax.rulebook import automaton, book, wording
+from agrl_jax.rulebook.book import RuleBook
+from agrl_jax.runtime import sharding
+from agrl_jax.runtime.checkpoint import SFT_END, Checkpointer
+from agrl_jax.runtime.config import ConfigError, resolve
+from agrl_jax.types import Params, Policy, RuleTables
+
+TOKENIZER_FILE = "tokenizer.json"
+BEST = -1  # in place of a step: the best by validation macro-F1
+
+
+@dataclass(frozen=True)
+class Model:
+    """A policy's pure functions with the rule book and tokenizer that they go with."""
+
+    book: RuleBook
+    tokenizer: Tokenizer
+    tables: RuleTables
+    policy: Policy
+    init: Any  # key -> Params
+    axes: Params  # logical axes of each parameter
+
+
+@dataclass(frozen=True)
+class Data:
+    """Labelled pairs by split. `train` and `validation` are always there; the others are evaluated."""
+
+    splits: Mapping[str, list[Pair]]
+    sft: list[Pair]  # pairs of the warm start
+    contradicting: tuple[int, ...] = ()  # rows of the user's file whose label contradicts the rule book
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Names of all query families, sorted."""
+        return tuple(sorted({pair.family for pairs in (self.sft, *self.splits.values()) for pair in pairs}))
+
+    @property
+    def eval_splits(self) -> tuple[str, ...]:
+        """Names of the splits that the scorecard is made on."""
+        return tuple(name for name in self.splits if name not in ("train", "validation"))
+
+
+def load_rules(config: ConfigDict) -> RuleBook:
+    """The rule book that a config names."""
+    return book.load(config.rulebook.path, config.rulebook.order)
+
+
+def dump_config(config: ConfigDict) -> str:
+    """The resolved config as JSON, all fields visible."""
+    return json.dumps(resolve(config), indent=2) + "\n"
+
+
+def read_config(workdir: epath.Path) -> ConfigDict:
+    """The config that a workdir was trained with. Raises ConfigError if there is none."""
+    path = workdir / "config.json"
+    if not path.exists():
+        raise ConfigError(f"{path}: not found; is {workdir} the workdir of a training run?")
+    return ConfigDict(json.loads(path.read_text()))
+
+
+def load_params(
+    workdir: epath.Path, model: Model, mesh: jax.sharding.Mesh, stage: str, step: int | None = None
+) -> Params:
+    """Parameters of a workdir's checkpoint: of `stage` "rl", "sft" or "sft_end", the latest or the given step."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    places = sharding.param_shardings(mesh, model.axes, shapes)
+    template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+    with Checkpointer(workdir) as checkpoints:
+        if stage == SFT_END:
+            params = checkpoints.restore_sft(template)
+            if params is None:
+                raise ConfigError(f"{workdir}: the warm start has not ended; resume the run first")
+            return params
+        return checkpoints.restore_params(template, stage, checkpoints.best_step(stage) if step == BEST else step)
+
+
+def load_data(config: ConfigDict, rules: RuleBook, workdir: epath.Path) -> Data:
+    """The bundled benchmark, and the user's pairs where the config names a file."""
+    folder = config.data.dir or str(workdir / "data")
+    bundled = benchmark.load_benchmark(folder, config.data.seed)
+    if config.data.source == "benchmark":
+        names = ("train", "validation", "b_eval", "w_eval")
+        return Data(splits={name: bundled[name] for name in names}, sft=bundled["sft"])
+    mine: PairsFile = read_pairs(config.data.path, rules, seed=config.data.seed)
+    return Data(splits=mine.splits, sft=bundled["sft"], contradicting=tuple(mine.contradicting))
+
+
+def load_model(config: ConfigDict, workdir: epath.Path, data: Data | None = None) -> Model:
+    """The policy of a config. Its tokenizer is read from the workdir, or trained on `data` and written there."""
+    rules = load_rules(config)
+    path = workdir / TOKENIZER_FILE
+    if path.exists():
+        tokenizer = tokenizers.load(path)
+    elif data is None:
+        raise ConfigError(f"{path}: not found; is {workdir} the workdir of a training run?")
+    else:
+        tokenizer = tokenizers.train_bpe(_training_texts(config, rules, data), config.policy.vocab_size)
+        tokenizer.save(path)
+    shape = PolicyConfig(**{**config.policy.to_dict(), "vocab_size": tokenizer.vocab_size})
+    tables = jax.tree.map(np.asarray, automaton.compile_tables(rules, tokenizer.token_bytes(), tokenizer.end_token))
+    policy, init, axes = transformer.build(shape)
+    return Model(book=rules, tokenizer=tokenizer, tables=tables, policy=policy, init=init, axes=axes)
+
+
+def make_evaluator(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh) -> Evaluator:
+    """The evaluator of a config, its batches placed on `mesh`."""
+    settings = EvalConfig(
+        batch_size=config.eval.batch_size,
+        response_len=config.data.response_len,
+        pass_k=config.eval.pass_k,
+        pass_pairs=config.eval.pass_pairs,
+        temperature=config.rl.temperature,
+        seed=config.seed,
+    )
+    place = partial(sharding.put, shardings=sharding.batch_sharding(mesh))
+    return Evaluator(model.policy, model.tables, model.book, model.tokenizer, settings, place)
+
+
+def encode(config: ConfigDict, model: Model, data: Data, pairs: list[Pair]) -> EncodedSplit:
+    """Tokenised pairs in the shapes of the config."""
+    return pipeline.encode(
+        pairs, model.book, model.tokenizer, config.data.prompt_len, config.data.response_len, config.data.style,
+        families=data.families,
+    )
+
+
+def _training_texts(config: ConfigDict, rules: RuleBook, data: Data) -> Iterable[str]:
+    """What the small tokenizer is trained on: training pairs alone, as prompts and gold responses."""
+    for pair in [*data.sft, *data.splits["train"]]:
+        yield wording.prompt(rules, pair.query, item_text(pair), config.data.style)
+        yield "".join(wording.gold_segments(rules, pair.tier, pair.steps))

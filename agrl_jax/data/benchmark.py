@@ -1,0 +1,114 @@
+"""The bundled benchmark as a TFDS dataset: built once, kept as ArrayRecord files, read without TensorFlow."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import logging
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+
+from agrl_jax.data import catalog, world
+from agrl_jax.data.pairs import Pair
+from agrl_jax.rulebook import book
+
+_TEXTS = ("id", "query", "title", "description", "brand", "color", "category", "price", "family")
+_CHUNK = 4096  # rows read at once
+
+
+@dataclasses.dataclass(kw_only=True)
+class BenchmarkConfig(tfds.core.BuilderConfig):
+    """One benchmark; the name stands for all that its pairs depend on."""
+
+    seed: int = 0
+
+
+class Benchmark(tfds.core.GeneratorBasedBuilder):
+    """The splits of `catalog.splits` for the seed of the config, each in its own order."""
+
+    VERSION = tfds.core.Version(catalog.VERSION)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {name: tfds.features.Text() for name in _TEXTS} | {
+            "tier": tfds.features.Scalar(np.int32),
+            "steps": tfds.features.Tensor(shape=(None,), dtype=np.int32),
+            "seen": tfds.features.Scalar(np.bool_),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=catalog.__doc__,
+            features=tfds.features.FeaturesDict(features),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+        splits = catalog.splits(self.builder_config.seed)
+        return {name: self._generate_examples(pairs) for name, pairs in splits.items()}
+
+    def _generate_examples(self, pairs: list[Pair]) -> Iterator[tuple[int, dict[str, Any]]]:
+        for i, pair in enumerate(pairs):
+            row = {name: getattr(pair, name) for name in self.info.features}
+            yield i, row | {"steps": np.array(pair.steps, np.int32)}
+
+
+def load_benchmark(data_dir: epath.PathLike, seed: int = 0) -> dict[str, list[Pair]]:
+    """The splits of the benchmark, from `data_dir`; built there first unless they are there already.
+
+    What was built from another ontology, rule book or generator is another dataset, and left alone. A build that was
+    killed leaves nothing that would be read.
+    """
+    made = builder(data_dir, seed)
+    with _quiet():
+        sources = {name: made.as_data_source(name) for name in made.info.splits}
+    return {name: list(_pairs(name, source)) for name, source in sources.items()}
+
+
+def builder(data_dir: epath.PathLike, seed: int = 0) -> Benchmark:
+    """The TFDS builder of the benchmark, its files in place: `builder(...).as_data_source("train")` reads a split."""
+    config = BenchmarkConfig(name=f"seed{seed}_{_digest()[:16]}", seed=seed)
+    with _quiet(), tempfile.TemporaryDirectory() as downloads:  # nothing is downloaded, but TFDS wants a place
+        made = Benchmark(data_dir=data_dir, config=config, file_format="array_record")
+        try:
+            made.download_and_prepare(download_dir=downloads)
+        except OSError:
+            # Another process was first to put the same files in place.
+            made = Benchmark(data_dir=data_dir, config=config, file_format="array_record")
+            if not made.is_prepared():
+                raise
+    return made
+
+
+def _digest() -> str:
+    """sha256 of all that the pairs depend on besides the seed."""
+    parts = (catalog.VERSION, repr(catalog.SIZES), world.load().digest, book.load().digest)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _pairs(split: str, source: Any) -> Iterator[Pair]:
+    for first in range(0, len(source), _CHUNK):
+        for row in source.__getitems__(range(first, min(first + _CHUNK, len(source)))):
+            texts = {name: row[name].decode() for name in _TEXTS}
+            steps = tuple(row["steps"].tolist())
+            yield Pair(**texts, split=split, tier=int(row["tier"]), steps=steps, seen=bool(row["seen"]))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """TFDS announces a download, bars for shuffling and a warning for each config of one's own: none of use here."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.enable_progress_bar()
+        logger.setLevel(level)

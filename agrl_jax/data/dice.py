@@ -1,0 +1,59 @@
+"""Random choices that are the same on every machine and Python version."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Dice:
+    """Choices drawn from a key.
+
+    They use `random.Random.random` alone: of all of Python's generators, its sequence is the one that is promised
+    never to change.
+    """
+
+    def __init__(self, *key: object) -> None:
+        digest = hashlib.sha256(":".join(map(str, key)).encode()).digest()
+        self._random = random.Random(int.from_bytes(digest, "big")).random
+
+    def chance(self, probability: float) -> bool:
+        return self._random() < probability
+
+    def below(self, count: int) -> int:
+        """A number from 0 to count - 1."""
+        return int(self._random() * count)
+
+    def pick(self, options: Sequence[T]) -> T:
+        return options[self.below(len(options))]
+
+    def first(self, options: Sequence[T], probability: float) -> T:
+        """The first of the options with that probability, else any."""
+        return options[0] if self.chance(probability) else self.pick(options)
+
+    def weighted(self, weights: Mapping[T, float]) -> T:
+        """One of the keys, as often as its weight says."""
+        point = self._random() * sum(weights.values())
+        for key, weight in weights.items():
+            point -= weight
+            if point < 0:
+                return key
+        return key
+
+    def some(self, options: Sequence[T], count: int, weights: Sequence[float] | None = None) -> list[T]:
+        """At most `count` of the options, each once, in random order; the heavier sooner."""
+        left = dict(enumerate(weights or [1.0] * len(options)))
+        chosen: list[int] = []
+        for _ in range(min(count, len(options))):
+            chosen.append(self.weighted(left))
+            del left[chosen[-1]]
+        return [options[i] for i in chosen]
+
+
+def point(*key: object) -> float:
+    """A number in [0, 1) that stands for the key."""
+    return int.from_bytes(hashlib.sha256(":".join(map(str, key)).encode()).digest()[:6], "big") / 2**48

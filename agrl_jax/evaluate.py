@@ -1,0 +1,80 @@
+"""Scores a workdir's policy, on whole splits or any number of pairs.
+
+    python -m agrl_jax.evaluate --workdir=runs/quickstart --pairs=0
+
+Training evaluates fixed subsets; here `--pairs=0` takes every pair. Prints the scorecard and writes it,
+as `scorecard.json` is written, to `--out` (default: WORKDIR/scorecard_full.json).
+"""
+
+from __future__ import annotations
+
+import sys
+
+import jax
+from absl import flags
+from etils import epath
+
+from agrl_jax import assemble, scorecard
+from agrl_jax.data import pipeline
+from agrl_jax.runtime import sharding
+from agrl_jax.runtime.checkpoint import SFT_END
+from agrl_jax.runtime.config import exit_with, parse_flags
+from agrl_jax.runtime.metrics import progress, say
+
+flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
+flags.DEFINE_list("stages", ["sft_end", "rl"], "What to score: sft_end, rl (its end), best (of rl, by validation).")
+flags.DEFINE_list("splits", [], "Splits to score on; by default all that the scorecard has.")
+flags.DEFINE_integer("pairs", 0, "Pairs of each split, stratified; 0: all.", lower_bound=0)
+flags.DEFINE_string("out", None, "Where to write the scorecard.")
+
+
+def evaluate(workdir: str, stages: list[str], splits: list[str], pairs: int) -> scorecard.Scorecards:
+    """Scorecards `{stage: {split: scores}}` of checkpoints of a workdir; stages are named as training names them."""
+    folder = epath.Path(workdir)
+    config = assemble.read_config(folder)
+    rules = assemble.load_rules(config)
+    data = assemble.load_data(config, rules, folder)
+    model = assemble.load_model(config, folder)
+    mesh = sharding.make_mesh(**config.mesh.to_dict())
+    evaluator = assemble.make_evaluator(config, model, mesh)
+    unknown = [name for name in splits if name not in data.splits]
+    if unknown:
+        raise ValueError(f"--splits: {unknown[0]!r} is not a split of {workdir}; there are {', '.join(data.splits)}")
+    splits = splits or list(data.eval_splits)
+    cards: scorecard.Scorecards = {}
+    with progress("evaluate", len(stages) * len(splits)) as bar:
+        for stage in stages:
+            params = _params(folder, model, mesh, stage)
+            card = cards.setdefault({SFT_END: "sft", "rl": config.method}.get(stage, stage), {})
+            for name in splits:
+                split = assemble.encode(config, model, data, data.splits[name])
+                rows = pipeline.stratified(split, pairs or len(split), config.data.seed)
+                judged = evaluator.judge(params, split, rows)
+                card[name] = scorecard.score(judged, rules, bootstrap=config.eval.bootstrap, seed=config.seed)
+                bar.update(sum(len(c) for c in cards.values()))
+    return cards
+
+
+def _params(folder: epath.Path, model: assemble.Model, mesh: jax.sharding.Mesh, stage: str) -> assemble.Params:
+    if stage not in (SFT_END, "rl", "best"):
+        raise ValueError(f"--stages: {stage!r} is not one of sft_end, rl, best")
+    step = assemble.BEST if stage == "best" else None
+    return assemble.load_params(folder, model, mesh, "rl" if stage == "best" else stage, step)
+
+
+def main(argv: list[str]) -> None:
+    """Exit code 2 for a workdir, stage or split that is not there."""
+    parse_flags(argv)
+    values = flags.FLAGS
+    try:
+        cards = evaluate(values.workdir, values.stages, values.splits, values.pairs)
+    except ValueError as error:
+        exit_with(error)
+    out = epath.Path(values.out or epath.Path(values.workdir) / "scorecard_full.json")
+    scorecard.write(out, cards)
+    say(scorecard.table(cards))
+    say(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main(sys.argv)

@@ -1,0 +1,161 @@
+"""What a policy says of pairs: greedy judgements, the probability of each tier, samples for pass@k."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from agrl_jax.data import pipeline
+from agrl_jax.data.pipeline import EncodedSplit
+from agrl_jax.policy.tokenizer import Tokenizer
+from agrl_jax.rl import reader
+from agrl_jax.rl.objective import token_logprobs
+from agrl_jax.rl.reward import is_consistent
+from agrl_jax.rl.rollout import PURPOSE_EVALUATE, predicting_hidden, prefill, rollout, row_keys
+from agrl_jax.rulebook import wording
+from agrl_jax.rulebook.book import RuleBook
+from agrl_jax.scorecard import Judgements
+from agrl_jax.types import UNKNOWN, Array, Batch, Params, Policy, RuleTables
+
+Put = Callable[[Any], Any]  # places a host batch on the mesh
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How to evaluate; sizes in pairs."""
+
+    batch_size: int
+    response_len: int
+    pass_k: int  # samples of each pair
+    pass_pairs: int  # pairs sampled; 0: none
+    temperature: float  # of those samples
+    seed: int
+
+
+class Evaluator:
+    """Judges pairs with a policy. Compiled once per evaluator, whatever the parameters."""
+
+    def __init__(
+        self, policy: Policy, tables: RuleTables, book: RuleBook, tokenizer: Tokenizer, cfg: EvalConfig, put: Put
+    ):
+        self._cfg, self._put, self._tables = cfg, put, tables
+        segments = tier_segments(book, tokenizer)
+        self._greedy = jax.jit(partial(judge_batch, policy, tables, segments, cfg.response_len))
+        self._sample = jax.jit(partial(sample_tiers, policy, tables, cfg))
+
+    def judge(
+        self, params: Params, split: EncodedSplit, rows: np.ndarray | None = None, sample: bool = True
+    ) -> Judgements:
+        """Judges the pairs of a split, or those at `rows`, greedily; samples `pass_pairs` of them for pass@k."""
+        rows = np.arange(len(split)) if rows is None else rows
+        greedy = self._run(lambda batch: self._greedy(params, batch), split, rows)
+        count = min(self._cfg.pass_pairs, len(rows)) if sample else 0
+        chosen = np.linspace(0, len(rows), count, endpoint=False).astype(int)  # spread over the split's order
+        tiers, sampled_rows = None, rows[chosen]
+        if count:
+            tiers = self._run(lambda batch: {"tier": self._sample(params, batch)}, split, sampled_rows)["tier"]
+        pairs = [split.pairs[i] for i in rows]
+        truth = split.batch.tier[rows]
+        return Judgements(
+            query=[pair.query for pair in pairs],
+            family=[pair.family for pair in pairs],
+            seen=np.array([pair.seen for pair in pairs]),
+            tier=truth,
+            steps=split.batch.steps[rows],
+            sample_index=None if tiers is None else chosen,
+            sample_tier=tiers,
+            **greedy,
+        )
+
+    def _run(self, function: Callable[[Batch], dict[str, Array]], split: EncodedSplit, rows: np.ndarray) -> dict:
+        """Applies `function` batch by batch; the results joined, padding left out."""
+        results = []
+        for batch, mask in pipeline.eval_batches(split, self._cfg.batch_size, rows):
+            output = jax.device_get(function(self._put(batch)))
+            results.append({name: value[mask] for name, value in output.items()})
+        return {name: np.concatenate([r[name] for r in results]) for name in results[0]}
+
+
+@dataclass(frozen=True)
+class TierSegments:
+    """The canonical text that states each tier, as tokens."""
+
+    tokens: np.ndarray  # [tiers, W] int32
+    length: np.ndarray  # [tiers] int32
+    first: bool  # the tier opens the response
+
+
+def tier_segments(book: RuleBook, tokenizer: Tokenizer) -> TierSegments:
+    """Tokenises the tier's segment as gold responses do."""
+    r = len(book.steps)
+    first = book.part_order[0] == r
+    rows = [tokenizer.encode(wording.part_text(book, r, tier, first)) for tier in range(len(book.tiers))]
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+    return TierSegments(tokens, np.array([len(row) for row in rows], np.int32), first)
+
+
+def judge_batch(
+    policy: Policy, tables: RuleTables, segments: TierSegments, length: int, params: Params, batch: Batch
+) -> dict[str, Array]:
+    """Greedy judgements of a batch: the fields of `Judgements` that come from the policy, [B, ...] each.
+
+    `probs` [B, tiers] are those of the canonical tier strings after the policy's own steps, normalised
+    over the tiers; all equal where the answer is malformed. A malformed answer predicts no tier.
+    """
+    prefix = prefill(policy, params, batch.prompt, batch.prompt_len)
+    keys = row_keys(jnp.zeros((2,), jnp.uint32), PURPOSE_EVALUATE, 0, batch.row, 1)  # greedy: never drawn from
+    rolled = rollout(policy, params, prefix, keys, length=length, temperature=0.0, end_token=tables.end_token)
+    reading = reader.read(tables, rolled.tokens, rolled.valid)
+    value, formed = reading.value[:, 0], reading.well_formed[:, 0]
+    steps, tier = value[:, :-1], value[:, -1]
+
+    start = jnp.zeros_like(tier) if segments.first else jnp.max(reading.position[:, 0, :-1], axis=-1) + 1
+    start = jnp.where(formed, start, 0)
+    logp = _tier_logprobs(policy, params, prefix, rolled.tokens[:, 0], start, segments)
+    probs = jnp.where(formed[:, None], jax.nn.softmax(logp), 1 / tables.num_tiers)
+    return {
+        "predicted": jnp.where(formed, tier, UNKNOWN),
+        "predicted_steps": steps,
+        "probs": probs,
+        "well_formed": formed,
+        "truncated": ~rolled.finished[:, 0],
+        "consistent": is_consistent(steps, tier, tables),
+        "response_tokens": jnp.sum(rolled.valid[:, 0], axis=-1),
+    }
+
+
+def _tier_logprobs(
+    policy: Policy, params: Params, prefix: Any, own: Array, start: Array, segments: TierSegments
+) -> Array:
+    """[B, tiers] log-probability of each tier's segment after the first `start` [B] of the tokens `own` [B, T]."""
+    number, width = segments.tokens.shape
+    position = jnp.arange(own.shape[1] + width)
+    inside = position - start[:, None]  # [B, T + W] index into the segment
+    stated = jnp.asarray(segments.tokens)[:, jnp.clip(inside, 0, width - 1)].swapaxes(0, 1)  # [B, tiers, T + W]
+    before = jnp.pad(own, ((0, 0), (0, width)))[:, None]
+    tokens = jnp.where((inside < 0)[:, None], before, stated)
+    hidden = predicting_hidden(policy, params, prefix, tokens)
+    logp, _ = token_logprobs(partial(policy.unembed, params), hidden, tokens, 1.0, 0)
+    counted = (inside >= 0)[:, None] & (inside[:, None] < segments.length[None, :, None])
+    return jnp.sum(jnp.where(counted, logp, 0.0), axis=-1)
+
+
+def sample_tiers(policy: Policy, tables: RuleTables, cfg: EvalConfig, params: Params, batch: Batch) -> Array:
+    """Tiers [B, pass_k] of sampled answers, UNKNOWN where malformed."""
+    prefix = prefill(policy, params, batch.prompt, batch.prompt_len)
+    key = jax.random.key_data(jax.random.key(cfg.seed))
+    keys = row_keys(key, PURPOSE_EVALUATE, 0, batch.row, cfg.pass_k)
+    rolled = rollout(
+        policy, params, prefix, keys,
+        length=cfg.response_len, temperature=cfg.temperature, end_token=tables.end_token,
+    )
+    reading = reader.read(tables, rolled.tokens, rolled.valid)
+    return jnp.where(reading.well_formed, reading.value[..., -1], UNKNOWN)

@@ -1,0 +1,35 @@
+"""Trains a judge: `python -m agrl_jax.main --config=configs/quickstart.py --workdir=runs/quickstart`."""
+
+from __future__ import annotations
+
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from agrl_jax.runtime.config import exit_with, parse_flags
+
+config_flags.DEFINE_config_file("config", None, "A config file, such as configs/quickstart.py:grpo.")
+flags.DEFINE_string("workdir", None, "Where everything is written; an existing one is continued.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: list[str]) -> None:
+    """Parses flags and trains. Exit codes: 2 for bad input, 1 for a run that diverged, 128 + signal if stopped."""
+    parse_flags(argv)
+    from agrl_jax import train  # after the flags: a typo is answered at once, not after JAX has started
+
+    try:
+        train.train(flags.FLAGS.config, flags.FLAGS.workdir)
+    except train.Interrupted as stop:
+        print(stop, file=sys.stderr)
+        raise SystemExit(128 + stop.signum) from None
+    except train.Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except train.USER_ERRORS as error:
+        exit_with(error)
+
+
+if __name__ == "__main__":
+    main(sys.argv)

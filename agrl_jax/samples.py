@@ -1,0 +1,73 @@
+"""Decoded rollouts: what the policy wrote, what was forced, and what it earned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from agrl_jax.data.pairs import Pair
+from agrl_jax.policy.tokenizer import Tokenizer
+from agrl_jax.rl.reward import component_names
+from agrl_jax.rl.step import Inspection
+from agrl_jax.rulebook.book import RuleBook
+from agrl_jax.types import UNKNOWN
+
+
+def decode(seen: Inspection, book: RuleBook, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+    """One JSON-able row per rollout: pair, text with its forced part apart, statements, rewards, advantage."""
+    components = component_names(tuple(step.name for step in book.steps))
+    rows = []
+    for i, row in enumerate(seen.row):
+        pair = pairs[int(row)]
+        truth = _named(book, [*(pair.steps or (UNKNOWN,) * len(book.steps)), pair.tier])
+        for g in range(seen.advantage.shape[1]):
+            tokens = seen.rolled.tokens[i, g]
+            sampled, valid = seen.rolled.sampled[i, g], seen.rolled.valid[i, g]
+            counted = seen.score.counted[i, g]
+            earned = zip(components, seen.score.earned[i, g], counted, strict=True)
+            rows.append(
+                {
+                    "id": pair.id,
+                    "family": pair.family,
+                    "query": pair.query,
+                    "title": pair.title,
+                    "truth": truth,
+                    "sample": g,
+                    "guided": bool(np.any(valid & ~sampled)),
+                    "forced": tokenizer.decode(tokens[valid & ~sampled].tolist()),
+                    "text": tokenizer.decode(tokens[sampled & (tokens != tokenizer.end_token)].tolist()),
+                    "finished": bool(seen.rolled.finished[i, g]),
+                    "stated": _named(book, seen.reading.value[i, g].tolist()),
+                    "parts": {name: float(str(value)) if part else None for name, value, part in earned},
+                    "reward": float(str(np.float32(np.sum(seen.score.earned[i, g] * counted)))),
+                    "passed": bool(seen.score.passed[i, g]),
+                    "advantage": float(str(seen.advantage[i, g])),
+                }
+            )
+    return rows
+
+
+def render(step: int, rows: Sequence[dict[str, Any]], answers: int = 3) -> str:
+    """The first example of `rows` for a terminal: a few of its answers, the forced part in brackets."""
+    first = rows[0]
+    group = [row for row in rows if row["id"] == first["id"]]
+    shown = sorted(group, key=lambda row: -row["guided"])[:answers]
+    truth = ", ".join(f"{name} {value}" for name, value in first["truth"].items() if value is not None)
+    lines = [f"step {step}: {first['query']!r} -> {first['title']!r} ({first['family']}; truth: {truth})"]
+    for row in shown:
+        forced = f"[{row['forced']}]" if row["forced"] else ""
+        text = (forced + row["text"]).replace("\n", "; ")
+        mark = "right" if row["passed"] else "wrong"
+        lines.append(f"    {mark}  reward {row['reward']:+.2f}  advantage {row['advantage']:+.2f}  {text}")
+    return "\n".join(lines)
+
+
+def _named(book: RuleBook, values: Sequence[int]) -> dict[str, str | None]:
+    """Values by part name, None where unknown."""
+    named = {
+        step.name: None if value == UNKNOWN else step.values[value]
+        for step, value in zip(book.steps, values[:-1], strict=True)
+    }
+    return named | {"tier": None if values[-1] == UNKNOWN else book.tiers[values[-1]].name}

@@ -1,0 +1,61 @@
+"""Supervised fine-tuning on canonical responses: the warm start, and the reference policy of RL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from agrl_jax.rl.objective import token_logprobs
+from agrl_jax.rl.rollout import predicting_hidden, run_prompt
+from agrl_jax.rl.step import UpdateFn
+from agrl_jax.types import Array, Batch, Params, Policy, TrainState
+
+
+def gold_loss(
+    policy: Policy, params: Params, batch: Batch, prompt_weight: float = 0.0, chunk: int = 0
+) -> tuple[Array, dict[str, Array]]:
+    """Cross-entropy of the gold responses, mean over their tokens (end token included) [nats].
+
+    Where steps are unknown, the gold response ends before the first of them and the loss with it.
+    `prompt_weight` times the mean cross-entropy of the prompts' own tokens is added: a policy trained from
+    scratch has to learn its language here too, and predicting the item from the query makes it compare
+    the two. Leave it at 0 for a pretrained one.
+    """
+    tokens = batch.gold[:, None]
+    weight = (jnp.arange(tokens.shape[-1]) < batch.gold_len[:, None])[:, None].astype(jnp.float32)
+    prefix, prompt_hidden = run_prompt(policy, params, batch.prompt, batch.prompt_len)
+    hidden = predicting_hidden(policy, params, prefix, tokens)
+    unembed = partial(policy.unembed, params)
+    logp, entropy = token_logprobs(unembed, hidden, tokens, 1.0, chunk)
+    number = jnp.maximum(jnp.sum(weight), 1)
+    response_loss = -jnp.sum(logp * weight) / number
+    loss = response_loss
+    if prompt_weight:
+        following, inside = batch.prompt[:, 1:], jnp.arange(1, batch.prompt.shape[1]) < batch.prompt_len[:, None]
+        prompt_logp, _ = token_logprobs(unembed, prompt_hidden[:, :-1], following, 1.0, chunk)
+        loss += prompt_weight * -jnp.sum(prompt_logp * inside) / jnp.sum(inside)
+    whole = jnp.sum(logp * weight, axis=-1)  # log-probability of each whole response
+    return loss, {
+        "policy/loss": response_loss,
+        "policy/entropy": jnp.sum(entropy * weight) / number,
+        "policy/gold_probability": jnp.mean(jnp.exp(whole)),
+        "tokens/trained": jnp.sum(batch.prompt_len) + jnp.sum(weight),
+    }
+
+
+def make_step(
+    policy: Policy, update: UpdateFn, prompt_weight: float = 0.0, chunk: int = 0
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """Returns the pure function `step(state, batch) -> (state, metrics)`; metrics are float32 scalars."""
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        loss = jax.value_and_grad(lambda params: gold_loss(policy, params, batch, prompt_weight, chunk), has_aux=True)
+        (_, metrics), grads = loss(state.params)
+        params, opt_state, skipped, figures = update(grads, state.params, state.opt_state, state.skipped)
+        state = state.replace(params=params, opt_state=opt_state, skipped=skipped, step=state.step + 1)
+        return state, {name: jnp.asarray(value, jnp.float32) for name, value in (metrics | figures).items()}
+
+    return step

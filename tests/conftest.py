@@ -1,0 +1,116 @@
+"""What the tests of sampling and training share: a rule book of two steps, a vocabulary in which each part of a
+response is one token, a policy small enough to compile in a second, and batches whose truth is known."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from agrl_jax.policy.transformer import PolicyConfig, build
+from agrl_jax.rulebook import wording
+from agrl_jax.rulebook.automaton import compile_tables
+from agrl_jax.rulebook.book import RuleBook, load
+from agrl_jax.types import Batch, Params, Policy, RuleTables
+
+# Steps fit (yes 0, part 1, no 2) and brand (ok 0, off 1); tiers good 0, fair 1, bad 2.
+BOOK = """\
+name: tiny
+response: {phrase: "{part}:{value}", separator: ",", tier: T}
+tiers:
+  - {name: good, grade: 3, good: true}
+  - {name: fair, grade: 2, good: true}
+  - {name: bad, grade: 1, good: false}
+steps:
+  - {name: fit, label: F, question: does it fit, values: [yes, part, no]}
+  - {name: brand, label: B, question: is it of that brand, values: [ok, off]}
+table:
+  - {when: {fit: no}, tier: bad}
+  - {when: {brand: off}, tier: fair}
+  - {when: {fit: part}, tier: fair}
+  - {when: otherwise, tier: good}
+"""
+WORDS = ("F:yes", "F:part", "F:no", ",B:ok", ",B:off", ",T:good", ",T:fair", ",T:bad", "x", "y")
+VOCABULARY = (*(word.encode() for word in WORDS), None, None)  # tokens 0 to 9, a special token, the end
+END = len(VOCABULARY) - 1
+PROMPT_LEN, RESPONSE_LEN = 5, 6  # S, T
+
+
+class Small(NamedTuple):
+    """One rule book, vocabulary and policy. A whole response is 4 tokens: fit, brand, tier, end."""
+
+    book: RuleBook
+    tables: RuleTables
+    config: PolicyConfig
+    policy: Policy
+    params: Params  # logits of untrained policies are all but equal; these are spread by 1 or so
+
+    def batch(
+        self, steps: Sequence[Sequence[int]], tiers: Sequence[int] | None = None, rows: Sequence[int] | None = None
+    ) -> Batch:
+        """Examples with these true step values; tiers are by the table unless given. A prompt follows from its row."""
+        rows = range(len(steps)) if rows is None else rows
+        tiers = [self.book.tier_for(values) for values in steps] if tiers is None else tiers
+        prompts = [_prompt(row) for row in rows]
+        golds = [wording.gold_segments(self.book, *truth) for truth in zip(tiers, steps, strict=True)]
+        parts = len(self.book.parts)
+        ids = [[WORDS.index(text) for text in gold] + [END] * (len(gold) == parts) for gold in golds]
+        return Batch(
+            prompt=_padded(prompts, PROMPT_LEN),
+            prompt_len=_int32(map(len, prompts)),
+            gold=_padded(ids, RESPONSE_LEN),
+            gold_len=_int32(map(len, ids)),
+            part_end=_int32([min(shown, len(gold)) for shown in range(1, parts + 1)] for gold in golds),
+            known_parts=_int32(map(len, golds)),
+            steps=_int32(steps),
+            tier=_int32(tiers),
+            row=_int32(rows),
+            family=_int32(row % 2 for row in rows),
+        )
+
+
+def _prompt(row: int) -> list[int]:
+    rng = np.random.default_rng(row)
+    return rng.integers(0, END, rng.integers(2, PROMPT_LEN + 1)).tolist()
+
+
+def _padded(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
+    return _int32([*row, *itertools.repeat(0, length - len(row))] for row in rows)
+
+
+def _int32(values) -> np.ndarray:
+    return np.array(list(values), np.int32)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    path = tmp_path_factory.mktemp("book") / "tiny.yaml"
+    path.write_text(BOOK)
+    book = load(path)
+    config = PolicyConfig(
+        vocab_size=len(VOCABULARY), width=32, layers=9, heads=4, kv_heads=2, head_dim=8, mlp=48, tied=True
+    )
+    policy, init, _ = build(config)
+    params = jax.jit(init)(jax.random.key(0))
+    params["embedding"] = 8 * params["embedding"]
+    return Small(book, compile_tables(book, VOCABULARY, END), config, policy, params)
+
+
+@pytest.fixture(scope="session")
+def close() -> Callable[..., None]:
+    """Asserts that two pytrees agree, each tensor within a relative L2 distance (1e-5 unless given)."""
+
+    def check(actual: Params, expected: Params, tolerance: float = 1e-5) -> None:
+        def leaf(path, a, b) -> None:
+            a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+            assert a.shape == b.shape
+            distance, size = np.linalg.norm(a - b), np.linalg.norm(b)
+            assert distance <= tolerance * size, f"{jax.tree_util.keystr(path)}: {distance} against {size}"
+
+        jax.tree_util.tree_map_with_path(leaf, actual, expected)
+
+    return check

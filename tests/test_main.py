@@ -1,0 +1,194 @@
+"""The real command, end to end: it trains, is killed, resumes, and refuses bad input in one clear message."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from agrl_jax.runtime.metrics import read_jsonl
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the benchmark is built once for all runs."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compiled programs, shared by all runs of this file: they are the same program."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def start(workdir: Path, data_dir: Path, cache_dir: Path, *overrides: str, config: str = "tiny.py") -> subprocess.Popen:
+    command = [
+        sys.executable, "-m", "agrl_jax.main", f"--config={ROOT / 'tests' / config}", f"--workdir={workdir}",
+        f"--config.data.dir={data_dir}", *overrides,
+    ]  # fmt: skip
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache_dir), "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def without_times(path: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in read_jsonl(path)]
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory, data_dir: Path, cache_dir: Path) -> tuple[Path, str]:
+    """A run that was never disturbed, and what it printed."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    return workdir, finish(start(workdir, data_dir, cache_dir))
+
+
+def test_writes_everything_it_promises(whole: tuple[Path, str]) -> None:
+    workdir, output = whole
+    card = json.loads((workdir / "scorecard.json").read_text())
+    assert set(card) == {"sft", "agrl"}
+    for stage in card.values():
+        assert set(stage) == {"b_eval", "w_eval"}
+        for scores in stage.values():
+            assert set(scores["accuracy"]) >= {"value", "low", "high"}
+            assert scores["accuracy"]["low"] <= scores["accuracy"]["value"] <= scores["accuracy"]["high"]
+    rows = read_jsonl(workdir / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["stage"] == "sft"] == list(range(1, 13))
+    assert [row["step"] for row in rows if row["stage"] == "rl"] == list(range(1, 13))
+    assert list((workdir / "tensorboard" / "rl").glob("events*"))
+    assert json.loads((workdir / "config.json").read_text())["rl"]["group_size"] == 4
+    assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "macro" in output and str(workdir / "scorecard.json") in output
+
+
+def test_the_step_compiles_once_with_guided_and_unguided_steps(whole: tuple[Path, str]) -> None:
+    rows = [row for row in read_jsonl(whole[0] / "metrics.jsonl") if row["stage"] == "rl"]
+    assert {row["compiles"] for row in rows} == {1}
+
+
+def test_samples_show_forced_tokens_and_parts(whole: tuple[Path, str]) -> None:
+    samples = read_jsonl(whole[0] / "samples.jsonl")
+    guided = [row for row in samples if row["guided"]]
+    assert guided and all(row["forced"] for row in guided)
+    assert all(not row["forced"] for row in samples if not row["guided"])
+    for row in samples:
+        assert row["reward"] == pytest.approx(sum(v for v in row["parts"].values() if v is not None), abs=1e-5)
+
+
+@pytest.mark.parametrize("after_rows", [3, 19])
+def test_killed_at_any_moment_and_resumed_it_leaves_the_same_logs(
+    whole: tuple[Path, str], tmp_path: Path, data_dir: Path, cache_dir: Path, after_rows: int
+) -> None:
+    process = start(tmp_path, data_dir, cache_dir)
+    metrics = tmp_path / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= after_rows):
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    finish(start(tmp_path, data_dir, cache_dir))
+    assert without_times(metrics) == without_times(whole[0] / "metrics.jsonl")
+    assert (tmp_path / "samples.jsonl").read_bytes() == (whole[0] / "samples.jsonl").read_bytes()
+    assert (tmp_path / "scorecard.json").read_bytes() == (whole[0] / "scorecard.json").read_bytes()
+
+
+def test_sigterm_saves_and_the_same_command_continues(
+    whole: tuple[Path, str], tmp_path: Path, data_dir: Path, cache_dir: Path
+) -> None:
+    process = start(tmp_path, data_dir, cache_dir, "--config.checkpoint.every=1000")
+    metrics = tmp_path / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 14):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "the same command continues" in output
+    assert "resuming from rl step" in finish(start(tmp_path, data_dir, cache_dir))
+    assert without_times(metrics) == without_times(whole[0] / "metrics.jsonl")
+
+
+def test_trains_on_pairs_of_which_the_tier_alone_is_known(tmp_path: Path, data_dir: Path, cache_dir: Path) -> None:
+    overrides = (f"--config.data.path={ROOT / 'examples' / 'pairs.csv'}", "--config.rl.batch_size=4")
+    output = finish(start(tmp_path, data_dir, cache_dir, *overrides, config="tiny.py:pairs"))
+    card = json.loads((tmp_path / "scorecard.json").read_text())
+    assert set(card["agrl"]) == {"test"}
+    assert "their tier alone counts" in output
+
+
+# ------------------------------------------------------------------------------------------- bad input
+
+
+def refused(tmp_path: Path, data_dir: Path, cache_dir: Path, *overrides: str, config: str = "tiny.py") -> str:
+    """What a run that must be refused says; it says it in a few lines and without a traceback."""
+    process = start(tmp_path / "run", data_dir, cache_dir, *overrides, config=config)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert "Traceback" not in output
+    return output
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("--config.rl.group_sizes=4", "rl.group_size"),
+        ("--config.rl.group_size=1", "rl.group_size is 1"),
+        ("--config.rl.batch_size=9", "rl.batch_size"),
+        ("--config.guidance.capacity=0.01", "guidance.capacity"),
+        ("--config.objective.loss=gpro", "did you mean grpo"),
+        ("--config.rulebook.path=no_such_book", "no_such_book"),
+        ("--config.mesh.data=3", "mesh.data=3"),
+    ],
+)
+def test_a_bad_field_is_refused_by_name(
+    tmp_path: Path, data_dir: Path, cache_dir: Path, override: str, said: str
+) -> None:
+    more = ("--config.rl.micro_batches=4",) if "batch_size" in override else ()
+    assert said in refused(tmp_path, data_dir, cache_dir, override, *more)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "pairs.csv"),
+        (b"", "empty"),
+        (b"query,title\nboots,Boot\n", "label"),
+        (b"query,title,label\nboots,Boot,4\nboots,Shoe,7\n", "row 2"),
+        (b"query,title,label\n,Boot,4\n", "query"),
+        (b"query,title,label\nboots,\xff\xfe,4\n", "UTF-8"),
+    ],
+)
+def test_a_bad_pairs_file_is_refused(
+    tmp_path: Path, data_dir: Path, cache_dir: Path, content: bytes | None, said: str
+) -> None:
+    path = tmp_path / "pairs.csv"
+    if content is not None:
+        path.write_bytes(content)
+    assert said in refused(tmp_path, data_dir, cache_dir, f"--config.data.path={path}", config="tiny.py:pairs")
+
+
+def test_a_workdir_of_another_run_is_refused(whole: tuple[Path, str], data_dir: Path, cache_dir: Path) -> None:
+    process = start(whole[0], data_dir, cache_dir, "--config.rl.group_size=8")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "rl.group_size: 4 -> 8" in output
+
+
+def test_a_run_that_diverges_stops_with_a_diagnosis(tmp_path: Path, data_dir: Path, cache_dir: Path) -> None:
+    process = start(tmp_path, data_dir, cache_dir, "--config.sft.learning_rate=1e30", "--config.rl.max_skipped=3")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output
+    assert "not finite" in output and "learning_rate" in output

@@ -1,0 +1,366 @@
+"""Advantages and losses against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from agrl_jax.rl.objective import (
+    ObjectiveConfig,
+    advantages,
+    kl_estimate,
+    loss_terms,
+    part_of_token,
+    token_logprobs,
+    token_weights,
+)
+from agrl_jax.rl.reward import Score
+from agrl_jax.types import Reading, Rollout
+
+LOSSES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo")
+BASE = ObjectiveConfig(
+    loss="grpo", credit="sequence", clip_low=0.2, clip_high=0.2, kl="none", kl_weight=0.0, entropy_weight=0.0,
+    mask_truncated=False, treatment="mask", gamma=0.1, imitate_weight=0.5, baseline="pooled", step_weight=0.3,
+)
+
+
+def having(**changes) -> ObjectiveConfig:
+    return dataclasses.replace(BASE, **changes)
+
+
+# ---------------------------------------------------------------------------------------- advantages
+
+
+def advantage(earned, counted=True, guided=False, cfg=BASE) -> np.ndarray:
+    """Advantage of each answer of one group. `earned` is [G] of one component, or [G, Q]."""
+    earned = np.array(earned, np.float32).reshape(1, len(earned), -1)
+    counted = np.broadcast_to(np.array(counted), earned.shape[1:])[None]
+    guided = np.broadcast_to(np.array(guided), earned.shape[:2])
+    unused = np.zeros(earned.shape[:2], bool)
+    score = Score(raw=earned, earned=earned, counted=counted, passed=unused, tier_forced=unused)
+    reading = Reading(*[np.zeros((*earned.shape[:2], 3), np.int32)] * 3, well_formed=unused)
+    per_token = np.asarray(advantages(score, reading, guided, 4, cfg))
+    assert per_token.shape == (1, earned.shape[1], 4) and np.all(per_token == per_token[..., :1])
+    return per_token[0, :, 0]
+
+
+@pytest.mark.parametrize(
+    ("loss", "by_hand"),
+    [
+        ("grpo", [3**0.5, *[-1 / 3**0.5] * 3]),  # mean 1/4, variance 3/16
+        ("dapo", [3**0.5, *[-1 / 3**0.5] * 3]),
+        ("dr_grpo", [0.75, -0.25, -0.25, -0.25]),
+        ("rloo", [1, -1 / 3, -1 / 3, -1 / 3]),  # less the mean of the three others
+    ],
+)
+def test_one_right_answer_of_four(loss, by_hand):
+    np.testing.assert_allclose(advantage([1, 0, 0, 0], cfg=having(loss=loss)), by_hand, rtol=1e-6)
+
+
+def test_each_component_is_centred_over_the_answers_in_which_it_counts():
+    """The second component was forced on answers 2 and 3: they neither earn by it nor are compared."""
+    earned = [[1, 1], [0, 0], [0, 1], [1, 1]]
+    counted = [[True, True], [True, True], [True, False], [True, False]]
+    centred = np.array([0.5 + 0.5, -0.5 - 0.5, -0.5, 0.5])
+    np.testing.assert_allclose(advantage(earned, counted, cfg=having(loss="dr_grpo")), centred)
+    np.testing.assert_allclose(advantage(earned, counted), centred / np.sqrt(2.5 / 4), rtol=1e-6)
+    left_out = [2 / 3 + 1, -2 / 3 - 1, -2 / 3, 2 / 3]  # the others are three in the first, one in the second
+    np.testing.assert_allclose(advantage(earned, counted, cfg=having(loss="rloo")), left_out, rtol=1e-6)
+
+
+def test_baselines_of_guided_answers():
+    guided = [False, False, True, True]
+    np.testing.assert_allclose(advantage([0, 0, 1, 1], guided=guided), [-1, -1, 1, 1], rtol=1e-6)
+    unguided = having(baseline="unguided_only")  # mean 0 of the unguided; spread 1/2 of all
+    np.testing.assert_allclose(advantage([0, 0, 1, 1], guided=guided, cfg=unguided), [0, 0, 2, 2], rtol=1e-6)
+    rloo = having(baseline="unguided_only", loss="rloo")  # an answer not in the mean is not taken out of it
+    np.testing.assert_allclose(
+        advantage([0, 0.5, 1, 1], guided=guided, cfg=rloo), [-0.5, 0.5, 0.75, 0.75], rtol=1e-6
+    )
+    np.testing.assert_allclose(advantage([0, 1], guided=True, cfg=unguided), [-1, 1], rtol=1e-6)  # all with all
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("baseline", ["pooled", "unguided_only"])
+def test_equal_rewards_give_no_advantage(loss, baseline):
+    cfg = having(loss=loss, baseline=baseline)
+    for rewards in ([0.7] * 4, [0.7, 0.7 + 1e-5, 0.7, 0.7], [0.0] * 4):
+        assert np.all(advantage(rewards, guided=[False, True, True, False], cfg=cfg) == 0)
+    assert np.all(advantage([0.3, 0.9], counted=False, cfg=cfg) == 0)  # nothing counts
+    assert np.abs(advantage([0.7, 0.701, 0.7, 0.7], cfg=cfg)).max() > 0  # a spread of 4e-4 is a spread
+
+
+# ------------------------------------------------------------------------------------ credit by step
+
+
+def reading_at(positions) -> Reading:
+    position = np.array(positions, np.int32)[None]
+    return Reading(value=position, count=position, position=position, well_formed=np.ones(position.shape[:2], bool))
+
+
+@pytest.mark.parametrize(
+    ("positions", "parts"),
+    [
+        ((1, 2, 4), [0, 0, 1, 2, 2, 3]),  # fit by token 1, brand by 2, the tier by 4, then the end
+        ((2, 6, 0), [2, 0, 0, 3, 3, 3]),  # the tier first, brand never
+        ((1, 1, 5), [0, 0, 2, 2, 2, 2]),  # one token completes two parts: the first has it
+        ((6, 6, 6), [3] * 6),
+    ],
+)
+def test_tokens_belong_to_the_part_they_help_to_complete(positions, parts):
+    np.testing.assert_array_equal(part_of_token(reading_at([positions]), 6)[0, 0], parts)
+
+
+def test_each_step_is_credited_to_its_own_tokens():
+    # Components: tier, fit, brand, consistent, format, overlong.
+    earned = np.array([[[1, 0.5, 0.0, 0, 0, 0], [0, 0.0, 0.5, 0, 0, 0]]], np.float32)
+    counted = jnp.ones(earned.shape, bool)
+    unused = np.zeros((1, 2), bool)
+    reading = reading_at([(1, 2, 4), (0, 2, 3)])
+    score = Score(raw=earned, earned=earned, counted=counted, passed=unused, tier_forced=unused)
+    by_step = advantages(score, reading, unused, 6, having(credit="step"))
+    # All tokens have the tier's +-1; fit adds +-0.3 to its own, and brand, the other way round, to its own.
+    by_hand = [[1.3, 1.3, 0.7, 1, 1, 1], [-1.3, -0.7, -0.7, -1, -1, -1]]
+    np.testing.assert_allclose(by_step[0], by_hand, rtol=1e-6)
+    # Where brand was forced on the second answer, nobody is left to be compared with.
+    alone = score.replace(counted=counted & ~((np.arange(6) == 2) & (np.arange(2) == 1)[:, None]))
+    by_hand = [[1.3, 1.3, 1, 1, 1, 1], [-1.3, -1, -1, -1, -1, -1]]
+    np.testing.assert_allclose(advantages(alone, reading, unused, 6, having(credit="step"))[0], by_hand, rtol=1e-6)
+
+
+# --------------------------------------------------------------------------------- log-probabilities
+
+
+def test_log_probabilities_and_entropies_by_hand():
+    hidden = jnp.log(jnp.array([[[[0.25, 0.25, 0.5], [0.1, 0.9, 0.0]]]]) + 1e-30)
+    logp, entropy = token_logprobs(lambda h: h, hidden, jnp.array([[[2, 0]]]), temperature=1.0, chunk=0)
+    np.testing.assert_allclose(np.exp(logp[0, 0]), [0.5, 0.1], rtol=1e-5)
+    np.testing.assert_allclose(entropy[0, 0], [1.5 * np.log(2), -0.1 * np.log(0.1) - 0.9 * np.log(0.9)], rtol=1e-5)
+    logp, _ = token_logprobs(lambda h: h, hidden, jnp.array([[[2, 0]]]), temperature=0.5, chunk=0)
+    np.testing.assert_allclose(np.exp(logp[0, 0]), [4 / 6, 1 / 82], rtol=1e-5)  # squares: 1, 1, 4 and 1, 81
+
+
+def test_chunks_change_neither_values_nor_gradients():
+    rng = np.random.default_rng(0)
+    hidden, head = rng.normal(size=(2, 3, 4, 5)).astype(np.float32), rng.normal(size=(5, 11)).astype(np.float32)
+    tokens = rng.integers(0, 11, (2, 3, 4))
+    weight = rng.normal(size=(2, 2, 3, 4))
+
+    def value(hidden, head, chunk):
+        pair = token_logprobs(lambda h: h @ head, hidden, tokens, 0.7, chunk)
+        return sum(jnp.sum(w * x) for w, x in zip(weight, pair, strict=True)), pair
+
+    run = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True), static_argnums=2)
+    (_, whole), gradients = run(hidden, head, 0)
+    for chunk in (1, 7, 24, 100):  # one by one; with a remainder; exactly all; more than there are
+        (_, chunked), chunked_gradients = run(hidden, head, chunk)
+        for a, b in zip((*chunked, *chunked_gradients), (*whole, *gradients), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------- losses
+
+
+def rolled(sampled, forced=None, finished=True) -> Rollout:
+    """Masks of one group, [G][T] of 0 and 1."""
+    sampled = np.array(sampled, bool)[None]
+    forced = np.zeros_like(sampled) if forced is None else np.array(forced, bool)[None]
+    return Rollout(
+        tokens=np.zeros(sampled.shape, np.int32), logp=np.zeros(sampled.shape, np.float32), sampled=sampled,
+        valid=sampled | forced, finished=np.broadcast_to(np.array(finished), sampled.shape[:2]),
+    )
+
+
+# Two answers of 2 and 3 tokens, T = 4, with these ratios; the first is better than the second.
+ANSWERS = rolled([[1, 1, 0, 0], [1, 1, 1, 0]])
+RATIO = np.array([[1.5, 0.5, 9.0, 9.0], [1.5, 0.5, 0.9, 9.0]], np.float32)
+LOGP = np.array([[-1.0, -2.0, -8.0, -8.0], [-0.5, -1.0, -3.0, -8.0]], np.float32)
+ADVANTAGE = np.array([[1.0] * 4, [-1.0] * 4], np.float32)
+
+
+def loss_of(cfg, answers=ANSWERS, logp=LOGP, ratio=RATIO, advantage=ADVANTAGE, entropy=0.0, reference=None):
+    """The loss of one group, its gradient by log-probability, and its figures."""
+
+    def loss(logp):
+        whole = np.shape(logp)
+        return loss_terms(
+            logp, jnp.broadcast_to(entropy, whole), jax.lax.stop_gradient(logp) - np.log(ratio)[None],
+            None if reference is None else np.array(reference, np.float32)[None],
+            np.broadcast_to(advantage, whole), answers.sampled, token_weights(answers, cfg), cfg,
+        )
+
+    (value, sums), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(logp)[None])
+    return float(value), np.asarray(gradient[0]), sums
+
+
+@pytest.mark.parametrize(
+    ("cfg", "by_hand"),
+    [
+        # The better answer gets min(r, clip r): 1.2, 0.5. The worse one max: 1.5, 0.8, 0.9.
+        (having(loss="grpo"), -((1.2 + 0.5) / 2 - (1.5 + 0.8 + 0.9) / 3) / 2),
+        (having(loss="dr_grpo"), -(1.2 + 0.5 - 1.5 - 0.8 - 0.9) / (4 * 2)),
+        (having(loss="dapo", clip_high=0.28), -(1.28 + 0.5 - 1.5 - 0.8 - 0.9) / 5),
+        # Geometric means 0.866 and 0.877; within [0.9, 1.2] they are 0.9: only the worse one's is clipped.
+        (having(loss="gspo", clip_low=0.1), -(0.75**0.5 - 0.9) / 2),
+        (having(loss="cispo"), -(1.2 * -1 + 0.8 * -2 - (1.2 * -0.5 + 0.8 * -1 + 0.9 * -3)) / 5),
+        (having(loss="rloo"), -(1.5 + 0.5 - 1.5 - 0.5 - 0.9) / 2),
+    ],
+    ids=LOSSES,
+)
+def test_losses_by_hand(cfg, by_hand):
+    np.testing.assert_allclose(loss_of(cfg)[0], by_hand, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "by_hand"),
+    [
+        # By log-probability: -weight * r * A, and 0 where the clipped term is the one that counts.
+        (having(loss="grpo"), [[0, -0.5 / 4, 0, 0], [1.5 / 6, 0, 0.9 / 6, 0]]),
+        (having(loss="dr_grpo"), [[0, -0.5 / 8, 0, 0], [1.5 / 8, 0, 0.9 / 8, 0]]),
+        (having(loss="dapo", clip_high=0.6), [[-1.5 / 5, -0.5 / 5, 0, 0], [1.5 / 5, 0, 0.9 / 5, 0]]),
+        # Each token moves its answer's mean by 1 / length, and counts 1 / length in each of `length` terms.
+        (having(loss="gspo", clip_low=0.1), [[-(0.75**0.5) / 4] * 2 + [0, 0], [0, 0, 0, 0]]),
+        (having(loss="cispo"), [[-1.2 / 5, -0.8 / 5, 0, 0], [1.2 / 5, 0.8 / 5, 0.9 / 5, 0]]),
+        (having(loss="rloo"), [[-1.5 / 2, -0.5 / 2, 0, 0], [1.5 / 2, 0.5 / 2, 0.9 / 2, 0]]),
+    ],
+    ids=LOSSES,
+)
+def test_gradients_by_hand(cfg, by_hand):
+    np.testing.assert_allclose(loss_of(cfg)[1], by_hand, atol=1e-6)
+
+
+def test_figures_of_the_ratio():
+    _, _, sums = loss_of(BASE)  # 1.5 and 0.5 are outside [0.8, 1.2]: 2 of 2 and 2 of 3
+    np.testing.assert_allclose(sums["clipped"], (2 / 2 + 2 / 3) / 2, rtol=1e-6)
+    change = np.abs(np.log([1.5, 0.5, 1.5, 0.5, 0.9]))
+    np.testing.assert_allclose(sums["ratio_change"], (change[:2].mean() + change[2:].mean()) / 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "by_hand"),
+    [("k1", [np.log(2), -np.log(4)]), ("k2", [0.5 * np.log(2) ** 2, 0.5 * np.log(4) ** 2]),
+     ("k3", [0.5 - 1 + np.log(2), 4 - 1 - np.log(4)])],
+)
+def test_divergence_by_hand(kind, by_hand):
+    logp, reference = np.log([0.5, 0.125]), np.log([0.25, 0.5])  # twice and a quarter as likely as for the reference
+    np.testing.assert_allclose(kl_estimate(logp, reference, kind), by_hand, rtol=1e-6)
+    cfg = having(kl=kind, kl_weight=0.1, loss="dapo")
+    answers = rolled([[1, 1, 0]])
+    plain, *_ = loss_of(having(loss="dapo"), answers, np.log([[0.5, 0.125, 0.3]]), np.ones((1, 3)), np.ones((1, 3)))
+    value, _, sums = loss_of(
+        cfg, answers, np.log([[0.5, 0.125, 0.3]]), np.ones((1, 3)), np.ones((1, 3)), reference=[[*reference, -50.0]]
+    )
+    np.testing.assert_allclose(sums["kl"], np.mean(by_hand), rtol=1e-5)
+    np.testing.assert_allclose(value - plain, 0.1 * np.mean(by_hand), rtol=1e-4)
+
+
+def test_the_entropy_bonus_lowers_the_loss_by_the_weighted_entropy():
+    entropy = np.array([[0.2, 0.4, 9.0, 9.0], [0.3, 0.6, 0.9, 9.0]])
+    plain, *_ = loss_of(BASE)
+    value, *_ = loss_of(having(entropy_weight=0.5), entropy=entropy)
+    np.testing.assert_allclose(plain - value, 0.5 * (0.3 + 0.6) / 2, rtol=1e-5)
+
+
+def test_truncated_answers_can_be_masked():
+    cut = ANSWERS.replace(finished=np.array([[True, False]]))
+    value, gradient, _ = loss_of(having(mask_truncated=True), cut)
+    np.testing.assert_allclose(value, -(1.2 + 0.5) / 2, rtol=1e-6)  # the one answer that is left
+    assert np.all(gradient[1] == 0)
+    np.testing.assert_allclose(loss_of(BASE, cut)[0], loss_of(BASE)[0])
+
+
+# ------------------------------------------------------------------------------------- forced tokens
+
+# One token given with probability 0.3 and two sampled; and an answer of four sampled tokens. T = 4, ratios 1.
+GUIDED = rolled([[0, 1, 1, 0], [1, 1, 1, 1]], forced=[[1, 0, 0, 0], [0, 0, 0, 0]])
+GUIDED_LOGP = np.log(np.array([[0.3, 0.5, 0.5, 0.5], [0.5] * 4], np.float32))
+GUIDED_ADVANTAGE = np.array([[2.0] * 4, [-1.0] * 4], np.float32)
+
+
+def guided_loss(**changes):
+    cfg = having(**changes)
+    return loss_of(cfg, GUIDED, GUIDED_LOGP, np.ones((2, 4), np.float32), GUIDED_ADVANTAGE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "term", "gradient"),
+    [
+        ({"treatment": "mask"}, 0, 0),
+        # -A p / (p + 0.1) = -1.5, as one of an answer of 3 tokens; its slope is -A p 0.1 / (p + 0.1)^2.
+        ({"treatment": "shaped"}, -1.5 / 6, -2 * 0.3 * 0.1 / 0.16 / 6),
+        ({"treatment": "importance"}, -0.6 / 6, -0.6 / 6),
+        ({"treatment": "imitate"}, -0.5 * np.log(0.3), -0.5),  # mean over the one forced token, times the weight
+        ({"treatment": "shaped", "loss": "dapo"}, -1.5 / 7, None),  # 7 tokens, sampled and forced
+        ({"treatment": "shaped", "loss": "dr_grpo"}, -1.5 / 8, None),
+        ({"treatment": "shaped", "loss": "rloo"}, -1.5 / 2, None),
+        ({"treatment": "importance", "loss": "cispo"}, -0.6 / 7, None),
+        ({"treatment": "importance", "loss": "gspo"}, -0.6 / 6, None),
+    ],
+)
+def test_forced_tokens_by_hand(changes, term, gradient):
+    value, gradients, _ = guided_loss(**changes)
+    masked, masked_gradients, _ = guided_loss(**{**changes, "treatment": "mask"})
+    np.testing.assert_allclose(value - masked, term, rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(gradients.reshape(-1)[1:], masked_gradients.reshape(-1)[1:])
+    assert masked_gradients[0, 0] == 0
+    if gradient is not None:
+        np.testing.assert_allclose(gradients[0, 0], gradient, rtol=1e-5)
+
+
+def test_sampled_tokens_after_a_prefix_keep_their_weight():
+    # Ratios are 1: the first answer has advantage 2 over its 2 sampled tokens, the second -1 over its 4.
+    np.testing.assert_allclose(guided_loss()[0], -(2 - 1) / 2, rtol=1e-6)
+    np.testing.assert_allclose(guided_loss(loss="dapo")[0], -(2 * 2 - 4) / 6, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_forced_tokens_stay_out_of_ratios_divergence_and_entropy(loss):
+    cfg = having(loss=loss, kl="k3", kl_weight=0.1, entropy_weight=0.1)
+
+    def run(first):
+        """With anything at all as ratio, reference and entropy of the forced token."""
+        ratio, reference, entropy = np.full((2, 4), 1.1), np.full((2, 4), -1.0), np.full((2, 4), 0.4)
+        ratio[0, 0], reference[0, 0], entropy[0, 0] = first
+        return loss_of(cfg, GUIDED, GUIDED_LOGP, ratio, GUIDED_ADVANTAGE, entropy, reference)
+
+    for a, b in zip(jax.tree.leaves(run((1.1, -1.0, 0.4))), jax.tree.leaves(run((5.0, -9.0, 7.0))), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# ----------------------------------------------------------------------------------- what must not matter
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("treatment", ["shaped", "imitate", "importance", "mask"])
+def test_a_fully_masked_row_changes_nothing(loss, treatment):
+    """An answer of which nothing was sampled, whatever its numbers, leaves value and gradients as they are."""
+    cfg = having(loss=loss, treatment=treatment, kl="k3", kl_weight=0.1, entropy_weight=0.1)
+
+    def with_blank(rows, fill):
+        return np.concatenate([rows, np.broadcast_to(fill, (3, 4))])
+
+    def run(extend):
+        answers = rolled(extend(GUIDED.sampled[0], 0), extend(GUIDED.forced[0], 0))
+        logp = extend(GUIDED_LOGP, np.array([[-200.0], [0.0], [-np.inf]]))
+        return loss_of(
+            cfg, answers, logp, extend(RATIO, 5.0), extend(GUIDED_ADVANTAGE, 1e6), extend(np.full((2, 4), 0.3), 7.0),
+            extend(np.full((2, 4), -1.5), 0.0),
+        )
+
+    value, gradient, _ = run(lambda rows, fill: rows)
+    masked, masked_gradient, _ = run(with_blank)
+    np.testing.assert_allclose(masked, value, rtol=1e-5)
+    np.testing.assert_allclose(masked_gradient[:2], gradient, rtol=1e-5)
+    assert np.all(masked_gradient[2:] == 0)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("treatment", ["shaped", "importance", "mask"])
+def test_no_advantage_gives_no_gradient(loss, treatment):
+    cfg = having(loss=loss, treatment=treatment)
+    value, gradient, _ = loss_of(cfg, GUIDED, GUIDED_LOGP, np.full((2, 4), 1.5), np.zeros((2, 4)))
+    assert value == 0 and np.all(gradient == 0)

@@ -1,0 +1,180 @@
+"""The reward, worked out by hand for answers whose reading is given."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from agrl_jax.rl import reader
+from agrl_jax.rl.reward import RewardConfig, component_names, is_consistent, score
+from agrl_jax.types import UNKNOWN, Batch, Reading, Rollout
+
+# The rule book of conftest: fit yes 0, part 1, no 2; brand ok 0, off 1; tiers good 0, fair 1, bad 2.
+# The table: (yes, ok) good; (no, any) bad; all else fair.
+SUM = RewardConfig(
+    composition="sum", tier_kind="exact", tier_weight=1.0, step_weight=0.5, consistent_weight=0.25,
+    format_weight=0.125, overlong_weight=2.0, overlong_from=4,
+)
+T = 8
+TIER, FIT, BRAND, CONSISTENT, FORMAT, OVERLONG = range(6)
+
+
+def scored(small, stated, cfg=SUM, truth=(0, 0), tier=0, position=None, forced_len=0, length=4, well_formed=True):
+    """The score of one group: `stated` has (fit, brand, tier) of each answer; the rest is one for all or one each."""
+    stated = np.array(stated, np.int32)[None]
+    g = stated.shape[1]
+    default = np.where(stated == UNKNOWN, T, np.arange(3))  # fit by token 0, brand by 1, tier by 2
+    t = np.arange(T)
+    valid = np.broadcast_to(t < np.reshape(length, (-1, 1)), (1, g, T))
+    forced = t < np.reshape(forced_len, (-1, 1))
+    rolled = Rollout(
+        tokens=np.zeros((1, g, T), np.int32), logp=np.zeros((1, g, T), np.float32), sampled=valid & ~forced,
+        valid=valid, finished=np.ones((1, g), bool),
+    )
+    reading = Reading(
+        value=stated, count=(stated != UNKNOWN).astype(np.int32),
+        position=default if position is None else np.broadcast_to(np.array(position), default.shape),
+        well_formed=np.broadcast_to(np.array(well_formed), (1, g)),
+    )
+    empty = np.zeros((1, 1), np.int32)
+    batch = Batch(
+        prompt=empty, prompt_len=empty[0], gold=empty, gold_len=empty[0], part_end=empty, known_parts=empty[0],
+        steps=np.array([truth], np.int32), tier=np.array([tier], np.int32), row=empty[0], family=empty[0],
+    )
+    return score(reading, rolled, batch, small.tables, cfg)
+
+
+def test_names_go_with_components():
+    assert component_names(("fit", "brand")) == ("tier", "fit", "brand", "consistent", "format", "overlong")
+
+
+def test_every_component_and_their_sum(small):
+    s = scored(
+        small,
+        [(0, 0, 0), (0, 1, 0), (2, 1, 2), (UNKNOWN, 0, 0), (0, 0, UNKNOWN)],
+        length=[4, 6, 8, 4, 5],
+        well_formed=[True, True, True, False, False],
+    )
+    np.testing.assert_array_equal(s.raw[0], [
+        # tier, fit, brand, consistent, format, overlong (from 4 tokens on, a quarter a token)
+        [1, 1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1, -0.5],  # (yes, off) is fair, not good
+        [0, 0, 0, 1, 1, -1],  # wrong throughout, but consistent
+        [1, 0, 1, 0, 0, 0],  # a step is not stated: wrong, and not consistent
+        [0, 1, 1, 0, 0, -0.25],  # nor is it without a tier
+    ])
+    assert np.all(s.counted)
+    total = [1 + 0.5 + 0.5 + 0.25 + 0.125, 1 + 0.5 + 0.125 - 1, 0.25 + 0.125 - 2, 1 + 0.5, 0.5 + 0.5 - 0.5]
+    np.testing.assert_allclose(s.total[0], total)
+    np.testing.assert_array_equal(s.passed[0], [True, True, False, True, False])
+    assert not s.tier_forced.any()
+
+
+@pytest.mark.parametrize(
+    ("composition", "totals"),
+    [
+        ("terminal", [1, 1, 0, 0]),
+        ("sum", [1 + 1 + 0.375, 1 + 0.5 + 0.125, 0.5 + 0.375, 1 + 0.125]),
+        ("gated", [1 + 1 + 0.375, 1 + 0.125, 0.5 + 0.375, 0.125]),  # steps count where consistent
+        ("gated_tier", [1 + 1 + 0.375, 1 + 0.5 + 0.125, 0.375, 0.125]),  # steps count where the tier is right
+    ],
+)
+def test_compositions_and_gates(small, composition, totals):
+    answers = [
+        (0, 0, 0),  # right and consistent
+        (0, 1, 0),  # right tier, one step right, inconsistent
+        (0, 1, 1),  # wrong tier, one step right, consistent
+        (0, 0, 1),  # wrong tier, both steps right, inconsistent
+    ]
+    s = scored(small, answers, dataclasses.replace(SUM, composition=composition))
+    np.testing.assert_allclose(s.total[0], totals)
+    np.testing.assert_array_equal(s.raw[0, :, CONSISTENT], [1, 0, 1, 0])  # what is logged is not gated
+    np.testing.assert_array_equal(s.raw[0, :, FIT], [1, 1, 1, 1])
+
+
+def test_the_ordinal_tier_gives_less_for_each_tier_off(small):
+    ordinal = dataclasses.replace(SUM, tier_kind="ordinal")
+    answers = [(0, 0, 0), (0, 0, 1), (0, 0, 2), (0, 0, UNKNOWN)]
+    s = scored(small, answers, ordinal)
+    np.testing.assert_allclose(s.raw[0, :, TIER], [1, 0.5, 0, 0])  # 1 - distance / (3 tiers - 1)
+    np.testing.assert_array_equal(s.passed[0], [True, False, False, False])  # to pass it has to be right
+    s = scored(small, answers, ordinal, tier=1)
+    np.testing.assert_allclose(s.raw[0, :, TIER], [0.5, 1, 0.5, 0])
+
+
+def test_a_step_of_unknown_truth_is_not_counted(small):
+    s = scored(small, [(0, 0, 1), (2, 1, 2)], truth=(UNKNOWN, 1), tier=1)
+    np.testing.assert_array_equal(s.counted[0, :, FIT], [False, False])
+    np.testing.assert_array_equal(s.counted[0, :, BRAND], [True, True])
+    np.testing.assert_allclose(s.total[0], [1 + 0.125, 0.5 + 0.25 + 0.125])  # the second is consistent
+    s = scored(small, [(UNKNOWN, 0, 0)], truth=(UNKNOWN, 0))
+    assert s.raw[0, 0, FIT] == 0  # "not stated" is not the right answer to "not known"
+
+
+def test_a_forced_part_earns_nothing_and_is_counted_nowhere(small):
+    # The prefix holds 1 token (fit), 2 (fit and brand), none.
+    s = scored(small, [(0, 0, 0)] * 3, forced_len=[1, 2, 0])
+    np.testing.assert_array_equal(s.counted[0, :, :CONSISTENT], [[1, 0, 1], [1, 0, 0], [1, 1, 1]])
+    assert s.counted[0, :, CONSISTENT:].all()  # consistency rests on a tier that was sampled
+    np.testing.assert_allclose(s.total[0], [1.875, 1.375, 2.375])
+    assert s.passed.all() and not s.tier_forced.any()
+
+
+def test_a_part_completed_after_the_prefix_is_sampled(small):
+    """A part that the prefix begins and the policy completes is the policy's doing."""
+    s = scored(small, [(0, 0, 0)], position=(1, 2, 3), forced_len=1)
+    assert s.counted.all()
+    s = scored(small, [(0, 0, 0)], position=(1, 2, 3), forced_len=2)
+    np.testing.assert_array_equal(s.counted[0, 0], [1, 0, 1, 1, 1, 1])
+
+
+def test_a_whole_answer_that_was_forced_is_not_called_consistent(small):
+    s = scored(small, [(0, 0, 0)], forced_len=3)
+    np.testing.assert_array_equal(s.counted[0, 0], [0, 0, 0, 0, 1, 1])
+    assert s.total[0, 0] == 0.125
+    assert s.tier_forced[0, 0] and not s.passed[0, 0]  # no step was sampled either
+
+
+def test_where_the_tier_was_forced_sampled_steps_of_known_truth_decide(small):
+    """respond_then_think: the tier stands first, so the prefix may hold it."""
+    places = (1, 2, 0)
+    s = scored(small, [(0, 0, 0), (0, 1, 0), (0, 0, 0), (1, 0, 0)], position=places, forced_len=[1, 1, 2, 2])
+    assert s.tier_forced.all() and not s.counted[0, :, TIER].any()
+    # Both right; one wrong; brand was sampled and right, fit was given; the same, and that fit is wrong does not matter.
+    np.testing.assert_array_equal(s.passed[0], [True, False, True, True])
+    s = scored(small, [(0, 0, 0), (0, 1, 0)], truth=(UNKNOWN, 0), position=places, forced_len=1)
+    np.testing.assert_array_equal(s.passed[0], [True, False])  # fit is not known: brand decides
+    s = scored(small, [(0, 0, 0)], truth=(UNKNOWN, UNKNOWN), position=places, forced_len=1)
+    assert not s.passed[0, 0]  # nothing is known that was sampled
+
+
+def test_the_overlong_penalty_rises_to_its_whole_weight_at_the_last_token(small):
+    s = scored(small, [(0, 0, 0)] * 5, length=[3, 4, 5, 7, 8])
+    np.testing.assert_allclose(s.earned[0, :, OVERLONG], [0, 0, -0.5, -1.5, -2])
+    late = dataclasses.replace(SUM, overlong_from=T)  # never
+    np.testing.assert_allclose(scored(small, [(0, 0, 0)], late, length=8).earned[0, 0, OVERLONG], 0)
+
+
+def test_consistency_is_that_of_the_table(small):
+    combinations = np.array([(fit, brand) for fit in range(3) for brand in range(2)])
+    by_hand = [0, 1, 1, 1, 2, 2]
+    for tier in range(3):
+        found = is_consistent(combinations, np.full(6, tier), small.tables)
+        np.testing.assert_array_equal(found, np.array(by_hand) == tier)
+    unstated = is_consistent(np.array([[0, UNKNOWN], [0, 0]]), np.array([0, UNKNOWN]), small.tables)
+    assert not np.any(unstated)
+
+
+def test_score_of_answers_as_the_reader_reads_them(small):
+    """From tokens: a whole right answer, one whose tier is said twice and differently, and one in which it is forced."""
+    end = small.tables.end_token
+    tokens = np.array([[[0, 3, 5, end, end, end], [0, 3, 5, 6, end, end], [0, 3, 5, end, end, end]]], np.int32)
+    valid = np.cumsum(tokens == end, axis=-1) - (tokens == end) == 0
+    sampled = valid & ~((np.arange(6) < 3) & (np.arange(3) == 2)[None, :, None])
+    rolled = Rollout(tokens, np.zeros(tokens.shape, np.float32), sampled, valid, np.ones((1, 3), bool))
+    reading = reader.read(small.tables, tokens, valid)
+    s = score(reading, rolled, small.batch([(0, 0)]), small.tables, dataclasses.replace(SUM, overlong_from=6))
+    np.testing.assert_allclose(s.total[0], [2.375, 1.0, 0.125])
+    np.testing.assert_array_equal(s.passed[0], [True, False, False])

@@ -1,0 +1,269 @@
+"""The sampler: what it draws, what it takes as given, and that nothing depends on who else is in the batch."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from agrl_jax.policy.transformer import PolicyConfig, build
+from agrl_jax.rl import reader
+from agrl_jax.rl.objective import token_logprobs
+from agrl_jax.rl.rollout import (
+    PURPOSE_REPLAY,
+    PURPOSE_ROLLOUT,
+    choose,
+    predicting_hidden,
+    prefill,
+    rollout,
+    row_keys,
+)
+from agrl_jax.rulebook import wording
+from agrl_jax.rulebook.automaton import compile_tables
+from agrl_jax.rulebook.book import load
+
+G, T = 5, 10
+KEY = jax.random.key_data(jax.random.key(7))
+ROWS = [3, 1, 4, 5]
+
+
+@pytest.fixture(scope="module")
+def sample(small):
+    """`sample(batch, forced, forced_len, ...)`: the jitted sampler of the small policy."""
+
+    @partial(jax.jit, static_argnames=("temperature", "prefill_forced", "constrained"))
+    def compiled(batch, forced, forced_len, purpose, step, key, temperature, prefill_forced, constrained):
+        return rollout(
+            small.policy, small.params, prefill(small.policy, small.params, batch.prompt, batch.prompt_len),
+            row_keys(key, purpose, step, batch.row, G), length=T, temperature=temperature,
+            end_token=small.tables.end_token, forced=forced, forced_len=forced_len,
+            grammar=small.tables if constrained else None, prefill_forced=prefill_forced,
+        )
+
+    def sample(
+        batch, forced=None, forced_len=None, *, purpose=PURPOSE_ROLLOUT, step=0, key=KEY,
+        temperature=0.8, prefill_forced=True, constrained=False,
+    ):
+        return compiled(batch, forced, forced_len, purpose, step, key, temperature, prefill_forced, constrained)
+
+    return sample
+
+
+@pytest.fixture(scope="module")
+def batch(small):
+    return small.batch([(0, 0)] * 4, rows=ROWS)
+
+
+@pytest.fixture(scope="module")
+def teacher(small, batch):
+    """`teacher(tokens, temperature)`: log-probabilities of tokens and of the likeliest, and its id, as in training."""
+
+    @jax.jit
+    def compiled(tokens, temperature):
+        prefix = prefill(small.policy, small.params, batch.prompt, batch.prompt_len)
+        hidden = predicting_hidden(small.policy, small.params, prefix, tokens)
+        unembed = partial(small.policy.unembed, small.params)
+        return token_logprobs(unembed, hidden, tokens, temperature, chunk=7)[0], jnp.argmax(unembed(hidden), axis=-1)
+
+    return lambda tokens, temperature=1.0: compiled(tokens, temperature)
+
+
+@pytest.fixture(scope="module")
+def prefixes():
+    """Forced tokens [4, G, T], the end token not among them, and two sets of lengths: from 0, and from 2."""
+    rng = np.random.default_rng(0)
+    forced = rng.integers(0, 10, (4, G, T)).astype(np.int32)
+    lengths = rng.integers(0, T + 1, (4, G)).astype(np.int32)
+    lengths[0, :3] = 0, 1, T
+    return forced, (lengths, np.maximum(lengths, 2))
+
+
+# ------------------------------------------------------------------------------------------ the draws
+
+
+def test_an_answer_depends_on_its_own_example_alone(small, sample, batch):
+    whole = sample(batch)
+    for rows in ([9, 5, 8, 3], [4, 3]):  # other neighbours and places; another size of batch
+        other = sample(small.batch([(0, 0)] * len(rows), rows=rows))
+        for place, row in enumerate(rows):
+            if row in ROWS:
+                was = ROWS.index(row)
+                np.testing.assert_array_equal(other.tokens[place], whole.tokens[was])
+                np.testing.assert_array_equal(other.valid[place], whole.valid[was])
+                np.testing.assert_allclose(other.logp[place], whole.logp[was], atol=1e-5)
+
+
+def test_every_sample_row_purpose_step_and_seed_has_draws_of_its_own(sample, batch):
+    same_prompts = batch.replace(prompt=np.tile(batch.prompt[:1], (4, 1)), prompt_len=np.tile(batch.prompt_len[:1], 4))
+    plain = sample(same_prompts)
+    answers = np.asarray(plain.tokens).reshape(-1, T)
+    assert len(np.unique(answers, axis=0)) > 15  # of 20: rows and samples differ; some short ones may agree
+    np.testing.assert_array_equal(sample(same_prompts).tokens, plain.tokens)
+    others = {"purpose": PURPOSE_REPLAY}, {"step": 1}, {"key": jax.random.key_data(jax.random.key(8))}
+    for changed in others:
+        again = sample(same_prompts, **changed)
+        assert np.mean(np.all(again.tokens == plain.tokens, axis=-1)) < 0.3
+
+
+def test_row_keys_are_told_apart_by_each_of_their_ingredients():
+    rows = np.array([5, 6])
+    base = jax.random.key_data(row_keys(KEY, 0, 1, rows, 3))
+    other = jax.random.key_data(jax.random.key(8))
+    variants = [row_keys(KEY, 1, 0, rows, 3), row_keys(KEY, 1, 1, rows, 3), row_keys(other, 0, 1, rows, 3)]
+    keys = np.concatenate([np.reshape(jax.random.key_data(k), (-1, 2)) for k in variants] + [base.reshape(-1, 2)])
+    assert len(np.unique(keys, axis=0)) == len(keys) == 4 * 2 * 3
+    np.testing.assert_array_equal(jax.random.key_data(row_keys(KEY, 0, 1, rows[1:], 2))[0], base[1, :2])
+
+
+def test_answers_end_with_the_end_token_and_nothing_after_it_is_valid(small, sample, batch):
+    rolled = jax.tree.map(np.asarray, sample(batch))
+    end = small.tables.end_token
+    assert rolled.finished.any() and not rolled.finished.all()  # both kinds are there to be tested
+    for tokens, logp, sampled, valid, finished in zip(
+        *(x.reshape(-1, *x.shape[2:]) for x in jax.tree.leaves(rolled)), strict=True
+    ):
+        ends = np.flatnonzero(tokens == end)
+        length = ends[0] + 1 if len(ends) else T
+        assert finished == (len(ends) > 0)
+        np.testing.assert_array_equal(valid, np.arange(T) < length)
+        np.testing.assert_array_equal(sampled, valid)
+        assert np.all(tokens[length:] == end) and np.all(logp[length:] == 0) and np.all(logp[:length] < 0)
+
+
+def test_greedy_decoding_with_the_cache_equals_teacher_forced_argmax(sample, batch, teacher):
+    rolled = sample(batch, temperature=0.0)
+    logp, likeliest = teacher(rolled.tokens)
+    valid = np.asarray(rolled.valid)
+    np.testing.assert_array_equal(np.asarray(rolled.tokens)[valid], np.asarray(likeliest)[valid])
+    np.testing.assert_allclose(rolled.logp, np.where(valid, logp, 0), atol=1e-5)  # those of temperature 1
+
+
+def test_sampler_and_trainer_agree_on_log_probabilities(sample, batch, teacher):
+    rolled = sample(batch)
+    logp, _ = teacher(rolled.tokens, temperature=0.8)
+    np.testing.assert_allclose(rolled.logp, np.where(rolled.valid, logp, 0), atol=1e-5)
+    other, _ = teacher(rolled.tokens)
+    assert np.abs(rolled.logp - np.where(rolled.valid, other, 0)).max() > 0.01  # the temperature is part of it
+
+
+# ------------------------------------------------------------------------------------- forced prefixes
+
+
+@pytest.mark.parametrize("shortest", [0, 2])
+def test_prefilled_prefixes_equal_those_fed_token_by_token(sample, batch, prefixes, shortest):
+    forced, lengths = prefixes[0], prefixes[1][shortest // 2]
+    assert lengths.min() == shortest
+    fast = sample(batch, forced, lengths)
+    slow = sample(batch, forced, lengths, prefill_forced=False)
+    np.testing.assert_array_equal(fast.tokens, slow.tokens)
+    np.testing.assert_allclose(fast.logp, slow.logp, atol=1e-5)
+    for name in ("sampled", "valid", "finished"):
+        np.testing.assert_array_equal(getattr(fast, name), getattr(slow, name))
+
+
+def test_forced_tokens_come_out_exactly_and_count_as_given(sample, batch, prefixes, teacher):
+    forced, lengths = prefixes[0], prefixes[1][0]
+    rolled = jax.tree.map(np.asarray, sample(batch, forced, lengths))
+    given = np.arange(T) < lengths[..., None]
+    np.testing.assert_array_equal(rolled.tokens[given], forced[given])
+    np.testing.assert_array_equal(rolled.forced, given)
+    np.testing.assert_array_equal(rolled.sampled, rolled.valid & ~given)
+    logp, _ = teacher(rolled.tokens, temperature=0.8)
+    np.testing.assert_allclose(rolled.logp, np.where(rolled.sampled, logp, 0), atol=1e-5)
+
+
+def test_a_forced_length_of_zero_is_plain_sampling_bit_for_bit(sample, batch, prefixes):
+    plain = sample(batch)
+    for prefill_forced in (True, False):
+        none = sample(batch, prefixes[0], np.zeros((4, G), np.int32), prefill_forced=prefill_forced)
+        jax.tree.map(np.testing.assert_array_equal, none, plain)
+
+
+# -------------------------------------------------------------------------------------------- grammar
+
+
+@pytest.mark.parametrize("order", ["think_then_respond", "respond_then_think"])
+def test_an_untrained_policy_under_the_grammar_is_always_well_formed(order):
+    book = load("four_tier", order)
+    vocabulary = [bytes([i]) for i in range(256)] + [None]
+    tables = compile_tables(book, vocabulary, end_token=256)
+    shortest = int(tables.grammar_distance[0])
+    config = PolicyConfig(vocab_size=257, width=16, layers=9, heads=2, kv_heads=1, head_dim=8, mlp=16)
+    policy, init, _ = build(config)
+
+    @jax.jit
+    def answers(key):
+        params = init(key)
+        prefix = prefill(policy, params, jnp.zeros((2, 3), jnp.int32), jnp.array([3, 1]))
+        keys = row_keys(KEY, 0, 0, jnp.arange(2), 16)
+        rolled = rollout(
+            policy, params, prefix, keys, length=shortest + 14, temperature=1.5, end_token=256, grammar=tables
+        )
+        return rolled, reader.read(tables, rolled.tokens, rolled.valid)
+
+    rolled, reading = answers(jax.random.key(0))
+    assert rolled.finished.all() and reading.well_formed.all()
+    texts = {bytes(t[v][:-1].tolist()) for t, v in zip(
+        np.asarray(rolled.tokens).reshape(32, -1), np.asarray(rolled.valid).reshape(32, -1), strict=True
+    )}
+    assert len(texts) > 16 and all(wording.well_formed(book, text) for text in texts)
+    assert max(map(len, texts)) > min(map(len, texts))
+
+
+def test_grammar_and_forced_prefixes_go_together(small, sample, batch):
+    """The first part is given: the rest makes a whole response of it, prefilled or not."""
+    forced = np.broadcast_to(batch.gold[:, None], (4, G, batch.gold.shape[1]))
+    forced = np.pad(forced, ((0, 0), (0, 0), (0, T - forced.shape[-1])))
+    lengths = np.tile(np.array([1, 1, 2, 1, 2], np.int32), (4, 1))
+    fast = sample(batch, forced, lengths, constrained=True)
+    slow = sample(batch, forced, lengths, constrained=True, prefill_forced=False)
+    np.testing.assert_array_equal(fast.tokens, slow.tokens)
+    np.testing.assert_allclose(fast.logp, slow.logp, atol=1e-5)
+    reading = reader.read(small.tables, fast.tokens, fast.valid)
+    assert np.all(reading.well_formed) and np.all(reading.value[..., 0] == 0)
+    # The end token has no alternative once the tier is stated, so its log-probability is 0, as is that of what is given.
+    np.testing.assert_allclose(np.asarray(fast.logp)[..., 3], 0, atol=1e-6)
+    assert np.all(np.asarray(fast.logp)[..., 2] < -0.01)
+
+
+# --------------------------------------------------------------------------------------------- choose
+
+
+def test_choose_by_hand():
+    logits = jnp.log(jnp.array([1.0, 3.0, 0.0, 4.0]))  # of 8: 0.125, 0.375, 0, 0.5
+    tokens, logp = choose(jnp.tile(logits, (6, 1)), jnp.array([0.0, 0.12, 0.13, 0.49, 0.51, 0.9999999]), 1.0)
+    assert tokens.tolist() == [0, 0, 1, 1, 3, 3]
+    np.testing.assert_allclose(np.exp(logp), [0.125, 0.125, 0.375, 0.375, 0.5, 0.5], rtol=1e-6)
+    token, logp = choose(logits, jnp.float32(0.2), 0.5)  # squares: 1, 9, 0, 16 of 26
+    assert token == 1 and np.isclose(np.exp(logp), 9 / 26)
+    token, logp = choose(logits, jnp.float32(0.0), 0.0)  # the likeliest, its log-probability at temperature 1
+    assert token == 3 and np.isclose(np.exp(logp), 0.5)
+
+
+def test_choose_draws_each_token_as_often_as_its_probability_says():
+    number, probability = 40_000, np.array([0.02, 0.0, 0.3, 0.08, 0.0, 0.25, 0.35, 0.0])
+    uniform = jax.random.uniform(jax.random.key(0), (number,))
+    logits = jnp.broadcast_to(jnp.log(probability), (number, 8))
+    tokens, _ = choose(logits, uniform, 1.0)
+    counts = np.bincount(tokens, minlength=8)
+    assert counts[probability == 0].sum() == 0
+    likely = probability > 0
+    expected = number * probability[likely]
+    chi_square = np.sum((counts[likely] - expected) ** 2 / expected)
+    assert chi_square < 18.5  # 4 degrees of freedom: one in a thousand
+
+
+def test_choose_never_draws_an_impossible_token_where_rounding_would():
+    """A parallel sum of 2,000 terms rises at terms of zero, by rounding; draws are aimed at those very gaps."""
+    rng = np.random.default_rng(0)
+    logits = np.where(rng.random(2000) < 0.5, -1e30, 3 * rng.normal(size=2000)).astype(np.float32)
+    logits[-5:] = -1e30
+    cumulative = np.asarray(jnp.cumsum(jax.nn.softmax(logits)))
+    aimed = cumulative / cumulative[-1]
+    uniform = np.concatenate([aimed, np.nextafter(aimed, np.float32(0)), np.linspace(0, 1, 500, dtype=np.float32)])
+    uniform = uniform[uniform < 1]
+    tokens, logp = jax.jit(partial(choose, temperature=1.0))(jnp.broadcast_to(logits, (len(uniform), 2000)), uniform)
+    assert np.all(logits[tokens] > -1e30) and np.all(logp > -100)
