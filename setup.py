@@ -28,6 +28,8 @@ setup(
         "pyarrow>=18",
         "pyyaml",
         "gguf>=0.17",
+        "safetensors>=0.8",
+        "jinja2",  # chat templates
         "rich>=13",
         "tensorboardX>=2.6.4",
         "matplotlib>=3.9",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -86,18 +87,23 @@ def _int32(values) -> np.ndarray:
     return np.array(list(values), np.int32)
 
 
-@pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
-    path = tmp_path_factory.mktemp("book") / "tiny.yaml"
+def make_small(folder: Path) -> Small:
+    """Writes the rule book to `folder`, and draws the policy."""
+    path = folder / "tiny.yaml"
     path.write_text(BOOK)
     book = load(path)
     config = PolicyConfig(
-        vocab_size=len(VOCABULARY), width=32, layers=9, heads=4, kv_heads=2, head_dim=8, mlp=48, tied=True
+        vocab_size=len(VOCABULARY), width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=48, tied=True
     )
     policy, init, _ = build(config)
     params = jax.jit(init)(jax.random.key(0))
     params["embedding"] = 8 * params["embedding"]
     return Small(book, compile_tables(book, VOCABULARY, END), config, policy, params)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    return make_small(tmp_path_factory.mktemp("book"))
 
 
 @pytest.fixture(scope="session")

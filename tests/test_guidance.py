@@ -188,9 +188,8 @@ def test_offsets_and_memory_by_hand(batch):
     np.testing.assert_array_equal(after.offset, [1, 2, -2, 1, 5])
     np.testing.assert_array_equal(after.memory, [25, 26, UNKNOWN, UNKNOWN, 77])
     assert after.offset.dtype == after.memory.dtype == jnp.int8
-    again = guidance.update(memory(offset=(2, 0, 0, 0)), batch, np.ones(4), np.array([True] + [False] * 3),
-                            np.zeros(4, np.float32), BASE)
-    np.testing.assert_array_equal(again.offset, [2, -1, -1, -1])  # guided by hand of a high threshold: both, so neither
+    bounded = guidance.update(memory(offset=(2, 2, 2, 2)), batch, plain_pass, guided, guided_pass, BASE)
+    np.testing.assert_array_equal(bounded.offset, [2, 2, 1, 2])  # nor above 2
 
 
 def test_the_transfer_gap_is_over_rows_met_again(batch):

@@ -13,7 +13,7 @@ from agrl_jax.data.world import LEVELS, ProductType, UseCase, World, follows_nou
 FAMILIES = ("plain", "attribute", "brand", "negation", "affordable", "question", "misspelling", "longtail")
 HEAD = FAMILIES[:3]
 POPULAR = {"color": 4.0, "material": 3.0, "size": 2.0, "audience": 2.0}  # how often spoken of, other attributes being 1
-PLAIN = 0.7  # how often a product or value is called by its plain name, whatever its synonyms; else by any
+PLAIN = 0.85  # how often a product or value is called by its plain name, whatever its synonyms; else by any
 _CAPS = (5, 8, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 150, 200, 300, 400, 500, 800, 1000)  # round prices, in dollars
 
 

@@ -27,6 +27,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
+    "experts": ("tensor",),
+    "expert_mlp": (),
     "layers": (),
 }
 

@@ -1,0 +1,395 @@
+"""The whole step: its gradients against the usual layout, its replays, and that it compiles once."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import RESPONSE_LEN, make_small
+
+from agrl_jax.policy.transformer import build
+from agrl_jax.rl import guidance, objective, reader
+from agrl_jax.rl.guidance import GuidanceConfig
+from agrl_jax.rl.objective import ObjectiveConfig
+from agrl_jax.rl.reward import RewardConfig
+from agrl_jax.rl.rollout import PURPOSE_ROLLOUT, prefill, rollout, row_keys
+from agrl_jax.rl.step import StepConfig, make_step
+from agrl_jax.runtime import optim, sharding
+from agrl_jax.types import Batch, Rollout, TrainState
+
+B, G, N = 8, 4, 40
+RATE = 0.5  # of plain gradient descent
+KEY = jax.random.key_data(jax.random.key(3))
+CONFIG = StepConfig(
+    group_size=G, response_len=RESPONSE_LEN, temperature=0.8, epochs=1, minibatches=1, micro_batches=1,
+    logprob_chunk=50, total_steps=100, shards=1, inspect=B,
+    reward=RewardConfig(
+        composition="gated", tier_kind="exact", tier_weight=1.0, step_weight=0.5, consistent_weight=0.25,
+        format_weight=0.25, overlong_weight=0.1, overlong_from=4,
+    ),
+    objective=ObjectiveConfig(
+        loss="grpo", credit="sequence", clip_low=0.2, clip_high=0.28, kl="k3", kl_weight=0.1, entropy_weight=0.01,
+        mask_truncated=False, treatment="shaped", gamma=0.1, imitate_weight=0.5, baseline="pooled", step_weight=0.3,
+    ),
+    guidance=GuidanceConfig(
+        threshold=0.0, capacity=1.0, replace=2, source="gold", level="adaptive", initial_level=1.0, eta=0.4,
+        per_family=False, cap="none",
+    ),
+)
+# The same in pieces: equal to CONFIG up to rounding.
+MICRO = dataclasses.replace(CONFIG, micro_batches=2, shards=2)
+# Four updates from one rollout, at ratios that are not 1; other choices wherever there is one.
+UPDATES = dataclasses.replace(
+    CONFIG, epochs=2, minibatches=2, shards=2,
+    objective=dataclasses.replace(
+        CONFIG.objective, loss="dapo", credit="step", kl="none", mask_truncated=True, treatment="imitate",
+        baseline="unguided_only", entropy_weight=0.0,
+    ),
+    guidance=dataclasses.replace(CONFIG.guidance, capacity=0.5, initial_level=2.0, level="fixed"),
+)
+
+
+def descend(grads, params, opt_state, skipped):
+    """Plain gradient descent, which leaves the last gradient where an optimiser keeps its state."""
+    return jax.tree.map(lambda p, g: p - RATE * g, params, grads), grads, skipped, {}
+
+
+def fresh_state(params, cfg, opt_state=None, skipped=0) -> TrainState:
+    opt_state = jax.tree.map(jnp.zeros_like, params) if opt_state is None else opt_state
+    memory = None if cfg.guidance is None else guidance.initial_state(N, 2, cfg.guidance)
+    return TrainState(params, opt_state, jnp.int32(0), KEY, memory, jnp.int32(skipped))
+
+
+def jitted(small, cfg, update=descend):
+    return jax.jit(make_step(small.policy, small.tables, ("fit", "brand"), update, cfg))
+
+
+@pytest.fixture(scope="module")
+def reference(small):
+    """A policy a little away from the one that is trained."""
+    rng = np.random.default_rng(5)
+    return jax.tree.map(lambda x: x + (0.1 * rng.normal(size=x.shape)).astype(np.float32), small.params)
+
+
+class Truths(NamedTuple):
+    """Batches of the same rows under labels that some, or none, of the answers of each group meet."""
+
+    plain: Rollout  # what the first step rolls before any replay
+    easy: Batch
+    hard: Batch
+
+
+@pytest.fixture(scope="module")
+def truths(small) -> Truths:
+    rows = range(N)
+
+    @jax.jit
+    def roll(batch):
+        prefix = prefill(small.policy, small.params, batch.prompt, batch.prompt_len)
+        rolled = rollout(
+            small.policy, small.params, prefix, row_keys(KEY, PURPOSE_ROLLOUT, 0, batch.row, G), length=RESPONSE_LEN,
+            temperature=CONFIG.temperature, end_token=small.tables.end_token,
+        )
+        return rolled, reader.read(small.tables, rolled.tokens, rolled.valid).value[..., -1]
+
+    rolled, tier = roll(small.batch([(0, 0)] * N, rows=rows))
+    stated = [set(group.tolist()) & {0, 1, 2} for group in np.asarray(tier)]
+    fit = [row for row in rows if 0 < len(stated[row]) < 3][:B]
+    assert len(fit) == B
+    steps = [(0, 0), (1, 0), (2, 1)]  # of each tier
+    easy = [steps[min(stated[row])] for row in fit]
+    hard = [steps[min({0, 1, 2} - stated[row])] for row in fit]
+    plain = jax.tree.map(lambda x: np.asarray(x)[np.array(fit)], rolled)
+    return Truths(plain, small.batch(easy, rows=fit), small.batch(hard, rows=fit))
+
+
+@pytest.fixture(scope="module")
+def step(small, reference):
+    """The step of CONFIG; `step.compiled` is the jitted function."""
+    compiled = jitted(small, CONFIG)
+    run = partial(lambda batch, state: compiled(state, batch, reference), state=fresh_state(small.params, CONFIG))
+    run.compiled = compiled
+    return run
+
+
+@pytest.fixture(scope="module")
+def mixed(truths) -> Batch:
+    """Half of the groups fail."""
+    return jax.tree.map(lambda a, b: np.concatenate([a[: B // 2], b[B // 2 :]]), truths.easy, truths.hard)
+
+
+# --------------------------------------------------------------------------------------- the usual layout
+
+
+def naive_loss(params, small, cfg, batch, rolled, advantage, weights, reference):
+    """The loss with every sample as a sequence of its own, prompt and response, and all logits at once."""
+    s = batch.prompt.shape[1]
+    place = np.arange(s + RESPONSE_LEN) - batch.prompt_len[:, None]  # [B, S + T] place in the response
+    index = np.broadcast_to(np.clip(place, 0, RESPONSE_LEN - 1)[:, None], (B, G, s + RESPONSE_LEN))
+    prompt = np.pad(batch.prompt, ((0, 0), (0, RESPONSE_LEN)))
+    whole = jnp.where((place < 0)[:, None], prompt[:, None], jnp.take_along_axis(rolled.tokens, index, axis=2))
+    at = batch.prompt_len[:, None] - 1 + np.arange(RESPONSE_LEN)  # [B, T] where each token is predicted
+
+    def logprobs(params):
+        hidden, _ = small.policy.apply(params, whole.reshape(B * G, 1, -1))
+        hidden = jnp.take_along_axis(hidden.reshape(B, G, s + RESPONSE_LEN, -1), at[:, None, :, None], axis=2)
+        logp = jax.nn.log_softmax(small.policy.unembed(params, hidden) / cfg.temperature)
+        taken = jnp.take_along_axis(logp, rolled.tokens[..., None], axis=-1)[..., 0]
+        return taken, -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+
+    logp, entropy = logprobs(params)
+    reference_logp = None if cfg.objective.kl == "none" else logprobs(reference)[0]
+    loss, _ = objective.loss_terms(
+        logp, entropy, rolled.logp, reference_logp, advantage, rolled.sampled, weights, cfg.objective
+    )
+    return loss
+
+
+def naive(small, cfg, batch, reference=None):
+    """`(params, rolled, advantage, weights) -> loss, gradient`, jitted."""
+    return jax.jit(jax.value_and_grad(
+        lambda params, rolled, advantage, weights: naive_loss(
+            params, small, cfg, batch, rolled, advantage, weights, reference
+        )
+    ))
+
+
+def test_shared_prompts_give_loss_and_gradients_of_the_usual_layout(small, step, mixed, reference, close):
+    after, metrics, seen = step(mixed)
+    assert np.any(seen.rolled.forced) and 0 < metrics["guide/share"] < 1
+    weights = objective.token_weights(seen.rolled, CONFIG.objective)
+    advantage = np.broadcast_to(np.asarray(seen.advantage)[..., None], seen.rolled.tokens.shape)
+    loss, gradient = naive(small, CONFIG, mixed, reference)(small.params, seen.rolled, advantage, weights)
+    np.testing.assert_allclose(metrics["policy/loss"], loss, rtol=1e-5)
+    close(after.opt_state, gradient, 1e-5)
+    close(after.params, jax.tree.map(lambda p, g: p - RATE * g, small.params, gradient), 1e-6)
+    assert metrics["policy/kl"] > 0.001 and metrics["policy/sampler_gap"] <= 1e-5
+
+
+def test_micro_batches_and_shards_give_the_whole_gradient(small, step, mixed, reference, close):
+    after, metrics, seen = step(mixed)
+    pieces, piece_metrics, piece_seen = jitted(small, MICRO)(fresh_state(small.params, MICRO), mixed, reference)
+    close(pieces.opt_state, after.opt_state, 1e-5)
+    close(pieces.params, after.params, 1e-6)
+    jax.tree.map(np.testing.assert_array_equal, piece_seen.rolled.tokens, seen.rolled.tokens)
+    assert metrics.keys() == piece_metrics.keys()
+    for name, value in metrics.items():
+        np.testing.assert_allclose(piece_metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_epochs_and_minibatches_are_updates_one_after_the_other(small, truths, close):
+    """Four updates, worked out in the usual layout: minibatch i takes every second example, from i."""
+    start = fresh_state(small.params, UPDATES)
+    after, metrics, seen = jitted(small, UPDATES)(start, truths.hard, None)
+    forced = np.any(seen.rolled.forced, axis=-1)
+    # Capacity: two groups of each shard of four, two answers in each.
+    assert np.all(forced.reshape(2, 4, G).sum((1, 2)) <= 4) and forced.sum() > 0
+    assert np.isclose(metrics["guide/share"], 0.5)
+    advantage = objective.advantages(seen.score, seen.reading, forced, RESPONSE_LEN, UPDATES.objective)
+    gradient_of = naive(small, UPDATES, truths.hard)
+    params, losses = small.params, []
+    for _ in range(2):
+        for first in range(2):
+            minibatch = (np.arange(B) % 2 == first)[:, None, None]
+            rolled = seen.rolled.replace(
+                sampled=seen.rolled.sampled & minibatch, valid=seen.rolled.valid & minibatch
+            )
+            weights = objective.token_weights(rolled, UPDATES.objective)
+            loss, gradient = gradient_of(params, seen.rolled, advantage, weights)
+            params = jax.tree.map(lambda p, g: p - RATE * g, params, gradient)
+            losses.append(float(loss))
+    close(after.params, params, 1e-5)
+    np.testing.assert_allclose(metrics["policy/loss"], np.mean(losses), rtol=1e-4, atol=1e-6)
+    assert metrics["policy/ratio_change"] > 0.01  # the later updates do see other ratios
+    assert metrics["policy/sampler_gap"] <= 1e-5  # that of the policy which sampled
+
+
+# ------------------------------------------------------------------------------------------ guided replay
+
+
+def test_guided_and_unguided_steps_alternate_with_one_compilation(step, truths, mixed):
+    shares = []
+    state = step.keywords["state"]
+    for batch in (truths.easy, truths.hard, mixed, truths.easy):
+        after, metrics, _ = step(batch)
+        shares.append(float(metrics["guide/share"]))
+        state, _, _ = step(batch, state=state)  # and along a run, whose state comes from the step itself
+    assert shares == [0, 1, 0.5, 0]
+    assert int(state.step) == 4
+    assert step.compiled._cache_size() == 1
+
+
+def test_groups_that_pass_are_left_alone(step, truths):
+    after, metrics, seen = step(truths.easy)
+    np.testing.assert_array_equal(seen.rolled.tokens, truths.plain.tokens)
+    assert not np.any(seen.rolled.forced)
+    assert metrics["guide/level"] == metrics["guide/pass_after"] == metrics["guide/forced_probability"] == 0
+    assert metrics["guide/failing"] == 0 and metrics["reward/tier_accuracy"] >= 1 / G
+    np.testing.assert_array_equal(after.guidance.memory, -1)
+    assert np.all(np.asarray(after.guidance.offset)[truths.easy.row] == -1)  # passed unguided: reveal less
+    assert np.sum(np.asarray(after.guidance.offset) != 0) == B
+
+
+def test_failing_groups_are_replayed_behind_their_gold_prefix(step, truths):
+    after, metrics, seen = step(truths.hard)
+    rolled = jax.tree.map(np.asarray, seen.rolled)
+    guided = rolled.forced.any(axis=-1)
+    # None passes, so the first two answers go and the others stay. One part is revealed: one token.
+    np.testing.assert_array_equal(guided, np.tile(np.arange(G) < 2, (B, 1)))
+    np.testing.assert_array_equal(rolled.tokens[:, 2:], truths.plain.tokens[:, 2:])
+    np.testing.assert_array_equal(rolled.forced[:, :2], np.broadcast_to(np.arange(RESPONSE_LEN) < 1, (B, 2, 6)))
+    np.testing.assert_array_equal(rolled.tokens[:, :2, 0], np.tile(truths.hard.gold[:, :1], (1, 2)))
+    assert np.all(rolled.logp[rolled.forced] == 0)
+    assert np.any(rolled.tokens[:, :2, 1:] != truths.plain.tokens[:, :2, 1:])
+    # What was given counts for nothing.
+    counted, earned = np.asarray(seen.score.counted), np.asarray(seen.score.earned)
+    assert not counted[:, :2, 1].any() and counted[:, 2:, 1].all() and counted[..., [0, 2, 3, 4, 5]].all()
+    mean = np.sum(earned * counted, axis=1, keepdims=True) / np.maximum(counted.sum(axis=1, keepdims=True), 1)
+    total = np.where(counted, earned - mean, 0).sum(axis=-1)
+    spread = total.std(axis=1, keepdims=True)
+    by_hand = np.where(spread < 1e-4, 0, total / np.maximum(spread, 1e-4))
+    np.testing.assert_allclose(seen.advantage, by_hand, atol=1e-4)
+    assert np.abs(by_hand).max() > 0.5
+    # Metrics and memory.
+    passed = np.asarray(seen.score.passed)[:, :2].mean(axis=1)
+    np.testing.assert_allclose(metrics["guide/pass_after"], passed.mean(), rtol=1e-5)
+    assert metrics["guide/pass_before"] == metrics["reward/tier_accuracy"] == 0
+    assert metrics["guide/level"] == 1 and metrics["guide/failing"] == 1 and metrics["guide/met_again"] == 0
+    assert 0 < metrics["guide/forced_probability"] < 1
+    np.testing.assert_allclose(after.guidance.level, 1 + 0.4 * (0.5 - passed.mean()), rtol=1e-5)
+    np.testing.assert_array_equal(np.asarray(after.guidance.memory)[truths.hard.row], np.round(100 * passed))
+    np.testing.assert_array_equal(np.asarray(after.guidance.offset)[truths.hard.row], passed == 0)
+    # Met again: their pass rate under guidance less their pass rate now.
+    again, metrics, _ = step(truths.hard, state=after)
+    assert metrics["guide/met_again"] == B
+    gap = passed.mean() - metrics["reward/tier_accuracy"]
+    np.testing.assert_allclose(metrics["guide/transfer_gap"], gap, atol=0.006)  # kept in whole percent
+
+
+def test_the_order_of_a_batch_does_not_matter(step, mixed):
+    after, metrics, seen = step(mixed)
+    order = np.array([5, 2, 7, 0, 3, 6, 1, 4])
+    other, other_metrics, other_seen = step(jax.tree.map(lambda x: x[order], mixed))
+    np.testing.assert_array_equal(other_seen.rolled.tokens, np.asarray(seen.rolled.tokens)[order])
+    for name, value in metrics.items():
+        np.testing.assert_allclose(other_metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), other.params, after.params)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), other.guidance, after.guidance)
+
+
+# ----------------------------------------------------------------------------------------------- the rest
+
+
+def test_what_a_step_leaves_behind(step, truths):
+    start = step.keywords["state"]
+    after, metrics, seen = step(truths.easy)
+    assert after.step == 1 and after.skipped == 0
+    np.testing.assert_array_equal(after.key, start.key)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), start)
+    assert all(value.shape == () and value.dtype == jnp.float32 for value in metrics.values())
+    np.testing.assert_array_equal(seen.row, truths.easy.row)
+    np.testing.assert_array_equal(metrics["tokens/prompt"], truths.easy.prompt_len.sum())
+    valid = truths.plain.valid.sum()
+    assert metrics["tokens/rolled"] == valid and metrics["tokens/trained"] == valid + metrics["tokens/prompt"]
+    np.testing.assert_allclose(metrics["policy/length"], valid / (B * G))
+    np.testing.assert_allclose(metrics["policy/truncated"], 1 - truths.plain.finished.mean(), rtol=1e-6)
+
+
+def test_without_guidance_there_is_nothing_to_remember(small, truths):
+    cfg = dataclasses.replace(
+        CONFIG, guidance=None, inspect=2, objective=dataclasses.replace(CONFIG.objective, kl="none")
+    )
+    step = make_step(small.policy, small.tables, ("fit", "brand"), descend, cfg)
+    after, metrics, seen = jax.eval_shape(step, fresh_state(small.params, cfg), truths.easy, None)
+    assert after.guidance is None and seen.rolled.tokens.shape == (2, G, RESPONSE_LEN)
+    assert {name for name in metrics if name.startswith("guide/")} == {"guide/forced_probability"}
+    assert "policy/kl" not in metrics and "reward/fit" in metrics and "reward/brand_spread" in metrics
+
+
+def test_equal_rewards_leave_the_policy_where_it_is_and_broken_ones_are_skipped(small, truths):
+    """No weight on anything: all rewards are 0. Then a parameter that is not a number: both updates are skipped."""
+    nothing = dataclasses.replace(
+        CONFIG.reward, tier_weight=0.0, step_weight=0.0, consistent_weight=0.0, format_weight=0.0, overlong_weight=0.0
+    )
+    plain = dataclasses.replace(CONFIG.objective, kl="none", entropy_weight=0.0)
+    cfg = dataclasses.replace(CONFIG, reward=nothing, objective=plain, guidance=None, epochs=2)
+    tx = optax.sgd(RATE)
+
+    def update(grads, params, opt_state, skipped):
+        params, opt_state, skipped, stats = optim.guarded_update(tx, grads, params, opt_state, skipped)
+        return params, opt_state, skipped, {f"optim/{name}": value for name, value in stats.items()}
+
+    step = jitted(small, cfg, update)
+    after, metrics, _ = step(fresh_state(small.params, cfg, tx.init(small.params), skipped=3), truths.easy, None)
+    jax.tree.map(np.testing.assert_array_equal, after.params, small.params)
+    assert metrics["optim/grad_norm"] == 0 and metrics["optim/finite"] == 1 and after.skipped == 0
+    assert metrics["reward/equal_groups"] == metrics["reward/equal_groups_after"] == 1
+
+    broken = {**small.params, "final_norm": jnp.asarray(small.params["final_norm"]).at[0].set(jnp.nan)}
+    after, metrics, _ = step(fresh_state(broken, cfg, tx.init(broken), skipped=3), truths.easy, None)
+    jax.tree.map(np.testing.assert_array_equal, after.params, broken)
+    assert metrics["optim/finite"] == 0 and after.skipped == 5 and after.step == 1
+    assert step._cache_size() == 1
+
+
+# -------------------------------------------------------------------------------------------- many devices
+
+
+def on_a_mesh(small, mesh, batch, reference):
+    """One step of CONFIG with each shard's capacity, its borders pinned as training pins them."""
+    cfg = dataclasses.replace(CONFIG, shards=4)
+    _, _, axes = build(small.config)
+    start = fresh_state(small.params, cfg)
+    params = sharding.param_shardings(mesh, axes, small.params)
+    places, whole = sharding.state_shardings(mesh, start, params), sharding.replicated(mesh)
+    by_batch = sharding.batch_sharding(mesh)
+    step = jax.jit(
+        make_step(small.policy, small.tables, ("fit", "brand"), descend, cfg),
+        in_shardings=(places, by_batch, params), out_shardings=(places, whole, whole), donate_argnums=0,
+    )
+    state, reference = sharding.put(start, places), sharding.put(reference, params)
+    results = []
+    for _ in range(2):
+        state, metrics, seen = step(state, sharding.put(batch, by_batch), reference)
+        results.append(jax.device_get((state.params, state.guidance, metrics, seen)))
+    assert step._cache_size() == 1
+    return results
+
+
+def compare_meshes() -> None:
+    """Run by a process of eight devices: two steps on each mesh are those on one device."""
+    assert jax.device_count() == 8
+    with tempfile.TemporaryDirectory() as folder:
+        small = make_small(Path(folder))
+    small = small._replace(params=jax.device_get(small.params))
+    reference = jax.tree.map(lambda x: 0.9 * x, small.params)
+    batch = small.batch([(0, 0), (1, 0), (2, 1), (2, 0)] * 2, rows=range(B))
+    expected = on_a_mesh(small, sharding.make_mesh(1, 1, 1, jax.devices()[:1]), batch, reference)
+    assert expected[0][2]["guide/share"] > 0
+    for sizes in ((4, 1, 2), (2, 2, 2)):
+        found = on_a_mesh(small, sharding.make_mesh(*sizes), batch, reference)
+        for (_, _, _, seen), (_, _, _, by_one) in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(seen.rolled.tokens, by_one.rolled.tokens)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), found, expected)
+
+
+@pytest.mark.slow
+def test_eight_devices_take_the_same_step_as_one():
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+
+
+if __name__ == "__main__":
+    compare_meshes()
