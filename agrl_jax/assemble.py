@@ -102,13 +102,14 @@ def load_params(
 
 def load_data(config: ConfigDict, rules: RuleBook, workdir: epath.Path) -> Data:
     """The bundled benchmark, and the user's pairs where the config names a file."""
-    folder = config.data.dir or str(workdir / "data")
-    bundled = benchmark.load_benchmark(folder, config.data.seed)
-    if config.data.source == "benchmark":
-        names = ("train", "validation", "b_eval", "w_eval")
-        return Data(splits={name: bundled[name] for name in names}, sft=bundled["sft"])
-    mine: PairsFile = read_pairs(config.data.path, rules, seed=config.data.seed)
-    return Data(splits=mine.splits, sft=bundled["sft"], contradicting=tuple(mine.contradicting))
+    mine: PairsFile | None = None
+    if config.data.source == "pairs":  # read first: a bad file is refused at once
+        mine = read_pairs(config.data.path, rules, seed=config.data.seed)
+    bundled = benchmark.load_benchmark(config.data.dir or str(workdir / "data"), config.data.seed)
+    if mine is not None:
+        return Data(splits=mine.splits, sft=bundled["sft"], contradicting=tuple(mine.contradicting))
+    names = ("train", "validation", "b_eval", "w_eval")
+    return Data(splits={name: bundled[name] for name in names}, sft=bundled["sft"])
 
 
 def load_model(config: ConfigDict, workdir: epath.Path, data: Data | None = None) -> Model:

@@ -56,7 +56,7 @@ def base() -> ConfigDict:
     c.policy.remat = False  # recompute layers in the backward pass, to save memory
 
     c.sft = ConfigDict()  # the supervised warm start, always on the bundled benchmark
-    c.sft.steps = 900
+    c.sft.steps = 500
     c.sft.batch_size = 64
     c.sft.learning_rate = 3e-3  # peak; cosine decay to 0
     c.sft.warmup = 30  # steps

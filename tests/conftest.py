@@ -4,11 +4,12 @@ response is one token, a policy small enough to compile in a second, and batches
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -48,7 +49,7 @@ class Small(NamedTuple):
     tables: RuleTables
     config: PolicyConfig
     policy: Policy
-    params: Params  # logits of untrained policies are all but equal; these are spread by 1 or so
+    params: Params  # larger than untrained ones, whose logits are all but equal
 
     def batch(
         self, steps: Sequence[Sequence[int]], tiers: Sequence[int] | None = None, rows: Sequence[int] | None = None
@@ -96,8 +97,9 @@ def make_small(folder: Path) -> Small:
         vocab_size=len(VOCABULARY), width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=48, tied=True
     )
     policy, init, _ = build(config)
-    params = jax.jit(init)(jax.random.key(0))
-    params["embedding"] = 8 * params["embedding"]
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype), shapes)
     return Small(book, compile_tables(book, VOCABULARY, END), config, policy, params)
 
 
@@ -120,3 +122,11 @@ def close() -> Callable[..., None]:
         jax.tree_util.tree_map_with_path(leaf, actual, expected)
 
     return check
+
+
+@pytest.fixture(scope="module")
+def quick_compiles() -> Iterator[None]:
+    """For modules that mostly compile, and whose programs run for milliseconds: it halves their time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

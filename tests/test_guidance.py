@@ -20,6 +20,8 @@ BASE = GuidanceConfig(
     per_family=False, cap="none",
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def having(**changes) -> GuidanceConfig:
     return dataclasses.replace(BASE, **changes)

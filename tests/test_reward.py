@@ -17,6 +17,8 @@ SUM = RewardConfig(
     composition="sum", tier_kind="exact", tier_weight=1.0, step_weight=0.5, consistent_weight=0.25,
     format_weight=0.125, overlong_weight=2.0, overlong_from=4,
 )
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 T = 8
 TIER, FIT, BRAND, CONSISTENT, FORMAT, OVERLONG = range(6)
 
@@ -142,7 +144,7 @@ def test_where_the_tier_was_forced_sampled_steps_of_known_truth_decide(small):
     places = (1, 2, 0)
     s = scored(small, [(0, 0, 0), (0, 1, 0), (0, 0, 0), (1, 0, 0)], position=places, forced_len=[1, 1, 2, 2])
     assert s.tier_forced.all() and not s.counted[0, :, TIER].any()
-    # Both right; one wrong; brand was sampled and right, fit was given; the same, and that fit is wrong does not matter.
+    # Both right; one wrong; fit was given and brand is right; the same, and that fit is wrong does not matter.
     np.testing.assert_array_equal(s.passed[0], [True, False, True, True])
     s = scored(small, [(0, 0, 0), (0, 1, 0)], truth=(UNKNOWN, 0), position=places, forced_len=1)
     np.testing.assert_array_equal(s.passed[0], [True, False])  # fit is not known: brand decides
@@ -168,7 +170,7 @@ def test_consistency_is_that_of_the_table(small):
 
 
 def test_score_of_answers_as_the_reader_reads_them(small):
-    """From tokens: a whole right answer, one whose tier is said twice and differently, and one in which it is forced."""
+    """From tokens: a right answer, one that states two different tiers, and the first again, all of it forced."""
     end = small.tables.end_token
     tokens = np.array([[[0, 3, 5, end, end, end], [0, 3, 5, 6, end, end], [0, 3, 5, end, end, end]]], np.int32)
     valid = np.cumsum(tokens == end, axis=-1) - (tokens == end) == 0

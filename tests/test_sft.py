@@ -10,6 +10,10 @@ import pytest
 from agrl_jax.supervised import sft
 from agrl_jax.types import UNKNOWN, Cache, Policy, TrainState
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+KEY = jax.random.key_data(jax.random.key(0))
+
 
 @pytest.fixture(scope="module")
 def batch(small):
@@ -45,11 +49,17 @@ def test_the_loss_by_hand(batch):
 
 
 @pytest.fixture(scope="module")
-def value_and_grad(small):
-    return jax.jit(jax.value_and_grad(lambda p, b: sft.gold_loss(small.policy, p, b, chunk=5)[0]))
+def step(small):
+    """`step(batch)`: the state and the metrics after a step of gradient descent, the gradient in `opt_state`."""
+
+    def descend(grads, params, opt_state, skipped):
+        return jax.tree.map(lambda p, g: p - 0.5 * g, params, grads), grads, skipped, {"optim/rate": 0.5}
+
+    compiled = jax.jit(sft.make_step(small.policy, descend, chunk=5))
+    return lambda batch: compiled(TrainState(small.params, small.params, jnp.int32(7), KEY, None, jnp.int32(0)), batch)
 
 
-def test_the_loss_is_that_of_whole_sequences(small, batch, value_and_grad, close):
+def test_a_step_is_that_of_whole_sequences(small, batch, step, close):
     """Prompt and response as one sequence, the usual layout; without chunks."""
     width = batch.prompt.shape[1] + batch.gold.shape[1]
     whole, target = np.zeros((3, width), np.int32), np.zeros((3, width), bool)
@@ -65,33 +75,39 @@ def test_the_loss_is_that_of_whole_sequences(small, batch, value_and_grad, close
         logp = jnp.take_along_axis(logp, whole[:, 1:, None], axis=-1)[..., 0]
         return -jnp.sum(logp * target[:, 1:]) / np.sum(target)
 
-    loss, gradient = value_and_grad(small.params, batch)
-    by_hand, expected = naive(small.params)
-    np.testing.assert_allclose(loss, by_hand, rtol=1e-5)
-    close(gradient, expected)
-
-
-def test_nothing_after_the_known_parts_matters(batch, value_and_grad, small):
-    rubbish = np.where(np.arange(batch.gold.shape[1]) < batch.gold_len[:, None], batch.gold, 9)
-    expected = value_and_grad(small.params, batch)
-    jax.tree.map(np.testing.assert_array_equal, value_and_grad(small.params, batch.replace(gold=rubbish)), expected)
-
-
-def test_a_batch_of_which_nothing_is_known_gives_no_gradient(batch, value_and_grad, small):
-    loss, gradient = value_and_grad(small.params, batch.replace(gold_len=np.zeros(3, np.int32)))
-    assert loss == 0 and not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
-
-
-def test_a_step_updates_by_the_gradient_and_counts(small, batch, value_and_grad, close):
-    def update(grads, params, opt_state, skipped):
-        return jax.tree.map(lambda p, g: p - 0.5 * g, params, grads), opt_state + 1, skipped, {"optim/rate": 0.5}
-
-    key = jax.random.key_data(jax.random.key(0))
-    state = TrainState(small.params, jnp.int32(3), jnp.int32(7), key, None, jnp.int32(0))
-    after, metrics = jax.jit(sft.make_step(small.policy, update, chunk=5))(state, batch)
-    assert after.step == 8 and after.opt_state == 4 and after.skipped == 0 and after.guidance is None
-    np.testing.assert_array_equal(after.key, key)
-    assert metrics["optim/rate"] == 0.5 and all(value.dtype == jnp.float32 for value in metrics.values())
-    loss, gradient = value_and_grad(small.params, batch)
-    np.testing.assert_allclose(metrics["policy/loss"], loss, rtol=1e-6)
+    after, metrics = step(batch)
+    loss, gradient = naive(small.params)
+    np.testing.assert_allclose(metrics["policy/loss"], loss, rtol=1e-5)
+    close(after.opt_state, gradient)
     close(after.params, jax.tree.map(lambda p, g: p - 0.5 * g, small.params, gradient), 1e-6)
+    assert after.step == 8 and after.skipped == 0 and after.guidance is None
+    np.testing.assert_array_equal(after.key, KEY)
+    assert metrics["optim/rate"] == 0.5 and all(value.dtype == jnp.float32 for value in metrics.values())
+
+
+def test_prompts_can_weigh_in(small, batch):
+    """Half of the mean loss of their own tokens is added, the first of each excepted; the metric stays as it is."""
+
+    @jax.jit
+    def losses(params):
+        plain, _ = sft.gold_loss(small.policy, params, batch)
+        loss, metrics = sft.gold_loss(small.policy, params, batch, prompt_weight=0.5)
+        hidden, _ = small.policy.apply(params, batch.prompt[:, None])
+        return plain, loss, metrics["policy/loss"], jax.nn.log_softmax(small.policy.unembed(params, hidden[:, 0]))
+
+    plain, loss, reported, logp = map(np.asarray, losses(small.params))
+    own = [
+        -logp[i, t - 1, batch.prompt[i, t]] for i, length in enumerate(batch.prompt_len) for t in range(1, length)
+    ]
+    np.testing.assert_allclose(loss, plain + 0.5 * np.mean(own), rtol=1e-5)
+    assert reported == plain
+
+
+def test_nothing_after_the_known_parts_matters(batch, step):
+    rubbish = np.where(np.arange(batch.gold.shape[1]) < batch.gold_len[:, None], batch.gold, 9)
+    jax.tree.map(np.testing.assert_array_equal, step(batch.replace(gold=rubbish)), step(batch))
+
+
+def test_a_batch_of_which_nothing_is_known_gives_no_gradient(batch, step):
+    after, metrics = step(batch.replace(gold_len=np.zeros(3, np.int32)))
+    assert metrics["policy/loss"] == 0 and not any(np.any(leaf) for leaf in jax.tree.leaves(after.opt_state))

@@ -28,6 +28,8 @@ from agrl_jax.rl.step import StepConfig, make_step
 from agrl_jax.runtime import optim, sharding
 from agrl_jax.types import Batch, Rollout, TrainState
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 B, G, N = 8, 4, 40
 RATE = 0.5  # of plain gradient descent
 KEY = jax.random.key_data(jax.random.key(3))
@@ -47,11 +49,9 @@ CONFIG = StepConfig(
         per_family=False, cap="none",
     ),
 )
-# The same in pieces: equal to CONFIG up to rounding.
-MICRO = dataclasses.replace(CONFIG, micro_batches=2, shards=2)
-# Four updates from one rollout, at ratios that are not 1; other choices wherever there is one.
+# Four updates from one rollout, at ratios that are not 1, each in two pieces; other choices wherever there is one.
 UPDATES = dataclasses.replace(
-    CONFIG, epochs=2, minibatches=2, shards=2,
+    CONFIG, epochs=2, minibatches=2, micro_batches=2, shards=2,
     objective=dataclasses.replace(
         CONFIG.objective, loss="dapo", credit="step", kl="none", mask_truncated=True, treatment="imitate",
         baseline="unguided_only", entropy_weight=0.0,
@@ -133,7 +133,7 @@ def mixed(truths) -> Batch:
 
 
 def naive_loss(params, small, cfg, batch, rolled, advantage, weights, reference):
-    """The loss with every sample as a sequence of its own, prompt and response, and all logits at once."""
+    """The loss and its figures, every sample a sequence of its own, prompt and response, and all logits at once."""
     s = batch.prompt.shape[1]
     place = np.arange(s + RESPONSE_LEN) - batch.prompt_len[:, None]  # [B, S + T] place in the response
     index = np.broadcast_to(np.clip(place, 0, RESPONSE_LEN - 1)[:, None], (B, G, s + RESPONSE_LEN))
@@ -150,19 +150,18 @@ def naive_loss(params, small, cfg, batch, rolled, advantage, weights, reference)
 
     logp, entropy = logprobs(params)
     reference_logp = None if cfg.objective.kl == "none" else logprobs(reference)[0]
-    loss, _ = objective.loss_terms(
+    return objective.loss_terms(
         logp, entropy, rolled.logp, reference_logp, advantage, rolled.sampled, weights, cfg.objective
     )
-    return loss
 
 
 def naive(small, cfg, batch, reference=None):
-    """`(params, rolled, advantage, weights) -> loss, gradient`, jitted."""
-    return jax.jit(jax.value_and_grad(
-        lambda params, rolled, advantage, weights: naive_loss(
-            params, small, cfg, batch, rolled, advantage, weights, reference
-        )
-    ))
+    """`(params, rolled, advantage, weights) -> (loss, figures), gradient`, jitted."""
+
+    def loss(params, rolled, advantage, weights):
+        return naive_loss(params, small, cfg, batch, rolled, advantage, weights, reference)
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 def test_shared_prompts_give_loss_and_gradients_of_the_usual_layout(small, step, mixed, reference, close):
@@ -170,48 +169,38 @@ def test_shared_prompts_give_loss_and_gradients_of_the_usual_layout(small, step,
     assert np.any(seen.rolled.forced) and 0 < metrics["guide/share"] < 1
     weights = objective.token_weights(seen.rolled, CONFIG.objective)
     advantage = np.broadcast_to(np.asarray(seen.advantage)[..., None], seen.rolled.tokens.shape)
-    loss, gradient = naive(small, CONFIG, mixed, reference)(small.params, seen.rolled, advantage, weights)
+    (loss, figures), gradient = naive(small, CONFIG, mixed, reference)(small.params, seen.rolled, advantage, weights)
     np.testing.assert_allclose(metrics["policy/loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["policy/kl"], figures["kl"], rtol=1e-4)
     close(after.opt_state, gradient, 1e-5)
     close(after.params, jax.tree.map(lambda p, g: p - RATE * g, small.params, gradient), 1e-6)
     assert metrics["policy/kl"] > 0.001 and metrics["policy/sampler_gap"] <= 1e-5
 
 
-def test_micro_batches_and_shards_give_the_whole_gradient(small, step, mixed, reference, close):
-    after, metrics, seen = step(mixed)
-    pieces, piece_metrics, piece_seen = jitted(small, MICRO)(fresh_state(small.params, MICRO), mixed, reference)
-    close(pieces.opt_state, after.opt_state, 1e-5)
-    close(pieces.params, after.params, 1e-6)
-    jax.tree.map(np.testing.assert_array_equal, piece_seen.rolled.tokens, seen.rolled.tokens)
-    assert metrics.keys() == piece_metrics.keys()
-    for name, value in metrics.items():
-        np.testing.assert_allclose(piece_metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
-
-
-def test_epochs_and_minibatches_are_updates_one_after_the_other(small, truths, close):
-    """Four updates, worked out in the usual layout: minibatch i takes every second example, from i."""
+def test_epochs_minibatches_and_micro_batches_are_updates_one_after_the_other(small, truths, close):
+    """Four updates, worked out in the usual layout and whole: minibatch i takes every second example, from i."""
     start = fresh_state(small.params, UPDATES)
     after, metrics, seen = jitted(small, UPDATES)(start, truths.hard, None)
     forced = np.any(seen.rolled.forced, axis=-1)
     # Capacity: two groups of each shard of four, two answers in each.
-    assert np.all(forced.reshape(2, 4, G).sum((1, 2)) <= 4) and forced.sum() > 0
-    assert np.isclose(metrics["guide/share"], 0.5)
+    np.testing.assert_array_equal(forced.reshape(2, 4 * G).sum(axis=1), [4, 4])
+    assert metrics["guide/share"] == 0.5
     advantage = objective.advantages(seen.score, seen.reading, forced, RESPONSE_LEN, UPDATES.objective)
     gradient_of = naive(small, UPDATES, truths.hard)
-    params, losses = small.params, []
+    params, expected = small.params, []
     for _ in range(2):
         for first in range(2):
             minibatch = (np.arange(B) % 2 == first)[:, None, None]
-            rolled = seen.rolled.replace(
-                sampled=seen.rolled.sampled & minibatch, valid=seen.rolled.valid & minibatch
-            )
+            rolled = seen.rolled.replace(sampled=seen.rolled.sampled & minibatch, valid=seen.rolled.valid & minibatch)
             weights = objective.token_weights(rolled, UPDATES.objective)
-            loss, gradient = gradient_of(params, seen.rolled, advantage, weights)
+            (loss, figures), gradient = gradient_of(params, seen.rolled, advantage, weights)
             params = jax.tree.map(lambda p, g: p - RATE * g, params, gradient)
-            losses.append(float(loss))
+            expected.append((loss, figures["clipped"], figures["ratio_change"]))
+    close(after.opt_state, gradient, 3e-5)  # the fourth, of parameters that differ by rounding
     close(after.params, params, 1e-5)
-    np.testing.assert_allclose(metrics["policy/loss"], np.mean(losses), rtol=1e-4, atol=1e-6)
-    assert metrics["policy/ratio_change"] > 0.01  # the later updates do see other ratios
+    found = [metrics[f"policy/{name}"] for name in ("loss", "clipped", "ratio_change")]
+    np.testing.assert_allclose(found, np.mean(expected, axis=0), rtol=1e-4)
+    assert found[1] > 0 and found[2] > 0.01  # the later updates do see other ratios
     assert metrics["policy/sampler_gap"] <= 1e-5  # that of the policy which sampled
 
 

@@ -35,6 +35,11 @@ class Dice:
         """The first of the options with that probability, else any."""
         return options[0] if self.chance(probability) else self.pick(options)
 
+    def popular(self, options: Sequence[T]) -> T:
+        """One of the options, the earlier the likelier: one time in three it is of the first tenth."""
+        point = self._random()
+        return options[int(len(options) * point * point)]
+
     def weighted(self, weights: Mapping[T, float]) -> T:
         """One of the keys, as often as its weight says."""
         point = self._random() * sum(weights.values())

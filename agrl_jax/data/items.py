@@ -70,9 +70,9 @@ def _type(dice: Dice, world: World, query: Query, stock: Stock, relation: str) -
 def _different_type(dice: Dice, world: World, query: Query, stock: Stock) -> ProductType | None:
     """Another type, more often than not one of the same department or with a word of the query in its name."""
     wanted = world.types[query.types[0]]
-    how = dice.weighted({"department": 4, "word": 3, "any": 3})
+    how = dice.weighted({"department": 3, "word": 2, "any": 5})
     for _ in range(200):
-        kind = world.types[dice.pick(stock.types)]
+        kind = world.types[dice.popular(stock.types)]
         if world.relation(query.types, kind.name) != "different":
             continue
         words = set(" ".join(kind.names).split())
@@ -118,7 +118,7 @@ def _attributes(
         elif noun and value in values and (not others or dice.chance(0.3)):
             denies.append((attribute, value))
         elif others:
-            says[attribute] = dice.pick(others)
+            says[attribute] = dice.popular(others)
 
     for (attribute, value), aim in zip(query.asked, asked_aims, strict=True):
         if aim != "unsaid":
@@ -130,7 +130,7 @@ def _attributes(
     free = [name for name in kind.attributes if name not in mentioned]
     count = max(0, dice.weighted({0: 2, 1: 3, 2: 3, 3: 1}) - len(says) // 2)
     for name in dice.some(free, count, [POPULAR.get(name, 1.0) for name in free]):
-        says[name] = dice.pick(kind.attributes[name])
+        says[name] = dice.popular(kind.attributes[name])
     return says, tuple(denies)
 
 
@@ -170,7 +170,7 @@ def _brand_and_price(
             low, high = (low, min(high, cap)) if aim == "good" else (max(low, cap), high)
             keep([name for name in brands if _between(kind, levels[name], low, high)])
     level = levels[dice.pick(brands)] if not named else ""
-    brand = dice.pick(brands) if named else ""
+    brand = dice.popular(brands) if named else ""
     start, end = kind.band(level or levels[brand])
     start, end = _overlap(start, end, low, high) or (start, end)
     cents = 100 * (start + dice.below(end - start)) + dice.pick((99, 95, 49))
@@ -236,10 +236,10 @@ class _Seller:
         if hosts and self._dice.chance(0.75):
             host = self._world.types[self._dice.pick(hosts)]
             brands = [name for name in self._stock.brands if host.department in self._world.brands[name]]
-            brand = query.brand if query.brand in brands else self._dice.pick(brands)
+            brand = query.brand if query.brand in brands else self._dice.popular(brands)
             name = self._dice.first(host.names, PLAIN)
             return f" for {brand} {name}" if self._dice.chance(0.5) else f" for {name}"
-        if relation == "complement" and self._dice.chance(0.3):
+        if relation == "complement" and self._dice.chance(0.5):
             # The one with which it goes: never a type that would make it something else.
             friends = [name for name in query.types if name in kind.complements and name in self._stock.types]
             if friends:

@@ -47,7 +47,7 @@ class Query:
 
 @dataclasses.dataclass(frozen=True)
 class Stock:
-    """The words that may be used: a part of the world."""
+    """The words that may be used: a part of the world, popular types and brands first."""
 
     types: tuple[str, ...]
     brands: tuple[str, ...]
@@ -65,7 +65,7 @@ def make_query(dice: Dice, world: World, stock: Stock, family: str) -> Query | N
         return maker.question()
     if family == "misspelling":
         return maker.misspelling()
-    kind = world.types[dice.pick(stock.types)]
+    kind = world.types[dice.popular(stock.types)]
     return getattr(maker, family)(kind)
 
 
@@ -151,7 +151,7 @@ class _Maker:
             text = self._phrasing("plain").replace("{x}", text)
         name = ""
         if brand and not any(rule.kind in ("not brand", "cheaper") for rule in rules):
-            name = self._dice.pick(brands)
+            name = self._dice.popular(brands)
             text = self._phrasing("brand").replace("{x}", text).replace("{brand}", self._typed(name))
         for rule in rules:
             text = self._with_limit(text, rule)
@@ -164,7 +164,7 @@ class _Maker:
         for name, values in kind.attributes.items():
             askable = [value for value in values if self._world.attributes[name].can_ask(value)]
             if askable and name not in taken:
-                options.append((name, self._dice.pick(askable)))
+                options.append((name, self._dice.popular(askable)))
         return self._dice.some(options, count, [POPULAR.get(name, 1.0) for name, _ in options])
 
     def _limits(self, kind: ProductType, kinds: tuple[str, ...]) -> list[Limit] | None:
@@ -186,7 +186,7 @@ class _Maker:
             for attribute, values in kind.attributes.items():
                 able = [value for value in values if world.attributes[attribute].can_rule_out(value)]
                 if able and attribute not in taken:
-                    options.append(Limit(name, attribute, self._dice.pick(able)))
+                    options.append(Limit(name, attribute, self._dice.popular(able)))
             return options
         levels = {brand: world.brands[brand].get(kind.department) for brand in self._stock.brands}
         if name == "cheaper":  # nothing is sure to be cheaper than the cheapest
