@@ -21,7 +21,7 @@ from agrl_jax.rl.rollout import PURPOSE_EVALUATE, predicting_hidden, prefill, ro
 from agrl_jax.rulebook import wording
 from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.scorecard import Judgements
-from agrl_jax.types import UNKNOWN, Array, Batch, Params, Policy, RuleTables
+from agrl_jax.types import UNKNOWN, Array, Batch, Params, Policy, Rollout, RuleTables
 
 Put = Callable[[Any], Any]  # places a host batch on the mesh
 
@@ -105,14 +105,27 @@ def tier_segments(book: RuleBook, tokenizer: Tokenizer) -> TierSegments:
 def judge_batch(
     policy: Policy, tables: RuleTables, segments: TierSegments, length: int, params: Params, batch: Batch
 ) -> dict[str, Array]:
-    """Greedy judgements of a batch: the fields of `Judgements` that come from the policy, [B, ...] each.
+    """Greedy judgements of a batch: the fields of `Judgements` that come from the policy, [B, ...] each."""
+    return judge_prompts(policy, tables, segments, length, params, batch.prompt, batch.prompt_len)[0]
+
+
+def judge_prompts(
+    policy: Policy, tables: RuleTables, segments: TierSegments, length: int, params: Params, prompt: Array,
+    prompt_len: Array, constrained: bool = False,
+) -> tuple[dict[str, Array], Rollout]:
+    """Greedy judgements of the prompts [B, S], and the responses that they were read from, one each.
 
     `probs` [B, tiers] are those of the canonical tier strings after the policy's own steps, normalised
-    over the tiers; all equal where the answer is malformed. A malformed answer predicts no tier.
+    over the tiers; all equal where the answer is malformed. A malformed answer predicts no tier; with
+    `constrained` there is none, since only tokens that lead to a well-formed response are taken.
     """
-    prefix = prefill(policy, params, batch.prompt, batch.prompt_len)
-    keys = row_keys(jnp.zeros((2,), jnp.uint32), PURPOSE_EVALUATE, 0, batch.row, 1)  # greedy: never drawn from
-    rolled = rollout(policy, params, prefix, keys, length=length, temperature=0.0, end_token=tables.end_token)
+    prefix = prefill(policy, params, prompt, prompt_len)
+    # Greedy: the keys are never drawn from.
+    keys = row_keys(jnp.zeros((2,), jnp.uint32), PURPOSE_EVALUATE, 0, jnp.zeros_like(prompt_len), 1)
+    rolled = rollout(
+        policy, params, prefix, keys,
+        length=length, temperature=0.0, end_token=tables.end_token, grammar=tables if constrained else None,
+    )
     reading = reader.read(tables, rolled.tokens, rolled.valid)
     value, formed = reading.value[:, 0], reading.well_formed[:, 0]
     steps, tier = value[:, :-1], value[:, -1]
@@ -121,7 +134,7 @@ def judge_batch(
     start = jnp.where(formed, start, 0)
     logp = _tier_logprobs(policy, params, prefix, rolled.tokens[:, 0], start, segments)
     probs = jnp.where(formed[:, None], jax.nn.softmax(logp), 1 / tables.num_tiers)
-    return {
+    judged = {
         "predicted": jnp.where(formed, tier, UNKNOWN),
         "predicted_steps": steps,
         "probs": probs,
@@ -130,22 +143,23 @@ def judge_batch(
         "consistent": is_consistent(steps, tier, tables),
         "response_tokens": jnp.sum(rolled.valid[:, 0], axis=-1),
     }
+    return judged, rolled
 
 
 def _tier_logprobs(
     policy: Policy, params: Params, prefix: Any, own: Array, start: Array, segments: TierSegments
 ) -> Array:
     """[B, tiers] log-probability of each tier's segment after the first `start` [B] of the tokens `own` [B, T]."""
-    number, width = segments.tokens.shape
-    position = jnp.arange(own.shape[1] + width)
-    inside = position - start[:, None]  # [B, T + W] index into the segment
+    width = segments.tokens.shape[1]
+    inside = jnp.arange(own.shape[1] + width) - start[:, None]  # [B, T + W] index into the segment
     stated = jnp.asarray(segments.tokens)[:, jnp.clip(inside, 0, width - 1)].swapaxes(0, 1)  # [B, tiers, T + W]
     before = jnp.pad(own, ((0, 0), (0, width)))[:, None]
-    tokens = jnp.where((inside < 0)[:, None], before, stated)
-    hidden = predicting_hidden(policy, params, prefix, tokens)
+    hidden = predicting_hidden(policy, params, prefix, jnp.where((inside < 0)[:, None], before, stated))
+    place = start[:, None] + jnp.arange(width)  # logits of the segment alone: a vocabulary can be large
+    hidden = jnp.take_along_axis(hidden, place[:, None, :, None], axis=2)  # [B, tiers, W, D]
+    tokens = jnp.broadcast_to(segments.tokens, hidden.shape[:-1])
     logp, _ = token_logprobs(partial(policy.unembed, params), hidden, tokens, 1.0, 0)
-    counted = (inside >= 0)[:, None] & (inside[:, None] < segments.length[None, :, None])
-    return jnp.sum(jnp.where(counted, logp, 0.0), axis=-1)
+    return jnp.sum(jnp.where(jnp.arange(width) < segments.length[:, None], logp, 0.0), axis=-1)
 
 
 def sample_tiers(policy: Policy, tables: RuleTables, cfg: EvalConfig, params: Params, batch: Batch) -> Array:
