@@ -118,7 +118,8 @@ def truths(small) -> Truths:
 def step(small, reference):
     """The step of CONFIG; `step.compiled` is the jitted function."""
     compiled = jitted(small, CONFIG)
-    run = partial(lambda batch, state: compiled(state, batch, reference), state=fresh_state(small.params, CONFIG))
+    state = jax.device_put(fresh_state(small.params, CONFIG))  # a host array would be another signature
+    run = partial(lambda batch, state: compiled(state, batch, reference), state=state)
     run.compiled = compiled
     return run
 
