@@ -174,6 +174,7 @@ def _warm_start(run: Run) -> Params:
     tx = optim.make(
         config.sft.learning_rate, config.sft.warmup, config.sft.steps,
         weight_decay=config.sft.weight_decay, decay=optim.decay_mask(run.model.axes),
+        matrix_rate=config.sft.matrix_rate, axes=run.model.axes,
     )
     fresh, shardings = _fresh_state(run, tx, guided=False)
     ended = run.checkpoints.restore_sft(_template(fresh, shardings).params)

@@ -59,6 +59,7 @@ def base() -> ConfigDict:
     c.sft.steps = 500
     c.sft.batch_size = 64
     c.sft.learning_rate = 3e-3  # peak; cosine decay to 0
+    c.sft.matrix_rate = 0.02  # the same of Muon, which trains the layers' matrices; 0: AdamW trains all
     c.sft.warmup = 30  # steps
     c.sft.weight_decay = 0.01
     c.sft.prompt_weight = 0.0  # of the prompts' own tokens in the loss

@@ -71,6 +71,37 @@ def test_decay_mask_overrides_the_count_of_dimensions():
     np.testing.assert_allclose(updates["q"], -0.5)
 
 
+def test_matrices_of_the_layers_map_input_to_output_and_nothing_else_is_a_matrix():
+    axes = {
+        "embedding": ("vocab", "embed"),
+        "q": ("layers", "embed", "heads", "head_dim"),
+        "out": ("layers", "heads", "head_dim", "embed"),
+        "expert": ("layers", "experts", "expert_mlp", "embed"),
+        "norm": ("layers", "embed"),
+        "bias": ("layers", "heads", "head_dim"),
+    }
+    assert optim.matrix_dimensions(axes) == {
+        "embedding": None, "q": ((1,), (2, 3)), "out": ((1, 2), (3,)), "expert": ((2,), (3,)), "norm": None,
+        "bias": None,
+    }  # fmt: skip
+
+
+def test_muon_turns_each_layers_gradient_into_a_rotation_and_leaves_the_rest_to_nadam():
+    axes = {"w": ("layers", "embed", "mlp"), "embedding": ("vocab", "embed")}
+    tx = optim.make(0.1, 0, 10, "constant", matrix_rate=0.5, axes=axes, clip_norm=1e9)
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.zeros((2, 4, 4)), "embedding": jnp.zeros((3, 4))}
+    grads = {name: jnp.asarray(rng.normal(size=x.shape), jnp.float32) for name, x in params.items()}
+    updates, _ = tx.update(grads, tx.init(params), params)
+    nesterov = 1 + 0.9 * 0.1 / (1 - 0.9**2)  # of g / |g|: the first moment, a step ahead
+    np.testing.assert_allclose(updates["embedding"], -0.1 * nesterov * np.sign(grads["embedding"]), rtol=1e-5)
+    for update, gradient in zip(updates["w"], grads["w"], strict=True):
+        u, _, v = np.linalg.svd(gradient)
+        # The same directions; lengths near 1 (five Newton-Schulz iterations: 0.7 to 1.2) times the rate.
+        lengths = np.diag(u.T @ np.asarray(update) @ v.T)
+        assert np.all((-lengths > 0.5 * 0.6) & (-lengths < 0.5 * 1.3))
+
+
 def test_state_is_float32_for_bfloat16_parameters():
     tx = optim.make(0.1, 0, 1, weight_decay=0.1)
     params = {"w": jnp.ones((2, 2), jnp.bfloat16)}

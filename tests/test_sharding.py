@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from agrl_jax.runtime import sharding
+from agrl_jax.runtime import optim, sharding
 from agrl_jax.runtime.sharding import ShardingError
 
 
@@ -76,14 +76,32 @@ def test_mesh_that_cannot_be_is_refused(sizes, message):
 
 def test_the_state_follows_its_parameters():
     mesh = abstract()
+    axes = {"w": ("embed", "mlp"), "norm": ("embed",)}
     shapes = {"w": jax.ShapeDtypeStruct((4, 4), jnp.float32), "norm": jax.ShapeDtypeStruct((4,), jnp.float32)}
-    params = sharding.param_shardings(mesh, {"w": ("embed", "mlp"), "norm": ("embed",)}, shapes)
+    params = sharding.param_shardings(mesh, axes, shapes)
     assert {name: s.spec for name, s in params.items()} == {"w": P("fsdp", "tensor"), "norm": P("fsdp")}
     state = {"params": shapes, "opt": jax.eval_shape(optax.adam(1e-3).init, shapes), "step": 0, "none": None}
     found = sharding.state_shardings(mesh, state, params)
     assert found["params"] == found["opt"][0].mu == found["opt"][0].nu == params
     assert found["step"].spec == found["opt"][0].count.spec == P()
     assert found["none"] is None
+
+
+def test_the_state_follows_its_parameters_where_two_optimisers_share_them():
+    mesh = abstract()
+    axes = {"w": ("layers", "embed", "mlp"), "norm": ("layers", "embed")}
+    shapes = {"w": jax.ShapeDtypeStruct((2, 4, 4), jnp.float32), "norm": jax.ShapeDtypeStruct((2, 4), jnp.float32)}
+    params = sharding.param_shardings(mesh, axes, shapes)
+    state = jax.eval_shape(optim.make(1e-3, 0, 1, matrix_rate=0.1, axes=axes).init, shapes)
+    large = [
+        (leaf.shape, place.spec)
+        for leaf, place in zip(
+            jax.tree.leaves(state), jax.tree.leaves(sharding.state_shardings(mesh, state, params)), strict=True
+        )
+        if leaf.ndim > 1
+    ]
+    # Muon's momentum of the matrix, Adam's two moments of the norm.
+    assert sorted(large) == [((2, 4), P(None, "fsdp"))] * 2 + [((2, 4, 4), P(None, "fsdp", "tensor"))]
 
 
 ON_EIGHT = """

@@ -213,6 +213,7 @@ RULES: Mapping[str, Rule] = {
     "sft.steps": _COUNT,
     "sft.batch_size": _SIZE,
     "sft.learning_rate": _POSITIVE,
+    "sft.matrix_rate": _WEIGHT,
     "sft.warmup": _COUNT,
     "sft.weight_decay": _WEIGHT,
     "sft.prompt_weight": _WEIGHT,

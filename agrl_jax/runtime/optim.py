@@ -1,4 +1,5 @@
-"""The optimiser: AdamW with warm-up, clipping by global norm, and updates that skip what is not finite."""
+"""The optimiser: AdamW, or Muon for the layers' matrices, with warm-up and clipping by norm; updates skip what is not
+finite."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from agrl_jax.types import Array, Params
 
@@ -42,19 +44,33 @@ def make(
     b1: float = 0.9,
     b2: float = 0.95,
     decay: Any = None,
+    matrix_rate: float = 0.0,
+    axes: Any = None,
 ) -> optax.GradientTransformation:
     """AdamW (arXiv 1711.05101) after clipping by global norm; its state is float32 whatever the parameters.
 
     `steps` counts updates: RL steps times epochs times minibatches. `decay` is a tree of booleans saying
     which parameters decay (`decay_mask`); by default those of two or more dimensions. Parameters kept in
     bfloat16 lose updates below about 1/256 of their size: keep them in float32 for small learning rates.
+
+    With a `matrix_rate`, the matrices of the layers are updated by Muon (Jordan et al., 2024: the
+    momentum, orthogonalised) with that peak learning rate, and the other parameters by AdamW with Nesterov's
+    momentum. `axes`, the logical axis names of each parameter, then tell which they are and how they multiply.
     """
-    inner = optax.chain(
-        optax.clip_by_global_norm(clip_norm),
+    rate = learning_rate_schedule(learning_rate, warmup, steps, schedule)
+    adam = optax.chain(
         optax.scale_by_adam(b1=b1, b2=b2, eps=1e-8),
         optax.add_decayed_weights(weight_decay, mask=_two_dimensional if decay is None else decay),
-        optax.scale_by_learning_rate(learning_rate_schedule(learning_rate, warmup, steps, schedule)),
+        optax.scale_by_learning_rate(rate),
     )
+    if matrix_rate:
+        adam = optax.contrib.muon(
+            learning_rate_schedule(matrix_rate, warmup, steps, schedule),
+            weight_decay=weight_decay,
+            adam_b1=b1, adam_b2=b2, adam_weight_decay=weight_decay, adam_learning_rate=rate,
+            muon_weight_dimension_numbers=matrix_dimensions(axes),
+        )
+    inner = optax.chain(optax.clip_by_global_norm(clip_norm), adam)
 
     def init(params: Params) -> Any:
         return inner.init(_float32(params))
@@ -76,6 +92,24 @@ def decay_mask(axes: Any) -> Any:
         return "embed" in names and len(set(names) - {"layers", "embed"}) > 0
 
     return jax.tree.map(is_matrix, axes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def matrix_dimensions(axes: Any) -> Any:
+    """How each matrix of the layers maps its input to its output, for Muon; None for all other parameters.
+
+    A weight stands with its input axes before its output axes, and one of the two sides is `embed`.
+    """
+
+    def dimensions(names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers | None:
+        sides = [i for i, name in enumerate(names) if name not in ("layers", "experts")]
+        if "layers" not in names or "embed" not in names or len(sides) < 2:
+            return None
+        embed = names.index("embed")
+        others = tuple(i for i in sides if i != embed)
+        into, out = ((embed,), others) if embed < others[0] else (others, (embed,))
+        return optax.contrib.MuonDimensionNumbers(into, out)
+
+    return jax.tree.map(dimensions, axes, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def guarded_update(

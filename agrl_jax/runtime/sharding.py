@@ -103,16 +103,21 @@ def param_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
 def state_shardings(mesh: Mesh, state: Any, params: Any) -> Any:
     """Shardings for a whole training state, given those of its parameters.
 
-    Every subtree of `state` with the structure of `params` (the parameters themselves, the moments of
-    the optimiser) takes the parameters' shardings; all else is replicated. `params` is the result of
-    `param_shardings`.
+    An array of `state` takes the sharding of the parameter whose path its own path ends in, if it has
+    as many dimensions: the parameters themselves, and the moments of an optimiser. All else is
+    replicated. `params` is the result of `param_shardings`.
     """
-    structure = jax.tree.structure(params)
+    of_path = {path: place for path, place in jax.tree_util.tree_leaves_with_path(params)}
+    longest = max(len(path) for path in of_path)
 
-    def like_params(node: Any) -> bool:
-        return jax.tree.structure(node) == structure
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        ends = (path[start:] for start in range(max(0, len(path) - longest), len(path)))
+        found = next((of_path[end] for end in ends if end in of_path), None)
+        if found is None or len(found.spec) != leaf.ndim:
+            return replicated(mesh)
+        return found
 
-    return jax.tree.map(lambda node: params if like_params(node) else replicated(mesh), state, is_leaf=like_params)
+    return jax.tree_util.tree_map_with_path(place, state)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
