@@ -18,7 +18,6 @@ from agrl_jax.rl import reader
 from agrl_jax.rl.objective import token_logprobs
 from agrl_jax.rl.reward import is_consistent
 from agrl_jax.rl.rollout import PURPOSE_EVALUATE, predicting_hidden, prefill, rollout, row_keys
-from agrl_jax.rulebook import wording
 from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.scorecard import Judgements
 from agrl_jax.types import UNKNOWN, Array, Batch, Params, Policy, Rollout, RuleTables
@@ -93,13 +92,9 @@ class TierSegments:
 
 def tier_segments(book: RuleBook, tokenizer: Tokenizer) -> TierSegments:
     """Tokenises the tier's segment as gold responses do."""
-    r = len(book.steps)
-    first = book.part_order[0] == r
-    rows = [tokenizer.encode(wording.part_text(book, r, tier, first)) for tier in range(len(book.tiers))]
-    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = row
-    return TierSegments(tokens, np.array([len(row) for row in rows], np.int32), first)
+    place = book.part_order.index(len(book.steps))
+    texts, tiers = pipeline.part_texts(book, tokenizer), len(book.tiers)
+    return TierSegments(texts.tokens[place, :tiers], texts.length[place, :tiers], first=place == 0)
 
 
 def judge_batch(

@@ -80,6 +80,38 @@ def encode(
     return EncodedSplit(batch, pairs, names, shortened)
 
 
+@dataclasses.dataclass(frozen=True)
+class PartTexts:
+    """The canonical text of each value of each part, as tokens; parts in the order of the response."""
+
+    tokens: np.ndarray  # [P, values, W] int32
+    length: np.ndarray  # [P, values] int32; 0 past the values of a part
+
+    @property
+    def longest_response(self) -> int:
+        """Tokens of the longest canonical response, its end token included."""
+        return int(self.length.max(axis=1).sum()) + 1
+
+
+def part_texts(book: RuleBook, tokenizer: Tokenizer) -> PartTexts:
+    """Tokenises the parts as gold responses are."""
+    texts = [
+        [
+            tokenizer.encode(wording.part_text(book, part, phrase.value, first=place == 0))
+            for phrase in sorted(book.phrases, key=lambda phrase: phrase.value)
+            if phrase.part == part
+        ]
+        for place, part in enumerate(book.part_order)
+    ]
+    length = np.zeros((len(texts), max(map(len, texts))), np.int32)
+    tokens = np.zeros((*length.shape, max(len(text) for values in texts for text in values)), np.int32)
+    for place, value in np.ndindex(*length.shape):
+        text = texts[place][value] if value < len(texts[place]) else []
+        length[place, value] = len(text)
+        tokens[place, value, : len(text)] = text
+    return PartTexts(tokens, length)
+
+
 def batches(
     encoded: EncodedSplit, batch_size: int, seed: int, start: int = 0, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:

@@ -8,25 +8,31 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from agrl_jax.data.pipeline import PartTexts
 from agrl_jax.rl.objective import token_logprobs
 from agrl_jax.rl.rollout import predicting_hidden, run_prompt
 from agrl_jax.rl.step import UpdateFn
-from agrl_jax.types import Array, Batch, Params, Policy, TrainState
+from agrl_jax.supervised.fill import filled_responses
+from agrl_jax.types import Array, Batch, Params, Policy, RuleTables, TrainState
 
 
 def gold_loss(
-    policy: Policy, params: Params, batch: Batch, prompt_weight: float = 0.0, chunk: int = 0
+    policy: Policy, params: Params, batch: Batch, prompt_weight: float = 0.0, chunk: int = 0,
+    blanks: tuple[RuleTables, PartTexts] | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Cross-entropy of the gold responses, mean over their tokens (end token included) [nats].
 
-    Where steps are unknown, the gold response ends before the first of them and the loss with it.
-    `prompt_weight` times the mean cross-entropy of the prompts' own tokens is added: a policy trained from
+    Where steps are unknown, the gold response ends before the first of them and the loss with it; with
+    `blanks` the policy fills them in, and the loss falls on all that is known (`fill`). `prompt_weight` times the mean cross-entropy of the prompts' own tokens is added: a policy trained from
     scratch has to learn its language here too, and predicting the item from the query makes it compare
     the two. Leave it at 0 for a pretrained one.
     """
-    tokens = batch.gold[:, None]
-    weight = (jnp.arange(tokens.shape[-1]) < batch.gold_len[:, None])[:, None].astype(jnp.float32)
+    tokens, known = batch.gold, jnp.arange(batch.gold.shape[1]) < batch.gold_len[:, None]
     prefix, prompt_hidden = run_prompt(policy, params, batch.prompt, batch.prompt_len)
+    if blanks is not None:
+        fixed = jax.lax.stop_gradient((params, prefix))
+        tokens, known = filled_responses(policy, fixed[0], *blanks, fixed[1], batch)
+    tokens, weight = tokens[:, None], known[:, None].astype(jnp.float32)
     hidden = predicting_hidden(policy, params, prefix, tokens)
     unembed = partial(policy.unembed, params)
     logp, entropy = token_logprobs(unembed, hidden, tokens, 1.0, chunk)
@@ -47,13 +53,14 @@ def gold_loss(
 
 
 def make_step(
-    policy: Policy, update: UpdateFn, prompt_weight: float = 0.0, chunk: int = 0
+    policy: Policy, update: UpdateFn, prompt_weight: float = 0.0, chunk: int = 0,
+    blanks: tuple[RuleTables, PartTexts] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Returns the pure function `step(state, batch) -> (state, metrics)`; metrics are float32 scalars."""
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        loss = jax.value_and_grad(lambda params: gold_loss(policy, params, batch, prompt_weight, chunk), has_aux=True)
-        (_, metrics), grads = loss(state.params)
+        loss = partial(gold_loss, policy, batch=batch, prompt_weight=prompt_weight, chunk=chunk, blanks=blanks)
+        (_, metrics), grads = jax.value_and_grad(lambda params: loss(params=params), has_aux=True)(state.params)
         params, opt_state, skipped, figures = update(grads, state.params, state.opt_state, state.skipped)
         state = state.replace(params=params, opt_state=opt_state, skipped=skipped, step=state.step + 1)
         return state, {name: jnp.asarray(value, jnp.float32) for name, value in (metrics | figures).items()}

@@ -1,0 +1,81 @@
+"""Pairs of which some steps are unknown: the policy fills them in itself, and is not taught what it filled in.
+
+Parts are taken in the order of the response. A part that is known gets its canonical text; for one that is not, the
+policy's own likeliest value is taken, among those that the table still allows with the tier and the steps known.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from agrl_jax.data.pipeline import PartTexts
+from agrl_jax.rl.objective import token_logprobs
+from agrl_jax.rl.rollout import predicting_hidden
+from agrl_jax.types import UNKNOWN, Array, Batch, Params, Policy, Prefix, RuleTables
+
+
+def filled_responses(
+    policy: Policy, params: Params, tables: RuleTables, texts: PartTexts, prefix: Prefix, batch: Batch
+) -> tuple[Array, Array]:
+    """Whole canonical responses [B, T] int32, and which of their tokens [B, T] bool state what is known.
+
+    The end token counts as known. T must have room for the longest canonical response.
+    """
+    sizes, all_texts = jnp.asarray(texts.length), jnp.asarray(texts.tokens)
+    length = batch.gold.shape[1]
+    tokens = jnp.full(batch.gold.shape, tables.end_token, jnp.int32)
+    known = jnp.zeros(batch.gold.shape, bool)
+    at = jnp.zeros_like(batch.tier)  # tokens so far
+    possible = _possible(tables, batch.steps, batch.tier)
+    for place, part in enumerate(tables.order):
+        is_step = part < tables.num_steps
+        truth = batch.steps[:, part] if is_step else batch.tier
+        value = truth
+        if is_step:
+            others = tuple(axis + 1 for axis in range(tables.num_steps) if axis != part)
+            allowed = jnp.any(possible, axis=others)  # [B, values]
+            logp = _text_logprobs(policy, params, prefix, tokens, at, texts, place)[:, : allowed.shape[1]]
+            value = jnp.where(truth == UNKNOWN, jnp.argmax(jnp.where(allowed, logp, -jnp.inf), axis=1), truth)
+            possible &= _one_value(value, part, tables)
+        inside = jnp.arange(length) - at[:, None]  # [B, T] place within the text of this part
+        size = sizes[place, value]
+        here = (inside >= 0) & (inside < size[:, None])
+        text = jnp.take_along_axis(all_texts[place, value], jnp.clip(inside, 0, all_texts.shape[2] - 1), axis=1)
+        tokens = jnp.where(here, text, tokens)
+        known |= here & (truth != UNKNOWN)[:, None]
+        at += size
+    return tokens, known | (jnp.arange(length) == at[:, None])
+
+
+def _possible(tables: RuleTables, steps: Array, tier: Array) -> Array:
+    """[B, values of step 0, ..., values of step R - 1] bool: combinations that agree with what is known."""
+    possible = jnp.asarray(tables.tier_of).reshape(tables.num_values) == jnp.expand_dims(
+        tier, tuple(range(1, tables.num_steps + 1))
+    )
+    for part in range(tables.num_steps):
+        possible &= _one_value(steps[:, part], part, tables)
+    return possible
+
+
+def _one_value(value: Array, part: int, tables: RuleTables) -> Array:
+    """Of `value` [B] of a step: all combinations with it, or all where it is UNKNOWN; ready to broadcast."""
+    size = tables.num_values[part]
+    mask = (jnp.arange(size) == value[:, None]) | (value == UNKNOWN)[:, None]
+    return mask.reshape(-1, *(size if axis == part else 1 for axis in range(tables.num_steps)))
+
+
+def _text_logprobs(
+    policy: Policy, params: Params, prefix: Prefix, tokens: Array, at: Array, texts: PartTexts, place: int
+) -> Array:
+    """[B, values] log-probability of each value's text after the first `at` [B] of `tokens` [B, T]."""
+    width = texts.tokens.shape[2]
+    inside = jnp.arange(tokens.shape[1]) - at[:, None]
+    text = jnp.asarray(texts.tokens[place])[:, jnp.clip(inside, 0, width - 1)].swapaxes(0, 1)  # [B, values, T]
+    candidates = jnp.where((inside < 0)[:, None], tokens[:, None], text)
+    hidden = predicting_hidden(policy, params, prefix, candidates)
+    logp, _ = token_logprobs(partial(policy.unembed, params), hidden, candidates, 1.0, 0)
+    counts = (inside[:, None] >= 0) & (inside[:, None] < texts.length[place][:, None])
+    return jnp.sum(jnp.where(counts, logp, 0.0), axis=-1)

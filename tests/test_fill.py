@@ -1,0 +1,116 @@
+"""Steps that are unknown: the policy fills them in, and only what is known is learnt."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import END, RESPONSE_LEN, WORDS
+
+from agrl_jax.data.pipeline import PartTexts
+from agrl_jax.rl.rollout import prefill
+from agrl_jax.supervised import sft
+from agrl_jax.supervised.fill import filled_responses
+from agrl_jax.types import UNKNOWN
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+# One token each: fit (yes 0, part 1, no 2), brand (ok 3, off 4), tier (good 5, fair 6, bad 7).
+TEXTS = PartTexts(
+    np.array([[[0], [1], [2]], [[3], [4], [0]], [[5], [6], [7]]], np.int32),
+    np.array([[1, 1, 1], [1, 1, 0], [1, 1, 1]], np.int32),
+)
+
+
+@pytest.fixture(scope="module")
+def batch(small):
+    """What is known: all; fair; bad, which implies fit no; fair and brand off; good, which implies both; fair and
+    fit part."""
+    steps = [(1, 1), (UNKNOWN, UNKNOWN), (2, UNKNOWN), (UNKNOWN, 1), (0, 0), (1, UNKNOWN)]
+    return small.batch(steps, tiers=[1, 1, 2, 1, 0, 1])
+
+
+@pytest.fixture(scope="module")
+def filled(small, batch):
+    @jax.jit
+    def fill(params, batch):
+        prefix = prefill(small.policy, params, batch.prompt, batch.prompt_len)
+        return filled_responses(small.policy, params, small.tables, TEXTS, prefix, batch)
+
+    return [np.asarray(x) for x in fill(small.params, batch)]
+
+
+def own_choice(small, batch, row):
+    """The likeliest fit, then the likeliest brand after it, of those that the table allows; by whole sequences."""
+    prompt = batch.prompt[row, : batch.prompt_len[row]].tolist()
+
+    def likeliest(response, values):
+        hidden, _ = small.policy.apply(small.params, jnp.array([[prompt + response]]))
+        logits = small.policy.unembed(small.params, hidden[0, 0, -1])
+        return max(values, key=lambda value: logits[value])
+
+    agree = [
+        (fit, 3 + brand, 5 + int(batch.tier[row]))
+        for fit, brand in itertools.product(range(3), range(2))
+        if small.book.tier_for((fit, brand)) == batch.tier[row]
+        and batch.steps[row, 0] in (fit, UNKNOWN) and batch.steps[row, 1] in (brand, UNKNOWN)
+    ]  # fmt: skip
+    fit = likeliest([], {combination[0] for combination in agree})
+    brand = likeliest([fit], {combination[1] for combination in agree if combination[0] == fit})
+    return [fit, brand, 5 + int(batch.tier[row])]
+
+
+def test_the_policy_fills_in_its_likeliest_values_that_agree_with_the_label(small, batch, filled):
+    tokens, _ = filled
+    for row in range(len(tokens)):
+        assert tokens[row].tolist() == own_choice(small, batch, row) + [END] * (RESPONSE_LEN - 3), WORDS
+        fit, brand, tier = tokens[row, :3] - [0, 3, 5]
+        assert small.book.tier_for((fit, brand)) == tier == batch.tier[row]
+
+
+def test_what_is_known_counts_and_nothing_else(batch, filled):
+    counted = [[True, True], [False, False], [True, False], [False, True], [True, True], [True, False]]
+    expected = [[*steps, True, True] + [False] * (RESPONSE_LEN - 4) for steps in counted]  # the tier and the end
+    np.testing.assert_array_equal(filled[1], expected)
+
+
+def test_the_loss_falls_on_what_is_known(small, batch, filled):
+    tokens, known = filled
+    whole = batch.replace(gold=tokens, gold_len=np.full(len(tokens), 4, np.int32))
+
+    @jax.jit
+    def losses(params):
+        loss, _ = sft.gold_loss(small.policy, params, batch, blanks=(small.tables, TEXTS))
+        hidden = [small.policy.apply(params, jnp.asarray(row)[None, None])[0][0, 0] for row in sequences]
+        logp = [jax.nn.log_softmax(small.policy.unembed(params, h)) for h in hidden]
+        return loss, logp
+
+    sequences = [
+        np.concatenate([batch.prompt[row, :n], whole.gold[row, :4]]) for row, n in enumerate(batch.prompt_len)
+    ]
+    loss, logp = losses(small.params)
+    parts = [
+        -logp[row][n - 1 + t, tokens[row, t]]
+        for row, n in enumerate(batch.prompt_len) for t in range(4) if known[row, t]
+    ]  # fmt: skip
+    np.testing.assert_allclose(loss, np.mean(parts), rtol=1e-5)
+
+
+def test_no_gradient_goes_through_the_choice(small, batch, filled, close):
+    tokens, known = filled
+    gradient = jax.jit(jax.grad(lambda p: sft.gold_loss(small.policy, p, batch, blanks=(small.tables, TEXTS))[0]))
+    weights = jnp.asarray(known)
+
+    @jax.jit
+    @jax.grad
+    def fixed(params):
+        prefix = prefill(small.policy, params, batch.prompt, batch.prompt_len)
+        hidden, _ = small.policy.apply(params, jnp.asarray(tokens)[:, None, :-1], prefix=prefix)
+        hidden = jnp.concatenate([prefix.last_hidden[:, None], hidden[:, 0]], axis=1)
+        logp = jax.nn.log_softmax(small.policy.unembed(params, hidden))
+        return -jnp.sum(jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0] * weights) / weights.sum()
+
+    close(gradient(small.params), fixed(small.params))
