@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from agrl_jax.data import benchmark, pipeline
 from agrl_jax.data.pairs import Pair, PairsFile, item_text, read_pairs
-from agrl_jax.data.pipeline import EncodedSplit
+from agrl_jax.data.pipeline import EncodedSplit, PartTexts
 from agrl_jax.judging import EvalConfig, Evaluator
 from agrl_jax.policy import tokenizer as tokenizers
 from agrl_jax.policy import transformer
@@ -29,7 +29,7 @@ from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.runtime import sharding
 from agrl_jax.runtime.checkpoint import SFT_END, Checkpointer
 from agrl_jax.runtime.config import ConfigError, resolve
-from agrl_jax.types import Params, Policy, RuleTables
+from agrl_jax.types import UNKNOWN, Params, Policy, RuleTables
 
 TOKENIZER_FILE = "tokenizer.json"
 BEST = -1  # in place of a step: the best by validation macro-F1
@@ -106,10 +106,10 @@ def load_data(config: ConfigDict, rules: RuleBook, workdir: epath.Path) -> Data:
     if config.data.source == "pairs":  # read first: a bad file is refused at once
         mine = read_pairs(config.data.path, rules, seed=config.data.seed)
     bundled = benchmark.load_benchmark(config.data.dir or str(workdir / "data"), config.data.seed)
-    if mine is not None:
-        return Data(splits=mine.splits, sft=bundled["sft"], contradicting=tuple(mine.contradicting))
     names = ("train", "validation", "b_eval", "w_eval")
-    return Data(splits={name: bundled[name] for name in names}, sft=bundled["sft"])
+    splits = {name: bundled[name] for name in names} if mine is None else mine.splits
+    warm = {"benchmark": bundled["sft"], "train": splits["train"], "both": [*bundled["sft"], *splits["train"]]}
+    return Data(splits, warm[config.sft.source], () if mine is None else tuple(mine.contradicting))
 
 
 def load_model(config: ConfigDict, workdir: epath.Path, data: Data | None = None) -> Model:
@@ -149,6 +149,19 @@ def encode(config: ConfigDict, model: Model, data: Data, pairs: list[Pair]) -> E
         pairs, model.book, model.tokenizer, config.data.prompt_len, config.data.response_len, config.data.style,
         families=data.families,
     )
+
+
+def blanks(config: ConfigDict, model: Model, split: EncodedSplit) -> tuple[RuleTables, PartTexts] | None:
+    """What the policy needs to fill in unknown steps of a split for supervised training; None if all are known."""
+    if not np.any(split.batch.steps == UNKNOWN):
+        return None
+    texts = pipeline.part_texts(model.book, model.tokenizer)
+    if texts.longest_response > config.data.response_len:
+        raise ConfigError(
+            f"data.response_len is {config.data.response_len}: some steps are unknown, so the policy fills them in, and "
+            f"the longest response has {texts.longest_response} tokens"
+        )
+    return model.tables, texts
 
 
 def _training_texts(config: ConfigDict, rules: RuleBook, data: Data) -> Iterable[str]:

@@ -168,7 +168,7 @@ class _signals:
 
 
 def _warm_start(run: Run) -> Params:
-    """Supervised training on the bundled benchmark; its end is kept for good as the reference policy."""
+    """Supervised training; its end is kept for good as the reference policy."""
     config = run.config
     split = assemble.encode(config, run.model, run.data, run.data.sft)
     tx = optim.make(
@@ -182,7 +182,10 @@ def _warm_start(run: Run) -> Params:
         return ended
     state = _restored(run, "sft", fresh, shardings)
     run.say(f"policy: {count_parameters(state.params):,} parameters; warm start on {len(split):,} pairs")
-    step = sft.make_step(run.model.policy, _updater(tx), config.sft.prompt_weight, config.objective.logprob_chunk)
+    step = sft.make_step(
+        run.model.policy, _updater(tx), config.sft.prompt_weight, config.objective.logprob_chunk,
+        assemble.blanks(config, run.model, split),
+    )
     compiled = _jit(run, step, shardings)
     batches = pipeline.batches(split, config.sft.batch_size, config.seed, start=int(state.step))
     state = _run_stage(
@@ -201,8 +204,9 @@ def _reinforce(run: Run, reference: Params) -> Params:
     _say_encoding(run, split)
     updates = config.rl.steps * config.rl.epochs * config.rl.minibatches
     tx = optim.make(
-        config.rl.learning_rate, config.rl.warmup, updates, schedule="constant",
+        config.rl.learning_rate, config.rl.warmup, updates, config.rl.schedule,
         weight_decay=config.rl.weight_decay, decay=optim.decay_mask(run.model.axes),
+        matrix_rate=config.rl.matrix_rate, axes=run.model.axes,
     )
     fresh, shardings = _fresh_state(run, tx, guided=config.guidance.enabled, rows=len(split), params=reference)
     state = _restored(run, "rl", fresh, shardings)

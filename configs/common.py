@@ -55,7 +55,8 @@ def base() -> ConfigDict:
     c.policy.compute_dtype = "float32"
     c.policy.remat = False  # recompute layers in the backward pass, to save memory
 
-    c.sft = ConfigDict()  # the supervised warm start, always on the bundled benchmark
+    c.sft = ConfigDict()  # the supervised warm start
+    c.sft.source = "benchmark"  # its `sft` split; or train: the pairs that RL sees; or both
     c.sft.steps = 500
     c.sft.batch_size = 64
     c.sft.learning_rate = 3e-3  # peak; cosine decay to 0
@@ -72,7 +73,9 @@ def base() -> ConfigDict:
     c.rl.epochs = 1  # passes over each rollout
     c.rl.minibatches = 2  # updates in each pass
     c.rl.micro_batches = 1  # pieces of each minibatch: less memory, the same gradient
-    c.rl.learning_rate = 3e-4  # constant after warm-up
+    c.rl.learning_rate = 3e-4  # peak
+    c.rl.matrix_rate = 0.0  # as in sft
+    c.rl.schedule = "cosine"  # after warm-up: to 0 at the end; or constant
     c.rl.warmup = 5
     c.rl.weight_decay = 0.0
     c.rl.max_skipped = 10  # updates in a row skipped as not finite before the run stops

@@ -114,7 +114,7 @@ def test_all_problems_come_in_one_message():
     with pytest.raises(ConfigError) as error:
         cfg.validate(config)
     lines = str(error.value).splitlines()
-    assert lines[0] == "config: 10 problems"  # these three, and the seven fields of sft
+    assert lines[0] == "config: 11 problems"  # these three, and the eight fields of sft
     assert "  rl.group_size is 1, expected a whole number >= 2" in lines
     assert "  guidance.threshold is 1.5, expected a number >= 0 and <= 1" in lines
     assert "  field sft.warmup is missing" in lines

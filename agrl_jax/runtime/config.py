@@ -210,6 +210,7 @@ RULES: Mapping[str, Rule] = {
     "policy.compute_dtype": _DTYPE,
     "policy.remat": _FLAG,
     # Supervised warm start.
+    "sft.source": _one_of("benchmark", "train", "both"),
     "sft.steps": _COUNT,
     "sft.batch_size": _SIZE,
     "sft.learning_rate": _POSITIVE,
@@ -226,6 +227,8 @@ RULES: Mapping[str, Rule] = {
     "rl.minibatches": _SIZE,
     "rl.micro_batches": _SIZE,
     "rl.learning_rate": _POSITIVE,
+    "rl.matrix_rate": _WEIGHT,
+    "rl.schedule": _one_of("cosine", "constant"),
     "rl.warmup": _COUNT,
     "rl.weight_decay": _WEIGHT,
     "rl.max_skipped": _SIZE,
