@@ -42,6 +42,7 @@ class Model:
     book: RuleBook
     tokenizer: Tokenizer
     tables: RuleTables
+    shape: PolicyConfig
     policy: Policy
     init: Any  # key -> Params
     axes: Params  # logical axes of each parameter
@@ -126,7 +127,7 @@ def load_model(config: ConfigDict, workdir: epath.Path, data: Data | None = None
     shape = PolicyConfig(**{**config.policy.to_dict(), "vocab_size": tokenizer.vocab_size})
     tables = jax.tree.map(np.asarray, automaton.compile_tables(rules, tokenizer.token_bytes(), tokenizer.end_token))
     policy, init, axes = transformer.build(shape)
-    return Model(book=rules, tokenizer=tokenizer, tables=tables, policy=policy, init=init, axes=axes)
+    return Model(rules, tokenizer, tables, shape, policy, init, axes)
 
 
 def make_evaluator(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh) -> Evaluator:
@@ -158,8 +159,8 @@ def blanks(config: ConfigDict, model: Model, split: EncodedSplit) -> tuple[RuleT
     texts = pipeline.part_texts(model.book, model.tokenizer)
     if texts.longest_response > config.data.response_len:
         raise ConfigError(
-            f"data.response_len is {config.data.response_len}: some steps are unknown, so the policy fills them in, and "
-            f"the longest response has {texts.longest_response} tokens"
+            f"data.response_len is {config.data.response_len}: some steps are unknown, so the policy fills them in, "
+            f"and the longest response has {texts.longest_response} tokens"
         )
     return model.tables, texts
 

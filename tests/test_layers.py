@@ -2,8 +2,8 @@
 
 `types`, `policy`, `runtime` and `rulebook` are the ground and do not know each other; `rl` knows jax,
 `types` and itself; `data` may use the rule book and the tokenizer; above stand supervised training,
-judging, the scorecard, decoded samples and plots; then `assemble`, which builds all these from a config;
-then `train`; any other file at the top is a command and may use all of them, but not `main`.
+judging, the scorecard, cut points, decoded samples and plots; then `assemble`, which builds all these from a
+config; then `trained` and `train`; any other file at the top is a command and may use all of them, but not `main`.
 """
 
 import ast
@@ -22,13 +22,14 @@ GROUND = {
     "rl": {"types"},
     "data": {"types", "rulebook", "policy.tokenizer"},
 }
-ABOVE_RL = {"supervised", "judging", "scorecard", "samples", "plots"}
+ABOVE_RL = {"supervised", "judging", "scorecard", "samples", "plots", "cuts"}
 MAY_IMPORT = GROUND | {name: GROUND.keys() | ABOVE_RL for name in ABOVE_RL}
 MAY_IMPORT["assemble"] = GROUND.keys() | ABOVE_RL
+MAY_IMPORT["trained"] = GROUND.keys() | ABOVE_RL | {"assemble"}
 MAY_IMPORT["train"] = GROUND.keys() | ABOVE_RL | {"assemble"}
 
 RL_LIBRARIES = {"jax", "flax", "optax", "numpy"}  # arrays, their containers, and the update; no files, flags or text
-CONFIG_DICT = {"runtime.config", "assemble", "train"}  # besides the commands and configs/
+CONFIG_DICT = {"runtime.config", "assemble", "trained", "train"}  # besides the commands and configs/
 
 
 def modules() -> list[str]:

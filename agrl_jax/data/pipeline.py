@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -182,34 +182,47 @@ def stratified(encoded: EncodedSplit, count: int, seed: int) -> np.ndarray:
 # Prompts
 
 
-def _prompts(
-    pairs: Sequence[Pair], book: RuleBook, tokenizer: Tokenizer, limit: int, style: str
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Tokens [N, S], lengths [N], and how many prompts had to be shortened."""
+class Prompt(NamedTuple):
+    """A pair's prompt."""
+
+    tokens: list[int]  # over the limit where query and rules alone are: then `room` is below 1
+    room: int  # tokens that the limit leaves for the item
+    shortened: bool  # the item's text was cut
+
+
+def prompts(pairs: Sequence[Pair], book: RuleBook, tokenizer: Tokenizer, limit: int, style: str) -> Iterator[Prompt]:
+    """The prompt of each pair; one over `limit` tokens loses the end of its item text."""
     before, between, after = wording.prompt_pieces(book, style)
     # The pieces are tokenised one by one. A space goes with the word that follows it, as in running text.
     before, query_space = _move_spaces(before)
     between, item_space = _move_spaces(between)
     head = ([] if tokenizer.bos_token is None else [tokenizer.bos_token]) + tokenizer.encode(before)
     tail = tokenizer.encode(after)
-    tokens = np.zeros((len(pairs), limit), np.int32)
-    lengths = np.zeros(len(pairs), np.int32)
-    shortened = 0
     for first in range(0, len(pairs), _CHUNK):
         chunk = pairs[first : first + _CHUNK]
         queries = tokenizer.encode_batch([query_space + pair.query + between for pair in chunk])
         items = tokenizer.encode_batch([item_space + item_text(pair) for pair in chunk])
-        for row, (query, item) in enumerate(zip(queries, items, strict=True), start=first):
+        for query, item in zip(queries, items, strict=True):
             room = limit - len(head) - len(query) - len(tail)
-            if room < 1:
-                raise PairsError(
-                    f"pair {pairs[row].id} (row {row + 1}): its query and the rules alone take {limit - room} tokens, "
-                    f"which leaves none of prompt_len={limit} for the item: {pairs[row].query[:80]!r}"
-                )
-            shortened += len(item) > room
-            prompt = head + query + item[:room] + tail
-            tokens[row, : len(prompt)] = prompt
-            lengths[row] = len(prompt)
+            yield Prompt(head + query + item[: max(room, 0)] + tail, room, len(item) > room)
+
+
+def _prompts(
+    pairs: Sequence[Pair], book: RuleBook, tokenizer: Tokenizer, limit: int, style: str
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Tokens [N, S], lengths [N], and how many prompts had to be shortened."""
+    tokens = np.zeros((len(pairs), limit), np.int32)
+    lengths = np.zeros(len(pairs), np.int32)
+    shortened = 0
+    for row, prompt in enumerate(prompts(pairs, book, tokenizer, limit, style)):
+        if prompt.room < 1:
+            raise PairsError(
+                f"pair {pairs[row].id} (row {row + 1}): its query and the rules alone take {limit - prompt.room} "
+                f"tokens, which leaves none of prompt_len={limit} for the item: {pairs[row].query[:80]!r}"
+            )
+        shortened += prompt.shortened
+        tokens[row, : len(prompt.tokens)] = prompt.tokens
+        lengths[row] = len(prompt.tokens)
     return tokens, lengths, shortened
 
 

@@ -285,15 +285,22 @@ def _hint(text: str, options: Sequence[str]) -> str:
     return f"{nearest}It should be one of: {', '.join(options)}"
 
 
+def file_of(path: epath.PathLike) -> epath.Path:
+    """The file of a rule book that `load` is given by path or by a bundled book's name."""
+    name = os.fspath(path)
+    if not re.fullmatch(r"[\w-]+", name):
+        return epath.Path(path)
+    bundled = sorted(file.stem for file in _BUNDLED.glob("*.yaml"))
+    if name not in bundled:
+        raise RuleBookError(f"no bundled rule book {name!r}; {_hint(name, bundled)}, or a path to a .yaml file")
+    return _BUNDLED / f"{name}.yaml"
+
+
 def _read(path: epath.PathLike) -> _Entry:
     name = os.fspath(path)
-    if re.fullmatch(r"[\w-]+", name):
-        bundled = sorted(file.stem for file in _BUNDLED.glob("*.yaml"))
-        if name not in bundled:
-            raise RuleBookError(f"no bundled rule book {name!r}; {_hint(name, bundled)}, or a path to a .yaml file")
-        path = _BUNDLED / f"{name}.yaml"
+    path = file_of(path)
     try:
-        text = epath.Path(path).read_bytes().decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
         raise RuleBookError(f"{name}: cannot be read: {error.strerror or error}") from error

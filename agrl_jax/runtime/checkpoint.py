@@ -191,6 +191,10 @@ class Checkpointer:
         """Whether the end of the supervised stage has been saved."""
         return self._managers[SFT_END].latest_step() is not None
 
+    def latest_step(self, stage: str) -> int | None:
+        """The step of the latest checkpoint of a stage; None if none is there."""
+        return self._managers[stage].latest_step()
+
     def best_step(self, stage: str) -> int | None:
         """The step of the best checkpoint of a stage; the latest if none has a score, None if none is there."""
         return self._managers[stage].best_step()

@@ -1,0 +1,205 @@
+"""Trained policies, wherever they lie: a workdir, an exported folder, a Hugging Face folder, a GGUF file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from agrl_jax import assemble
+from agrl_jax.data import pipeline
+from agrl_jax.data.pairs import Pair
+from agrl_jax.policy import loading, transformer
+from agrl_jax.policy.tokenizer import Tokenizer
+from agrl_jax.rulebook import automaton, book
+from agrl_jax.rulebook.book import RuleBook
+from agrl_jax.runtime import sharding
+from agrl_jax.runtime.checkpoint import SFT_END, Checkpointer, CheckpointError
+from agrl_jax.types import Array, Params, Policy, RuleTables
+
+STAGES = ("best", "rl", SFT_END)
+RECORD_FILE = "agrl_jax.json"  # what an exported folder says of its training
+CUTS_FILE = "cuts.json"
+# Fields of the record: how the policy was trained to be asked.
+RECORDED = ("rulebook", "order", "rulebook_digest", "style", "prompt_len", "response_len", "dtype", "compute_dtype")
+_ITEM_TOKENS = 192  # room for query and item in a prompt, where nothing says how long prompts were in training
+_FREE_TOKENS = 128  # room for free text in a response, likewise
+
+
+class TrainedError(ValueError):
+    """A checkpoint that is not there, or not what it should be; the message says what would be right."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How prompts and responses are laid out. None: as in training, or a default for a model without a record."""
+
+    rulebook: str | None = None  # a bundled rule book by name, or a YAML file
+    order: str | None = None  # of the response
+    style: str | None = None  # of the prompt
+    prompt_len: int | None = None  # tokens; longer item texts are shortened
+    response_len: int | None = None  # tokens
+    dtype: str | None = None  # of parameters and computation
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A policy with all that it needs in order to judge."""
+
+    book: RuleBook
+    tokenizer: Tokenizer
+    tables: RuleTables
+    policy: Policy
+    params: Params
+    style: str
+    prompt_len: int
+    response_len: int
+    cuts_file: epath.Path  # where its cut points are kept
+
+
+def load(
+    path: str, stage: str = "best", settings: Settings | None = None, mesh: jax.sharding.Mesh | None = None
+) -> Trained:
+    """Loads a workdir, an exported or other Hugging Face folder, or a GGUF file.
+
+    Args:
+      path: of the checkpoint.
+      stage: of a workdir: see `load_stage`.
+      settings: what to take in place of what the checkpoint says.
+      mesh: over which the parameters are spread; by default all devices, each with all parameters.
+
+    Raises:
+      TrainedError: there is no checkpoint, or its rule book is not the one it was trained with.
+      LoadingError, CheckpointError, ...: its files cannot be used.
+    """
+    settings = settings or Settings()
+    mesh = mesh or sharding.make_mesh()
+    place = epath.Path(path)
+    if not place.exists():
+        raise TrainedError(f"{path}: there is no such checkpoint")
+    if (place / "checkpoints").exists():
+        return _load_workdir(place, stage, settings, mesh)
+    if place.is_dir() and not (place / "config.json").exists():
+        raise TrainedError(
+            f"{path}: should be a training run's workdir (config.json, checkpoints/), an exported or other Hugging "
+            "Face folder (config.json, model.safetensors), or a GGUF file"
+        )
+    return _load_model(place, settings, mesh)
+
+
+def load_stage(
+    folder: epath.Path, config: ConfigDict, mesh: jax.sharding.Mesh, stage: str
+) -> tuple[assemble.Model, Params, str]:
+    """The model of a workdir, its parameters at a stage, and in words which checkpoint that is.
+
+    `best` is the best of RL by validation, or the end of the warm start where there has been no RL; `rl` the
+    latest of RL; `sft_end` the end of the warm start.
+    """
+    if stage not in STAGES:
+        raise TrainedError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
+    with Checkpointer(folder) as checkpoints:
+        step = checkpoints.best_step("rl") if stage == "best" else checkpoints.latest_step("rl")
+        if stage == SFT_END or (stage == "best" and step is None):
+            stage, step = SFT_END, 0
+        elif step is None:
+            raise CheckpointError(f"{checkpoints.directory / 'rl'} holds no checkpoint")
+        else:
+            stage = "rl"
+        trained_by = checkpoints.record(stage, step)["identity"]["rulebook"] if checkpoints.sft_ended else None
+    model = assemble.load_model(config, folder)
+    _check_digest(model.book, trained_by, str(folder))
+    params = assemble.load_params(folder, model, mesh, stage, step)
+    return model, params, "the end of the warm start" if stage == SFT_END else f"step {step} of RL"
+
+
+def fingerprint(params: Params) -> str:
+    """A short name for parameters: the same for the same values, wherever they lie. Not against malice."""
+
+    @jax.jit
+    def checksum(leaf: Array) -> Array:
+        kind = jnp.uint32 if leaf.dtype.itemsize == 4 else jnp.uint16
+        return jnp.sum(jax.lax.bitcast_convert_type(leaf, kind), dtype=jnp.uint32)  # integers: exact in any order
+
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    sums = [(jax.tree_util.keystr(path), leaf.shape, int(checksum(leaf))) for path, leaf in leaves]
+    return hashlib.sha256(repr(sums).encode()).hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------------------- the kinds
+
+
+def _load_workdir(folder: epath.Path, stage: str, settings: Settings, mesh: jax.sharding.Mesh) -> Trained:
+    config = assemble.read_config(folder)
+    given = {
+        "rulebook.path": settings.rulebook, "rulebook.order": settings.order,
+        "policy.param_dtype": settings.dtype, "policy.compute_dtype": settings.dtype,
+    }  # fmt: skip
+    config.update_from_flattened_dict({name: value for name, value in given.items() if value is not None})
+    model, params, _ = load_stage(folder, config, mesh, stage)
+    return Trained(
+        model.book, model.tokenizer, model.tables, model.policy, params,
+        style=settings.style or config.data.style,
+        prompt_len=settings.prompt_len or config.data.prompt_len,
+        response_len=settings.response_len or config.data.response_len,
+        cuts_file=folder / CUTS_FILE,
+    )
+
+
+def _load_model(path: epath.Path, settings: Settings, mesh: jax.sharding.Mesh) -> Trained:
+    """A folder or file of a language model, with the record of its training where `export` left one."""
+    record = _read_record(path / RECORD_FILE) if path.is_dir() and (path / RECORD_FILE).exists() else {}
+    own_book = path / record["rulebook"] if record else "four_tier"
+    rules = book.load(settings.rulebook or own_book, settings.order or record.get("order"))
+    _check_digest(rules, record.get("rulebook_digest"), str(path))
+    shape, params, tokenizer = loading.load_pretrained(
+        str(path),
+        settings.dtype or record.get("dtype", "float32"),
+        settings.dtype or record.get("compute_dtype", "float32"),
+        partial(sharding.param_shardings, mesh),
+    )
+    policy, _, _ = transformer.build(shape)
+    padding = [None] * (shape.vocab_size - tokenizer.vocab_size)  # some models pad their vocabulary
+    tables = automaton.compile_tables(rules, [*tokenizer.token_bytes(), *padding], tokenizer.end_token)
+    style = settings.style or record.get("style", "full")
+    lengths = _default_lengths(rules, tokenizer, style) | record
+    return Trained(
+        rules, tokenizer, jax.tree.map(np.asarray, tables), policy, params,
+        style=style,
+        prompt_len=settings.prompt_len or lengths["prompt_len"],
+        response_len=settings.response_len or lengths["response_len"],
+        cuts_file=path / CUTS_FILE if path.is_dir() else path.with_suffix("." + CUTS_FILE),
+    )
+
+
+def _read_record(file: epath.Path) -> dict[str, Any]:
+    try:
+        record = json.loads(file.read_text())
+        return {name: record[name] for name in RECORDED}
+    except (ValueError, KeyError, TypeError) as error:
+        raise TrainedError(f"{file}: not the record of an export ({error!r}); export the workdir again") from error
+
+
+def _check_digest(rules: RuleBook, trained_by: str | None, checkpoint: str) -> None:
+    if trained_by not in (None, rules.digest):
+        raise TrainedError(
+            f"{checkpoint}: was trained with another rule book than {rules.name!r} in the order {rules.order}; "
+            "its file has changed since, or --rulebook or --order names another"
+        )
+
+
+def _default_lengths(rules: RuleBook, tokenizer: Tokenizer, style: str) -> dict[str, int]:
+    """Tokens of prompt and response where nothing says how long they were in training."""
+    (shortest,) = pipeline.prompts([Pair("", query="a", title="a")], rules, tokenizer, 1 << 20, style)
+    free = _FREE_TOKENS * (rules.response.free_text != "none")
+    return {
+        "prompt_len": len(shortest.tokens) + _ITEM_TOKENS,
+        "response_len": pipeline.part_texts(rules, tokenizer).longest_response + free,
+    }

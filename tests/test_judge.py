@@ -1,0 +1,298 @@
+"""The judge: well-formed answers from any policy, whole files, resumed work, and clear refusals."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from workdirs import make_workdir
+
+from agrl_jax import judge as judge_module
+from agrl_jax import trained
+from agrl_jax.cuts import CutsError
+from agrl_jax.data.pairs import PairsError
+from agrl_jax.data.rows import OutputError
+from agrl_jax.judge import Judge, judge_file
+from agrl_jax.rulebook import book, wording
+from agrl_jax.runtime.checkpoint import CheckpointError
+from agrl_jax.trained import Settings, TrainedError
+
+ROOT = Path(__file__).parent.parent
+BATCH = 4
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workdir(tmp_path_factory.mktemp("workdir"))
+
+
+@pytest.fixture(scope="module")
+def judge(workdir: Path) -> Judge:
+    return Judge.from_checkpoint(str(workdir), batch_size=BATCH)
+
+
+def some_rows(count: int) -> list[dict[str, str]]:
+    """Rows of many lengths."""
+    return [{"query": f"shoes {i}", "title": "red " * (i * 7 % 23) + "Nike", "price": f"{i}.50"} for i in range(count)]
+
+
+def write_csv(path: Path, rows: list[dict[str, str]]) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+# Judgements
+
+
+def test_an_untrained_policy_answers_in_form(judge: Judge) -> None:
+    judged = judge.judge(some_rows(10))
+    assert len(judged) == 10
+    for one in judged:
+        assert wording.well_formed(judge.book, one.response)
+        *steps, tier = wording.read(judge.book, one.response).value
+        assert one.tier == judge.book.tiers[tier].name
+        assert list(one.steps.values()) == [s.values[v] for s, v in zip(judge.book.steps, steps, strict=True)]
+        assert one.consistent == (judge.book.tier_for(steps) == tier)
+        assert sum(one.probs.values()) == pytest.approx(1, abs=1e-5)
+        assert list(one.probs) == [tier.name for tier in judge.book.tiers]
+        assert one.error == ""
+    assert len({one.response for one in judged}) > 1  # the policy is not so small that all is one
+
+
+def test_free_text_is_ended_in_time(tmp_path: Path) -> None:
+    text = book.file_of("four_tier").read_text().replace("free_text: none", "free_text: between")
+    (tmp_path / "free.yaml").write_text(text)
+    (tmp_path / "run").mkdir()
+    folder = make_workdir(tmp_path / "run", path=str(tmp_path / "free.yaml"))
+    free = Judge.from_checkpoint(str(folder), batch_size=BATCH, settings=Settings(response_len=100))
+    for one in free.judge(some_rows(3)):
+        assert wording.well_formed(free.book, one.response)
+
+
+def test_a_judgement_does_not_depend_on_its_neighbours(judge: Judge) -> None:
+    rows = some_rows(9)
+    together = judge.judge(rows)
+    for row, one in zip(rows[::4], together[::4], strict=True):
+        (alone,) = judge.judge([row])
+        assert (alone.response, alone.tier) == (one.response, one.tier)
+        assert alone.probs == pytest.approx(one.probs, abs=1e-5)
+
+
+def test_probabilities_are_those_of_the_tiers_texts(judge: Judge, workdir: Path) -> None:
+    """Against a plain sum of log-probabilities over each text, one by one."""
+    loaded = trained.load(str(workdir))
+    row = {"query": "red shoes", "title": "Nike running shoes"}
+    (one,) = judge.judge([row])
+    encode, decode = loaded.tokenizer.encode, loaded.tokenizer.decode
+    prompt = encode("Query:") + encode(" red shoes\nItem:") + encode(" Nike running shoes") + encode("\n")
+    answer = judge._start([prompt])
+    own = answer["tokens"][0][answer["text"][0]].tolist()
+    assert decode(own) == one.response
+    stated = one.response[: one.response.rindex("\n")]
+    steps = next(own[:k] for k in range(len(own)) if decode(own[:k]) == stated)
+    logp = []
+    for tier in loaded.book.tiers:
+        segment = encode(f"\nTier: {tier.name}")
+        tokens = prompt + steps + segment
+        hidden, _ = loaded.policy.apply(loaded.params, np.array([[tokens]]))
+        logits = np.asarray(jax.nn.log_softmax(loaded.policy.unembed(loaded.params, hidden[0, 0])))
+        logp.append(sum(logits[place - 1, tokens[place]] for place in range(len(tokens) - len(segment), len(tokens))))
+    expected = np.exp(logp) / np.sum(np.exp(logp))
+    np.testing.assert_allclose(list(one.probs.values()), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"query": "", "title": "Nike"}, "query is empty"),
+        ({"query": "shoes"}, "title is empty"),
+        ({}, "query is empty; title is empty"),
+        ({"query": "red " * 200, "title": "Nike"}, "prompt_len is 96"),
+    ],
+)
+def test_a_row_that_cannot_be_judged_says_why_and_spoils_no_other(judge: Judge, row: dict, said: str) -> None:
+    good = {"query": "shoes", "title": "Nike"}
+    first, bad, last = judge.judge([good, row, good])
+    assert said in bad.error and bad.tier is None and bad.response is None
+    assert first == last and first.tier
+
+
+# Files
+
+
+def test_a_file_keeps_its_rows_and_gains_columns(judge: Judge, tmp_path: Path) -> None:
+    rows = some_rows(6)
+    rows[3]["title"] = ""
+    summary = judge_file(judge, str(write_csv(tmp_path / "in.csv", rows)), str(tmp_path / "out.parquet"))
+    assert (summary.rows, summary.bad) == (6, [(4, "title is empty")])
+    assert "row 4: title is empty" in str(summary) and "judged 5 of 6 rows" in str(summary)
+    found = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [{name: one[name] for name in rows[0]} for one in found] == rows
+    for one, judged in zip(found, judge.judge(rows), strict=True):
+        assert one["judge_error"] == judged.error
+        assert one["judge_tier"] == judged.tier
+        assert one["judge_response"] == judged.response
+        assert one["judge_prob_4-Excellent"] == judged.probs.get("4-Excellent")
+        assert one["judge_step_brand"] == judged.steps.get("brand")
+        assert one["judge_consistent"] == judged.consistent
+    assert not (tmp_path / "out.parquet.partial").exists()
+
+
+def test_a_broken_row_of_a_file_is_reported_by_number(judge: Judge, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"query": "a", "title": "A"}\n{"query": \n{"query": "b", "title": "B"}\n')
+    summary = judge_file(judge, str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"))
+    (number, error), = summary.bad
+    assert number == 2 and "not valid JSON" in error
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [bool(one["judge_tier"]) for one in found] == [True, False, True]
+
+
+def test_work_that_was_stopped_goes_on_and_comes_out_the_same(
+    judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(judge_module, "_CHUNK_BATCHES", 2)
+    source = str(write_csv(tmp_path / "in.csv", some_rows(21)))
+    judge_file(judge, source, str(tmp_path / "whole.jsonl"))
+    calls = []
+
+    def stopping(rows: list) -> list:
+        calls.append(len(rows))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return Judge.judge(judge, rows)
+
+    monkeypatch.setattr(judge, "judge", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        judge_file(judge, source, str(tmp_path / "stopped.jsonl"))
+    assert not (tmp_path / "stopped.jsonl").exists()
+    partial = tmp_path / "stopped.jsonl.partial"
+    partial.write_bytes(partial.read_bytes()[:-20])  # as a kill while writing may leave it
+    judge_file(judge, source, str(tmp_path / "stopped.jsonl"))
+    assert calls == [8, 8, 5, 8, 5]
+    assert (tmp_path / "stopped.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert "going on after row 8 of 21" in capsys.readouterr().out
+
+
+def test_an_output_is_replaced_only_if_asked(judge: Judge, workdir: Path, tmp_path: Path) -> None:
+    source, output = str(write_csv(tmp_path / "in.csv", some_rows(1))), tmp_path / "out.csv"
+    output.write_text("mine")
+    with pytest.raises(OutputError, match="exists already"):
+        judge_file(judge, source, str(output))
+    judge_file(judge, source, str(output), overwrite=True)
+    assert output.read_text().startswith("query,title,price,judge_tier")
+    with pytest.raises(OutputError, match="judge_tier.*--prefix"):
+        judge_file(judge, str(output), str(tmp_path / "again.csv"))
+    judge_file(judge, str(output), str(tmp_path / "again.csv"), prefix="second_")
+
+
+def test_work_of_another_judge_is_not_gone_on_with(judge: Judge, workdir: Path, tmp_path: Path) -> None:
+    source = str(write_csv(tmp_path / "in.csv", some_rows(2)))
+    (tmp_path / "out.csv.partial").write_text(json.dumps(judge.identity | {"checkpoint": "other"}) + "\n")
+    with pytest.raises(OutputError, match="another checkpoint, input"):
+        judge_file(judge, source, str(tmp_path / "out.csv"))
+
+
+def test_a_file_without_titles_is_refused(judge: Judge, tmp_path: Path) -> None:
+    with pytest.raises(PairsError, match="lacks the column 'title'; it has query, name"):
+        judge_file(judge, str(write_csv(tmp_path / "in.csv", [{"query": "a", "name": "b"}])), str(tmp_path / "o.csv"))
+
+
+# Cut points
+
+
+def test_cut_points_are_fitted_kept_and_used(workdir: Path, judge: Judge, tmp_path: Path) -> None:
+    rows = [row | {"label": str(4 - i % 4)} for i, row in enumerate(some_rows(12))]
+    labelled = write_csv(tmp_path / "labelled.csv", rows)
+    other = Judge.from_checkpoint(str(workdir), batch_size=BATCH)
+    fitted = other.fit_cuts(str(labelled))
+    assert fitted.macro_f1 >= fitted.macro_f1_before
+    kept = Judge.from_checkpoint(str(workdir), batch_size=BATCH, use_cuts=True)
+    assert kept.identity == other.identity == judge.identity | {"cuts": list(fitted.cuts)}
+    for plain, cut in zip(judge.judge(rows), other.judge(rows), strict=True):
+        cumulative = np.cumsum(list(cut.probs.values()))[:-1]
+        reached = np.flatnonzero(cumulative >= fitted.cuts)
+        assert cut.tier == judge.book.tiers[reached[0] if len(reached) else -1].name
+        assert (cut.probs, cut.response) == (plain.probs, plain.response)
+        *steps, _ = wording.read(judge.book, cut.response).value
+        assert cut.consistent == (judge.book.tiers[judge.book.tier_for(steps)].name == cut.tier)
+    with pytest.raises(CutsError, match="another checkpoint"):
+        Judge.from_checkpoint(str(workdir), stage="sft_end", use_cuts=True)
+    (workdir / "cuts.json").unlink()
+    with pytest.raises(CutsError, match="--fit_cuts"):
+        Judge.from_checkpoint(str(workdir), use_cuts=True)
+
+
+# Checkpoints
+
+
+def test_a_workdir_has_three_stages(workdir: Path, judge: Judge) -> None:
+    names = {stage: trained.fingerprint(trained.load(str(workdir), stage).params) for stage in trained.STAGES}
+    assert len(set(names.values())) == 3
+    assert judge.identity["checkpoint"] == names["best"]
+    with pytest.raises(TrainedError, match="'last' is not one of best, rl, sft_end"):
+        trained.load(str(workdir), "last")
+
+
+def test_without_rl_the_best_is_the_end_of_the_warm_start(workdir: Path, tmp_path: Path) -> None:
+    for path in ("config.json", "tokenizer.json", "tokenizer_config.json", "checkpoints/sft_end"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).symlink_to(workdir / path)
+    ours, theirs = trained.load(str(tmp_path)), trained.load(str(workdir), "sft_end")
+    assert trained.fingerprint(ours.params) == trained.fingerprint(theirs.params)
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        trained.load(str(tmp_path), "rl")
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainedError, match="no such checkpoint"):
+        trained.load(str(tmp_path / "none"))
+    with pytest.raises(TrainedError, match="should be a training run's workdir"):
+        trained.load(str(tmp_path))
+
+
+def test_another_rule_book_than_in_training_is_refused(workdir: Path) -> None:
+    with pytest.raises(TrainedError, match="trained with another rule book"):
+        trained.load(str(workdir), settings=Settings(order="respond_then_think"))
+
+
+def test_a_length_in_which_no_response_fits_is_refused(workdir: Path) -> None:
+    with pytest.raises(TrainedError, match="response_len is 3, but a response has at least"):
+        Judge.from_checkpoint(str(workdir), settings=Settings(response_len=3))
+
+
+# The command
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "agrl_jax.judge", *arguments],
+        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_the_command_judges_a_file(workdir: Path, tmp_path: Path) -> None:
+    source, output = ROOT / "examples" / "pairs.csv", tmp_path / "judged.csv"
+    done = command(f"--checkpoint={workdir}", f"--input={source}", f"--output={output}", "--batch_size=8")
+    assert done.returncode == 0, done.stderr
+    assert "judged 24 of 24 rows" in done.stdout and str(output) in done.stdout
+    with output.open(newline="") as file:
+        assert all(row["judge_tier"] for row in csv.DictReader(file))
+
+
+def test_the_command_refuses_in_one_message(workdir: Path) -> None:
+    done = command(f"--checkpoint={workdir}", "--input=no_such.csv")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: --input and --output are both needed, or --fit_cuts alone"

@@ -1,0 +1,38 @@
+"""Workdirs as training leaves them, in a second and without training: an untrained policy, small and confident."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from tiny import get_config
+
+from agrl_jax import assemble
+from agrl_jax.policy.tokenizer import train_bpe
+from agrl_jax.runtime.checkpoint import Checkpointer
+from agrl_jax.types import Params
+
+ITEMS = ["Query: red shoes", "Item: Nike running shoes, red"]
+
+
+def make_workdir(folder: Path, **rulebook: str) -> Path:
+    """A workdir with the end of a warm start, and two checkpoints of RL of which the first is the best."""
+    config = get_config()
+    config.rulebook.update(rulebook)
+    (folder / "config.json").write_text(assemble.dump_config(config))
+    phrases = [f"\n{phrase.text}" for phrase in assemble.load_rules(config).phrases]
+    train_bpe([*ITEMS, *phrases], 400).save(folder)
+    model = assemble.load_model(config, folder)
+    identity = {"config": config.to_dict(), "rulebook": model.book.digest, "versions": {}}
+    with Checkpointer(folder, identity=identity) as checkpoints:
+        checkpoints.save_sft(draw(model, 0))
+        checkpoints.save("rl", 3, {"params": draw(model, 3)}, metrics={"macro_f1": 0.5})
+        checkpoints.save("rl", 6, {"params": draw(model, 6)}, metrics={"macro_f1": 0.4})
+    return folder
+
+
+def draw(model: assemble.Model, seed: int) -> Params:
+    """Parameters larger than untrained ones, whose logits are all but equal."""
+    params = model.init(jax.random.key(seed))
+    return jax.tree.map(lambda x: jnp.asarray(3 * x) if x.ndim > 1 else x, params)
