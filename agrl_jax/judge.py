@@ -49,11 +49,8 @@ from agrl_jax.data import pipeline
 from agrl_jax.data.pairs import Pair, PairsError, read_pairs
 from agrl_jax.data.rows import Journal, OutputError, Record, RowFile, check_output, open_rows, write_rows
 from agrl_jax.judging import TierSegments, judge_prompts, tier_segments
-from agrl_jax.policy.loading import LoadingError
-from agrl_jax.policy.tokenizer import TokenizerError
-from agrl_jax.rulebook.book import RuleBook, RuleBookError
+from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.runtime import sharding
-from agrl_jax.runtime.checkpoint import CheckpointError
 from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
 from agrl_jax.runtime.metrics import progress, say
 from agrl_jax.trained import Settings, Trained, TrainedError
@@ -66,11 +63,7 @@ _SHORTEST_UNIT = 16  # of which those lengths are multiples, at least
 _CHUNK_BATCHES = 4  # batches that are judged and kept together
 _LISTED = 10  # bad rows named in the summary
 
-# What a user can put right: shown as one message.
-USER_ERRORS = (
-    TrainedError, CutsError, PairsError, OutputError, ConfigError, RuleBookError, LoadingError, TokenizerError,
-    CheckpointError, OSError,
-)  # fmt: skip
+USER_ERRORS = (*trained.LOAD_ERRORS, CutsError, PairsError, OutputError)  # shown as one message
 
 
 @dataclass(frozen=True)
@@ -93,7 +86,7 @@ class Judge:
     ) -> None:
         mesh = mesh or sharding.make_mesh()
         self._loaded, self.book = loaded, loaded.book
-        self._made_for = {"rule book": loaded.book.digest, "checkpoint": trained.fingerprint(loaded.params)}
+        self._made_for = trained.identity(loaded.book, loaded.params)
         self._cuts = cuts.load(loaded.cuts_file, self._tiers, self._made_for) if use_cuts else None
         self.batch_size = -(-batch_size // sharding.data_shards(mesh)) * sharding.data_shards(mesh)
         self._put = partial(sharding.put, shardings=sharding.batch_sharding(mesh))

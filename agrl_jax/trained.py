@@ -18,11 +18,13 @@ from agrl_jax import assemble
 from agrl_jax.data import pipeline
 from agrl_jax.data.pairs import Pair
 from agrl_jax.policy import loading, transformer
-from agrl_jax.policy.tokenizer import Tokenizer
+from agrl_jax.policy.loading import LoadingError
+from agrl_jax.policy.tokenizer import Tokenizer, TokenizerError
 from agrl_jax.rulebook import automaton, book
-from agrl_jax.rulebook.book import RuleBook
+from agrl_jax.rulebook.book import RuleBook, RuleBookError
 from agrl_jax.runtime import sharding
 from agrl_jax.runtime.checkpoint import SFT_END, Checkpointer, CheckpointError
+from agrl_jax.runtime.config import ConfigError
 from agrl_jax.types import Array, Params, Policy, RuleTables
 
 STAGES = ("best", "rl", SFT_END)
@@ -36,6 +38,10 @@ _FREE_TOKENS = 128  # room for free text in a response, likewise
 
 class TrainedError(ValueError):
     """A checkpoint that is not there, or not what it should be; the message says what would be right."""
+
+
+# What can be wrong with a checkpoint, and what a user can put right.
+LOAD_ERRORS = (TrainedError, ConfigError, RuleBookError, LoadingError, TokenizerError, CheckpointError, OSError)
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,11 @@ def load_stage(
     _check_digest(model.book, trained_by, str(folder))
     params = assemble.load_params(folder, model, mesh, stage, step)
     return model, params, "the end of the warm start" if stage == SFT_END else f"step {step} of RL"
+
+
+def identity(rules: RuleBook, params: Params) -> dict[str, str]:
+    """What judgements follow from, by name."""
+    return {"rule book": rules.digest, "checkpoint": fingerprint(params)}
 
 
 def fingerprint(params: Params) -> str:

@@ -1,0 +1,151 @@
+"""An exported judge: the same judgements as the workdir's, and a folder that `transformers` loads as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from workdirs import make_workdir
+
+from agrl_jax import scorecard, trained
+from agrl_jax.export import export
+from agrl_jax.judge import Judge
+from agrl_jax.policy.loading import LoadingError
+from agrl_jax.rulebook import book
+from agrl_jax.runtime.config import ConfigError
+from agrl_jax.trained import TrainedError
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+ROWS = [
+    {"query": "red shoes", "title": "Nike running shoes, red"},
+    {"query": "schuhe für Kinder 👟", "title": "x " * 100, "brand": "Nike"},
+    {"query": "boots", "title": ""},
+]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a policy trained with a rule book of the user's own, tier first."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "mine.yaml").write_text(book.file_of("four_tier").read_text().replace("partly met", "half met"))
+    (folder / "run").mkdir()
+    make_workdir(folder / "run", path=str(folder / "mine.yaml"), order="respond_then_think")
+    measure = {"value": 0.625, "low": 0.5, "high": 0.75, "n": 40}
+    scorecard.write(folder / "run" / "scorecard.json", {"agrl": {"b_eval": {"accuracy": measure}}})
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def exported(workdir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exports") / "my_judge"
+    said = export(str(workdir), str(folder))
+    assert said.startswith("step 3 of RL of ")
+    return folder
+
+
+def test_the_export_judges_as_the_workdir_does(workdir: Path, exported: Path) -> None:
+    ours = Judge.from_checkpoint(str(workdir), batch_size=2)
+    theirs = Judge.from_checkpoint(str(exported), batch_size=2)
+    assert theirs.identity == ours.identity
+    assert theirs.judge(ROWS) == ours.judge(ROWS)
+    assert theirs.judge(ROWS)[0].response.startswith("Tier: ")
+
+
+def test_the_folder_says_what_it_is(workdir: Path, exported: Path) -> None:
+    names = {file.name for file in exported.iterdir()}
+    assert names == {
+        "README.md", "agrl_jax.json", "config.json", "generation_config.json", "model.safetensors", "rulebook.yaml",
+        "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    record = json.loads((exported / "agrl_jax.json").read_text())
+    assert record["order"] == "respond_then_think" and record["stage"] == "step 3 of RL"
+    assert record["config"] == json.loads((workdir / "config.json").read_text())
+    assert (exported / "rulebook.yaml").read_text() == (workdir.parent / "mine.yaml").read_text()
+    generation = json.loads((exported / "generation_config.json").read_text())
+    assert (generation["do_sample"], generation["max_new_tokens"]) == (False, record["response_len"])
+    card = (exported / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n") and "# my_judge" in card
+    for said in ("| accuracy |", "0.625", "the bundled benchmark", "method `agrl`", "step 3 of RL", "half met"):
+        assert said in card
+    assert "Item: TITLE | brand: BRAND" in card and "Tier: 4-Excellent\nCategory: same\nBrand: match" in card
+
+
+def test_transformers_loads_it_with_the_same_logits_and_tokens(workdir: Path, exported: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    loaded = trained.load(str(workdir))
+    text = "Query: red shoes 42\nItem: Nike — running <|end|>\n"
+    tokens = loaded.tokenizer.encode(text, parse_special=True)
+    assert tokenizer(text)["input_ids"] == tokens
+    assert tokenizer.decode(tokens) == text
+    assert tokenizer.eos_token_id == model.generation_config.eos_token_id == loaded.tokenizer.end_token
+    hidden, _ = loaded.policy.apply(loaded.params, np.array([[tokens]]))
+    ours = np.asarray(loaded.policy.unembed(loaded.params, hidden[0, 0]))
+    with torch.no_grad():
+        theirs = model(torch.tensor([tokens])).logits[0].numpy()
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_a_chat_template_goes_along(workdir: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    copy.mkdir()
+    for file in workdir.iterdir():
+        (copy / file.name).symlink_to(file)
+    (copy / "tokenizer_config.json").unlink()
+    config = json.loads((workdir / "tokenizer_config.json").read_text()) | {"chat_template": "{{ messages }}"}
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    export(str(copy), str(tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["chat_template"] == "{{ messages }}"
+
+
+def test_cut_points_of_the_same_parameters_go_along(workdir: Path, tmp_path: Path) -> None:
+    (tmp_path / "labelled.csv").write_text("query,title,label\nred shoes,Nike shoes,4\nboots,Garlic press,1\n")
+    fitted = Judge.from_checkpoint(str(workdir), batch_size=2).fit_cuts(str(tmp_path / "labelled.csv"))
+    export(str(workdir), str(tmp_path / "best"))
+    export(str(workdir), str(tmp_path / "other"), stage="sft_end")
+    (workdir / "cuts.json").unlink()
+    using = Judge.from_checkpoint(str(tmp_path / "best"), batch_size=2, use_cuts=True)
+    assert using.identity["cuts"] == list(fitted.cuts)
+    assert not (tmp_path / "other" / "cuts.json").exists()
+
+
+def test_weights_in_half_precision(workdir: Path, exported: Path, tmp_path: Path) -> None:
+    export(str(workdir), str(tmp_path / "half"), dtype="bfloat16")
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (exported, tmp_path / "half")]
+    assert sizes[1] < 0.55 * sizes[0]
+    assert trained.load(str(tmp_path / "half")).params["embedding"].dtype == "bfloat16"
+
+
+def test_what_cannot_be_exported_is_refused(workdir: Path, exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoadingError, match="should be an empty folder"):
+        export(str(workdir), str(exported))
+    with pytest.raises(ConfigError, match="is .* the workdir of a training run"):
+        export(str(tmp_path), str(tmp_path / "out"))
+    with pytest.raises(TrainedError, match="'last' is not one of"):
+        export(str(workdir), str(tmp_path / "out"), stage="last")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_record_that_is_not_ours_is_refused(exported: Path, tmp_path: Path) -> None:
+    for file in exported.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "agrl_jax.json").unlink()
+    (tmp_path / "agrl_jax.json").write_text('{"order": "respond_then_think"}')
+    with pytest.raises(TrainedError, match=r"agrl_jax\.json: not the record of an export"):
+        trained.load(str(tmp_path))
+    (tmp_path / "agrl_jax.json").unlink()
+    assert trained.load(str(tmp_path)).style == "full"  # without a record: as any other language model
+
+
+def test_a_rule_book_changed_in_the_export_is_refused(exported: Path, tmp_path: Path) -> None:
+    for file in exported.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "rulebook.yaml").unlink()
+    (tmp_path / "rulebook.yaml").write_text((exported / "rulebook.yaml").read_text().replace("half met", "partly met"))
+    with pytest.raises(TrainedError, match="trained with another rule book"):
+        trained.load(str(tmp_path))
