@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from workdirs import make_workdir
 
-from agrl_jax import scorecard, trained
+from agrl_jax import cuts, scorecard, trained
+from agrl_jax.cuts import Fit
 from agrl_jax.export import export
 from agrl_jax.judge import Judge
 from agrl_jax.policy.loading import LoadingError
@@ -50,8 +52,9 @@ def test_the_export_judges_as_the_workdir_does(workdir: Path, exported: Path) ->
     ours = Judge.from_checkpoint(str(workdir), batch_size=2)
     theirs = Judge.from_checkpoint(str(exported), batch_size=2)
     assert theirs.identity == ours.identity
-    assert theirs.judge(ROWS) == ours.judge(ROWS)
-    assert theirs.judge(ROWS)[0].response.startswith("Tier: ")
+    judged = theirs.judge(ROWS)
+    assert judged == ours.judge(ROWS)
+    assert judged[0].response.startswith("Tier: ") and judged[2].error == "title is empty"
 
 
 def test_the_folder_says_what_it_is(workdir: Path, exported: Path) -> None:
@@ -84,8 +87,8 @@ def test_transformers_loads_it_with_the_same_logits_and_tokens(workdir: Path, ex
     assert tokenizer(text)["input_ids"] == tokens
     assert tokenizer.decode(tokens) == text
     assert tokenizer.eos_token_id == model.generation_config.eos_token_id == loaded.tokenizer.end_token
-    hidden, _ = loaded.policy.apply(loaded.params, np.array([[tokens]]))
-    ours = np.asarray(loaded.policy.unembed(loaded.params, hidden[0, 0]))
+    batch = np.array([[tokens]])
+    ours = jax.jit(lambda: loaded.policy.unembed(loaded.params, loaded.policy.apply(loaded.params, batch)[0][0, 0]))()
     with torch.no_grad():
         theirs = model(torch.tensor([tokens])).logits[0].numpy()
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
@@ -104,13 +107,14 @@ def test_a_chat_template_goes_along(workdir: Path, tmp_path: Path) -> None:
 
 
 def test_cut_points_of_the_same_parameters_go_along(workdir: Path, tmp_path: Path) -> None:
-    (tmp_path / "labelled.csv").write_text("query,title,label\nred shoes,Nike shoes,4\nboots,Garlic press,1\n")
-    fitted = Judge.from_checkpoint(str(workdir), batch_size=2).fit_cuts(str(tmp_path / "labelled.csv"))
+    loaded = trained.load(str(workdir))
+    tiers = [tier.name for tier in loaded.book.tiers]
+    cuts.save(loaded.cuts_file, tiers, Fit((0.2, 0.4, 0.6), 0.9, 0.8), trained.identity(loaded.book, loaded.params))
     export(str(workdir), str(tmp_path / "best"))
     export(str(workdir), str(tmp_path / "other"), stage="sft_end")
     (workdir / "cuts.json").unlink()
     using = Judge.from_checkpoint(str(tmp_path / "best"), batch_size=2, use_cuts=True)
-    assert using.identity["cuts"] == list(fitted.cuts)
+    assert using.identity["cuts"] == [0.2, 0.4, 0.6]
     assert not (tmp_path / "other" / "cuts.json").exists()
 
 

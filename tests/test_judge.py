@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from workdirs import make_workdir
 
+from agrl_jax import cuts, trained
 from agrl_jax import judge as judge_module
-from agrl_jax import trained
 from agrl_jax.cuts import CutsError
 from agrl_jax.data.pairs import PairsError
 from agrl_jax.data.rows import OutputError
@@ -27,6 +27,7 @@ from agrl_jax.trained import Settings, TrainedError
 
 ROOT = Path(__file__).parent.parent
 BATCH = 4
+SHORT = Settings(prompt_len=32)  # two padded lengths, so two programs to compile
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -38,12 +39,12 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def judge(workdir: Path) -> Judge:
-    return Judge.from_checkpoint(str(workdir), batch_size=BATCH)
+    return Judge.from_checkpoint(str(workdir), batch_size=BATCH, settings=SHORT)
 
 
 def some_rows(count: int) -> list[dict[str, str]]:
     """Rows of many lengths."""
-    return [{"query": f"shoes {i}", "title": "red " * (i * 7 % 23) + "Nike", "price": f"{i}.50"} for i in range(count)]
+    return [{"query": f"shoes {i}", "title": "red " * (i * 7 % 17) + "Nike", "price": f"{i}.50"} for i in range(count)]
 
 
 def write_csv(path: Path, rows: list[dict[str, str]]) -> Path:
@@ -77,7 +78,7 @@ def test_free_text_is_ended_in_time(tmp_path: Path) -> None:
     (tmp_path / "free.yaml").write_text(text)
     (tmp_path / "run").mkdir()
     folder = make_workdir(tmp_path / "run", path=str(tmp_path / "free.yaml"))
-    free = Judge.from_checkpoint(str(folder), batch_size=BATCH, settings=Settings(response_len=100))
+    free = Judge.from_checkpoint(str(folder), batch_size=BATCH, settings=Settings(response_len=64, prompt_len=32))
     for one in free.judge(some_rows(3)):
         assert wording.well_formed(free.book, one.response)
 
@@ -103,13 +104,14 @@ def test_probabilities_are_those_of_the_tiers_texts(judge: Judge, workdir: Path)
     assert decode(own) == one.response
     stated = one.response[: one.response.rindex("\n")]
     steps = next(own[:k] for k in range(len(own)) if decode(own[:k]) == stated)
-    logp = []
-    for tier in loaded.book.tiers:
-        segment = encode(f"\nTier: {tier.name}")
-        tokens = prompt + steps + segment
-        hidden, _ = loaded.policy.apply(loaded.params, np.array([[tokens]]))
-        logits = np.asarray(jax.nn.log_softmax(loaded.policy.unembed(loaded.params, hidden[0, 0])))
-        logp.append(sum(logits[place - 1, tokens[place]] for place in range(len(tokens) - len(segment), len(tokens))))
+    segments = [encode(f"\nTier: {tier.name}") for tier in loaded.book.tiers]
+    start, width = len(prompt + steps), max(map(len, segments))
+    tokens = np.array([[prompt + steps + segment + [0] * (width - len(segment))] for segment in segments])
+    logits = jax.jit(lambda: loaded.policy.unembed(loaded.params, loaded.policy.apply(loaded.params, tokens)[0]))()
+    logp = [
+        sum(jax.nn.log_softmax(row)[start + k - 1, token] for k, token in enumerate(segment))
+        for row, segment in zip(np.asarray(logits)[:, 0], segments, strict=True)
+    ]
     expected = np.exp(logp) / np.sum(np.exp(logp))
     np.testing.assert_allclose(list(one.probs.values()), expected, atol=1e-5)
 
@@ -120,7 +122,7 @@ def test_probabilities_are_those_of_the_tiers_texts(judge: Judge, workdir: Path)
         ({"query": "", "title": "Nike"}, "query is empty"),
         ({"query": "shoes"}, "title is empty"),
         ({}, "query is empty; title is empty"),
-        ({"query": "red " * 200, "title": "Nike"}, "prompt_len is 96"),
+        ({"query": "red " * 200, "title": "Nike"}, "prompt_len is 32"),
     ],
 )
 def test_a_row_that_cannot_be_judged_says_why_and_spoils_no_other(judge: Judge, row: dict, said: str) -> None:
@@ -214,14 +216,17 @@ def test_a_file_without_titles_is_refused(judge: Judge, tmp_path: Path) -> None:
 
 
 def test_cut_points_are_fitted_kept_and_used(workdir: Path, judge: Judge, tmp_path: Path) -> None:
-    rows = [row | {"label": str(4 - i % 4)} for i, row in enumerate(some_rows(12))]
+    rows = [{"query": f"shoes {i}", "title": "red shoes", "label": str(4 - i % 4)} for i in range(12)]
     labelled = write_csv(tmp_path / "labelled.csv", rows)
-    other = Judge.from_checkpoint(str(workdir), batch_size=BATCH)
+    other = Judge.from_checkpoint(str(workdir), batch_size=BATCH, settings=SHORT)
     fitted = other.fit_cuts(str(labelled))
-    assert fitted.macro_f1 >= fitted.macro_f1_before
-    kept = Judge.from_checkpoint(str(workdir), batch_size=BATCH, use_cuts=True)
+    kept = Judge.from_checkpoint(str(workdir), batch_size=BATCH, settings=SHORT, use_cuts=True)
     assert kept.identity == other.identity == judge.identity | {"cuts": list(fitted.cuts)}
-    for plain, cut in zip(judge.judge(rows), other.judge(rows), strict=True):
+    judged = other.judge(rows)
+    tiers = [tier.name for tier in judge.book.tiers]
+    truth, chosen = np.arange(12) % 4, np.array([tiers.index(one.tier) for one in judged])
+    assert fitted.macro_f1 == pytest.approx(cuts.macro_f1(truth, chosen))
+    for plain, cut in zip(judge.judge(rows), judged, strict=True):
         cumulative = np.cumsum(list(cut.probs.values()))[:-1]
         reached = np.flatnonzero(cumulative >= fitted.cuts)
         assert cut.tier == judge.book.tiers[reached[0] if len(reached) else -1].name
@@ -285,7 +290,8 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_judges_a_file(workdir: Path, tmp_path: Path) -> None:
     source, output = ROOT / "examples" / "pairs.csv", tmp_path / "judged.csv"
-    done = command(f"--checkpoint={workdir}", f"--input={source}", f"--output={output}", "--batch_size=8")
+    sizes = ("--batch_size=8", "--prompt_len=64")
+    done = command(f"--checkpoint={workdir}", f"--input={source}", f"--output={output}", *sizes)
     assert done.returncode == 0, done.stderr
     assert "judged 24 of 24 rows" in done.stdout and str(output) in done.stdout
     with output.open(newline="") as file:
