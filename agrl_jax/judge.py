@@ -49,7 +49,8 @@ from agrl_jax.data import pipeline
 from agrl_jax.data.pairs import Pair, PairsError, read_pairs
 from agrl_jax.data.rows import Journal, OutputError, Record, RowFile, check_output, open_rows, write_rows
 from agrl_jax.judging import TierSegments, judge_prompts, tier_segments
-from agrl_jax.rulebook.book import RuleBook
+from agrl_jax.rulebook.book import ORDERS, RuleBook
+from agrl_jax.rulebook.wording import STYLES
 from agrl_jax.runtime import sharding
 from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
 from agrl_jax.runtime.metrics import progress, say
@@ -347,8 +348,8 @@ def _define_flags() -> None:
     flags.DEFINE_string("fit_cuts", None, "Labelled pairs: fit cut points on them, and keep them with the checkpoint.")
     flags.DEFINE_bool("use_cuts", False, "Choose the tier by the cut points that were kept.")
     flags.DEFINE_string("rulebook", None, "Rule book of a model that is not ours; else where to find the trained one.")
-    flags.DEFINE_string("order", None, "Order of the response of a model that is not ours.")
-    flags.DEFINE_string("style", None, "Of the prompt: terse or full.")
+    flags.DEFINE_enum("order", None, ORDERS, "Order of the response of a model that is not ours.")
+    flags.DEFINE_enum("style", None, STYLES, "Of the prompt: full with the rule book's instructions.")
     flags.DEFINE_integer("prompt_len", None, "Tokens of a prompt; longer item texts are shortened.", lower_bound=1)
     flags.DEFINE_integer("response_len", None, "Tokens of a response.", lower_bound=1)
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of parameters and computation.")

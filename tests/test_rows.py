@@ -193,6 +193,7 @@ def test_a_journal_of_other_work_is_refused_or_overwritten(tmp_path: Path) -> No
 
 
 def test_a_journal_whose_first_line_is_torn_begins_anew(tmp_path: Path) -> None:
-    path = write(tmp_path / "work", '{"inp')
-    assert journal(path).done == 0
-    assert list(journal(path).records()) == []
+    work = journal(write(tmp_path / "work", '{"inp'))
+    assert work.done == 0
+    work.append([{"i": 0}])
+    assert list(work.records()) == [{"i": 0}]

@@ -311,12 +311,13 @@ class Journal:
     def __init__(self, path: str | Path, identity: Mapping[str, Any], chunk: int, overwrite: bool = False) -> None:
         self.path = Path(path)
         self.done = 0  # rows
+        self._identity = dict(identity)
         first = self._first_line()
         if first.endswith("\n") and not overwrite:
-            self._check(json.loads(first), dict(identity))
+            self._check(json.loads(first))
             self._cut(chunk)
         else:
-            self.path.write_text(json.dumps(dict(identity)) + "\n")
+            self.path.unlink(missing_ok=True)
 
     def _first_line(self) -> str:
         if not self.path.exists():
@@ -324,9 +325,9 @@ class Journal:
         with self.path.open(encoding="utf-8") as file:
             return file.readline()
 
-    def _check(self, before: Record, identity: Record) -> None:
-        if before != identity:
-            differ = [name for name, value in identity.items() if before.get(name) != value]
+    def _check(self, before: Record) -> None:
+        differ = [name for name, value in self._identity.items() if before.get(name) != value]
+        if differ:
             raise OutputError(
                 f"{self.path}: holds the work of another run (another {', '.join(differ)}); "
                 "give its command again to finish it, name another output, or start over with --overwrite"
@@ -346,6 +347,8 @@ class Journal:
         """Adds rows; they are on disk when it returns."""
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         with self.path.open("a", encoding="utf-8") as file:
+            if not file.tell():
+                file.write(json.dumps(self._identity) + "\n")
             file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())
