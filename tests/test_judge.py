@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hf_models
 import jax
 import numpy as np
 import pyarrow.parquet as pq
@@ -276,6 +277,13 @@ def test_another_rule_book_than_in_training_is_refused(workdir: Path) -> None:
 def test_a_length_in_which_no_response_fits_is_refused(workdir: Path) -> None:
     with pytest.raises(TrainedError, match="response_len is 3, but a response has at least"):
         Judge.from_checkpoint(str(workdir), settings=Settings(response_len=3))
+
+
+def test_a_model_that_was_never_trained_here_judges_too(tmp_path: Path) -> None:
+    hf_models.write(tmp_path, "llama")
+    judge = Judge.from_checkpoint(str(tmp_path), batch_size=2, settings=Settings(style="terse"))
+    for one in judge.judge(some_rows(2)):
+        assert wording.well_formed(judge.book, one.response)
 
 
 # The command
