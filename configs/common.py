@@ -34,8 +34,8 @@ def base() -> ConfigDict:
     c.data.path = ""  # CSV, Parquet or JSON lines of labelled pairs
     c.data.dir = ""  # where the benchmark is kept once built; empty: WORKDIR/data
     c.data.seed = 0  # of the benchmark, and of the split of a file without a `split` column
-    c.data.prompt_len = 48  # S, tokens; longer item texts are shortened
-    c.data.response_len = 20  # T, tokens
+    c.data.prompt_len = 40  # S, tokens; longer item texts are shortened
+    c.data.response_len = 17  # T, tokens
     c.data.style = "terse"  # or full: the rule book's instructions in every prompt, for language models
 
     c.policy = ConfigDict()
@@ -57,26 +57,26 @@ def base() -> ConfigDict:
 
     c.sft = ConfigDict()  # the supervised warm start
     c.sft.source = "benchmark"  # its `sft` split; or train: the pairs that RL sees; or both
-    c.sft.steps = 500
-    c.sft.batch_size = 64
+    c.sft.steps = 600
+    c.sft.batch_size = 32
     c.sft.learning_rate = 3e-3  # peak; cosine decay to 0
-    c.sft.matrix_rate = 0.02  # the same of Muon, which trains the layers' matrices; 0: AdamW trains all
+    c.sft.matrix_rate = 0.01  # the same of Muon, which trains the layers' matrices; 0: AdamW trains all
     c.sft.warmup = 30  # steps
     c.sft.weight_decay = 0.01
-    c.sft.prompt_weight = 0.0  # of the prompts' own tokens in the loss
+    c.sft.prompt_weight = 0.1  # of the prompts' own tokens in the loss: a policy from scratch learns from them too
 
     c.rl = ConfigDict()
-    c.rl.steps = 200
-    c.rl.batch_size = 32  # B, examples
-    c.rl.group_size = 8  # G, answers to each
+    c.rl.steps = 400
+    c.rl.batch_size = 64  # B, examples
+    c.rl.group_size = 4  # G, answers to each
     c.rl.temperature = 1.0
     c.rl.epochs = 1  # passes over each rollout
     c.rl.minibatches = 2  # updates in each pass
     c.rl.micro_batches = 1  # pieces of each minibatch: less memory, the same gradient
-    c.rl.learning_rate = 3e-4  # peak
+    c.rl.learning_rate = 5e-4  # peak
     c.rl.matrix_rate = 0.0  # as in sft
     c.rl.schedule = "cosine"  # after warm-up: to 0 at the end; or constant
-    c.rl.warmup = 5
+    c.rl.warmup = 20
     c.rl.weight_decay = 0.0
     c.rl.max_skipped = 10  # updates in a row skipped as not finite before the run stops
 
@@ -84,15 +84,15 @@ def base() -> ConfigDict:
     c.reward.composition = "gated"  # terminal, sum, gated, gated_tier
     c.reward.tier_kind = "exact"  # or ordinal: one tier off is less wrong than three
     c.reward.tier_weight = 1.0
-    c.reward.step_weight = 0.25  # of each step
+    c.reward.step_weight = 1.0  # of each step; much less than the tier's, and wrong steps that give the right tier pay
     c.reward.consistent_weight = 0.25
     c.reward.format_weight = 0.1
     c.reward.overlong_weight = 0.1
-    c.reward.overlong_from = 17  # tokens from which length is penalised
+    c.reward.overlong_from = 16  # tokens from which length is penalised; the longest gold answer has 16
 
     c.objective = ConfigDict()  # see agrl_jax/rl/objective.py
     c.objective.loss = "grpo"  # grpo, dr_grpo, dapo, gspo, cispo, rloo
-    c.objective.credit = "sequence"  # or step: each step's reward to the tokens of that step
+    c.objective.credit = "step"  # each step's reward to the tokens of that step; or sequence: all to all
     c.objective.clip_low = 0.2
     c.objective.clip_high = 0.2  # dapo: 0.28
     c.objective.kl = "none"  # to the end of the warm start: none, k1, k2, k3
@@ -103,18 +103,18 @@ def base() -> ConfigDict:
 
     c.guidance = ConfigDict()  # see agrl_jax/rl/guidance.py
     c.guidance.enabled = True
-    c.guidance.threshold = 0.125  # a group fails where at most this share of its answers passes
-    c.guidance.capacity = 0.25  # groups guided at most, as a share of the batch
-    c.guidance.replace = 4  # answers of a guided group that are rolled again
+    c.guidance.threshold = 0.0  # a group fails where at most this share of its answers passes
+    c.guidance.capacity = 0.5  # groups guided at most, as a share of the batch
+    c.guidance.replace = 2  # answers of a guided group that are rolled again
     c.guidance.source = "gold"  # own: where the truth is unknown, a right answer of the group itself
-    c.guidance.treatment = "shaped"  # of forced tokens in the loss: shaped, imitate, importance, mask
+    c.guidance.treatment = "imitate"  # of forced tokens in the loss: shaped, imitate, importance, mask
     c.guidance.gamma = 0.1  # of shaped
     c.guidance.imitate_weight = 0.1  # of imitate
     c.guidance.baseline = "pooled"  # or unguided_only
     c.guidance.level = "adaptive"  # or fixed
-    c.guidance.initial_level = 3.0  # parts of the gold response revealed at first
+    c.guidance.initial_level = 4.0  # parts of the gold response revealed at first
     c.guidance.eta = 0.2  # how fast the level follows the guided pass rate
-    c.guidance.per_family = False  # one level for each query family
+    c.guidance.per_family = True  # one level for each query family
     c.guidance.cap = "none"  # linear or cosine: the level may at most fall to 0 over training
 
     c.eval = ConfigDict()

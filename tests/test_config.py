@@ -162,7 +162,7 @@ def test_check_known_names_the_nearest_fields():
         ({"policy.heads": 3}, 1, "policy.kv_heads=2 must divide policy.heads=3"),
         ({"policy.head_dim": 7}, 1, "policy.head_dim=7 must be even"),
         ({"data.source": "pairs"}, 1, "data.source=pairs needs data.path"),
-        ({"data.response_len": 16}, 1, "reward.overlong_from=17 must be below data.response_len=16"),
+        ({"data.response_len": 16}, 1, "reward.overlong_from=16 must be below data.response_len=16"),
     ],
 )
 def test_fields_that_do_not_go_together_are_refused(changes, shards, message):

@@ -69,16 +69,18 @@ class _Recipe:
 
 
 _TRAINING_SIDE = (0.0, 0.8)
+_CONTRAST = {"same": 55, "substitute": 17, "complement": 14, "different": 14}  # near misses teach most
 _RECIPES = {
     "sft": _Recipe(
-        {"plain": 26, "attribute": 36, "brand": 32}
-        | {"negation": 1.5, "affordable": 1.5, "question": 1, "misspelling": 1, "longtail": 1},
+        {"plain": 27, "attribute": 37, "brand": 33} | dict.fromkeys(FAMILIES[3:], 0.6),
         _TRAINING_SIDE,
+        _CONTRAST,
     ),
     "train": _Recipe(
         {"plain": 8, "attribute": 17, "brand": 17}
         | {"negation": 14, "affordable": 14, "question": 8, "misspelling": 8, "longtail": 14},
         _TRAINING_SIDE,
+        _CONTRAST,
     ),
     "validation": _Recipe(dict.fromkeys(FAMILIES, 1), (0.8, 0.86)),
     "b_eval": _Recipe(

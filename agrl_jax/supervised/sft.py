@@ -23,7 +23,8 @@ def gold_loss(
     """Cross-entropy of the gold responses, mean over their tokens (end token included) [nats].
 
     Where steps are unknown, the gold response ends before the first of them and the loss with it; with
-    `blanks` the policy fills them in, and the loss falls on all that is known (`fill`). `prompt_weight` times the mean cross-entropy of the prompts' own tokens is added: a policy trained from
+    `blanks` the policy fills them in, and the loss falls on all that is known (`fill`).
+    `prompt_weight` times the mean cross-entropy of the prompts' own tokens is added: a policy trained from
     scratch has to learn its language here too, and predicting the item from the query makes it compare
     the two. Leave it at 0 for a pretrained one.
     """
