@@ -36,9 +36,12 @@ def base() -> ConfigDict:
     c.data.seed = 0  # of the benchmark, and of the split of a file without a `split` column
     c.data.prompt_len = 40  # S, tokens; longer item texts are shortened
     c.data.response_len = 17  # T, tokens
-    c.data.style = "terse"  # or full: the rule book's instructions in every prompt, for language models
+    c.data.style = "terse"  # full: with the rule book's instructions; chat: so, through the model's chat template
 
     c.policy = ConfigDict()
+    # A Hugging Face folder, a GGUF file, or smollm2; the shape below, down to norm_eps, is then the model's own, and
+    # kept in WORKDIR/policy.json. Empty: from scratch.
+    c.policy.pretrained = ""
     c.policy.vocab_size = 2000  # of the byte-level BPE trained on the training text
     c.policy.width = 128  # D
     c.policy.layers = 4  # L
@@ -66,15 +69,15 @@ def base() -> ConfigDict:
     c.sft.prompt_weight = 0.1  # of the prompts' own tokens in the loss: a policy from scratch learns from them too
 
     c.rl = ConfigDict()
-    c.rl.steps = 400
+    c.rl.steps = 500
     c.rl.batch_size = 64  # B, examples
     c.rl.group_size = 4  # G, answers to each
     c.rl.temperature = 1.0
     c.rl.epochs = 1  # passes over each rollout
-    c.rl.minibatches = 2  # updates in each pass
+    c.rl.minibatches = 1  # updates in each pass
     c.rl.micro_batches = 1  # pieces of each minibatch: less memory, the same gradient
-    c.rl.learning_rate = 5e-4  # peak
-    c.rl.matrix_rate = 0.0  # as in sft
+    c.rl.learning_rate = 3e-4  # peak
+    c.rl.matrix_rate = 0.004  # as in sft
     c.rl.schedule = "cosine"  # after warm-up: to 0 at the end; or constant
     c.rl.warmup = 20
     c.rl.weight_decay = 0.0
