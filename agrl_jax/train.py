@@ -11,7 +11,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -28,7 +27,10 @@ from agrl_jax.data.pairs import PairsError
 from agrl_jax.data.pipeline import EncodedSplit
 from agrl_jax.judging import Evaluator
 from agrl_jax.plots import learning_curves
-from agrl_jax.policy.transformer import count_parameters
+from agrl_jax.policy.loading import LoadingError
+from agrl_jax.policy.smollm2 import NotInstalledError
+from agrl_jax.policy.tokenizer import TokenizerError
+from agrl_jax.policy.transformer import build_expert_load, count_parameters
 from agrl_jax.rl import guidance
 from agrl_jax.rl import step as rl_step
 from agrl_jax.rl.guidance import GuidanceConfig
@@ -46,7 +48,10 @@ from agrl_jax.supervised import sft
 from agrl_jax.types import Batch, Params, TrainState
 
 # What a user can put right: shown as one message. Anything else is a bug, and keeps its traceback.
-USER_ERRORS = (ConfigError, RuleBookError, PairsError, CheckpointError, ShardingError, OSError)
+USER_ERRORS = (
+    ConfigError, RuleBookError, PairsError, CheckpointError, ShardingError, LoadingError, TokenizerError,
+    NotInstalledError, OSError,
+)  # fmt: skip
 
 
 class Interrupted(Exception):
@@ -176,17 +181,17 @@ def _warm_start(run: Run) -> Params:
         weight_decay=config.sft.weight_decay, decay=optim.decay_mask(run.model.axes),
         matrix_rate=config.sft.matrix_rate, axes=run.model.axes,
     )
-    fresh, shardings = _fresh_state(run, tx, guided=False)
-    ended = run.checkpoints.restore_sft(_template(fresh, shardings).params)
+    fresh, template = _fresh_state(run, tx, guided=False)
+    ended = run.checkpoints.restore_sft(template.params)
     if ended is not None:
         return ended
-    state = _restored(run, "sft", fresh, shardings)
+    state = _restored(run, "sft", fresh, template)
     run.say(f"policy: {count_parameters(state.params):,} parameters; warm start on {len(split):,} pairs")
     step = sft.make_step(
         run.model.policy, _updater(tx), config.sft.prompt_weight, config.objective.logprob_chunk,
         assemble.blanks(config, run.model, split),
     )
-    compiled = _jit(run, step, shardings)
+    compiled = _jit(run, step, template)
     batches = pipeline.batches(split, config.sft.batch_size, config.seed, start=int(state.step))
     state = _run_stage(
         run, "sft", state, lambda state, batch: (*compiled(state, batch), None), compiled, batches, config.sft.steps,
@@ -208,13 +213,13 @@ def _reinforce(run: Run, reference: Params) -> Params:
         weight_decay=config.rl.weight_decay, decay=optim.decay_mask(run.model.axes),
         matrix_rate=config.rl.matrix_rate, axes=run.model.axes,
     )
-    fresh, shardings = _fresh_state(run, tx, guided=config.guidance.enabled, rows=len(split), params=reference)
-    state = _restored(run, "rl", fresh, shardings)
+    fresh, template = _fresh_state(run, tx, guided=config.guidance.enabled, rows=len(split), params=reference)
+    state = _restored(run, "rl", fresh, template)
     if config.objective.kl == "none":
         reference = None
     names = tuple(step.name for step in run.model.book.steps)
     step = rl_step.make_step(run.model.policy, run.model.tables, names, _updater(tx), step_config(config, run.mesh))
-    compiled = _jit(run, step, shardings, shardings.params if reference is not None else None)
+    compiled = _jit(run, step, template, None if reference is None else template.params)
     rows = pipeline.stratified(validation, config.eval.validation_pairs, config.data.seed)
 
     def after(done: int, state: TrainState, seen: rl_step.Inspection, say: Callable[..., None]) -> dict[str, float]:
@@ -298,15 +303,20 @@ def step_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> StepConfig:
 
 def _fresh_state(
     run: Run, tx: Any, guided: bool, rows: int = 0, params: Params | None = None
-) -> tuple[Callable[[], TrainState], Any]:
-    """A function that makes the state at step 0 on the mesh, and its shardings.
+) -> tuple[Callable[[], TrainState], TrainState]:
+    """A function that makes the state at step 0 on the mesh, and the state's shapes, dtypes and shardings.
 
-    Starts from a copy of `params`, since the step donates its state, or from a random draw.
+    Starts from a copy of `params`, since the step donates its state; without, from the weights of the
+    pretrained model, or from a random draw.
     """
     config = run.config
+    pretrained = params is None and bool(config.policy.get("pretrained"))
 
     def make(params: Params | None) -> TrainState:
-        params = run.model.init(jax.random.key(config.seed)) if params is None else jax.tree.map(jnp.copy, params)
+        if params is None:
+            params = run.model.init(jax.random.key(config.seed))
+        elif not pretrained:
+            params = jax.tree.map(jnp.copy, params)
         memory = None
         if guided:
             settings = step_config(config, run.mesh).guidance
@@ -317,28 +327,46 @@ def _fresh_state(
     shapes = jax.eval_shape(make, params)
     on_params = sharding.param_shardings(run.mesh, run.model.axes, shapes.params)
     shardings = sharding.state_shardings(run.mesh, shapes, on_params)
-    return partial(jax.jit(make, out_shardings=shardings), params), shardings
+    compiled = jax.jit(make, out_shardings=shardings, donate_argnums=(0,) if pretrained else ())
 
+    def fresh() -> TrainState:
+        return compiled(assemble.load_pretrained(config, run.model, run.mesh) if pretrained else params)
 
-def _template(fresh: Callable[[], TrainState], shardings: Any) -> TrainState:
-    """The shapes, dtypes and shardings of a state, for restoring into."""
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        jax.eval_shape(fresh), shardings,
+    template = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
     )
+    return fresh, template
 
 
-def _restored(run: Run, stage: str, fresh: Callable[[], TrainState], shardings: Any) -> TrainState:
+def _restored(run: Run, stage: str, fresh: Callable[[], TrainState], template: TrainState) -> TrainState:
     """The newest state of a stage, or a fresh one."""
-    found = run.checkpoints.restore(_template(fresh, shardings), stage=stage)
+    found = run.checkpoints.restore(template, stage=stage)
     return fresh() if found is None else found.state
 
 
-def _jit(run: Run, step: Callable[..., Any], state: Any, *more: Any) -> Any:
-    """`step` jitted with shardings fixed at its borders and its state donated, so that it compiles once."""
+def _jit(run: Run, step: Callable[..., Any], state: TrainState, *more: Any) -> Any:
+    """`step` jitted with shardings fixed at its borders and its state donated, so that it compiles once.
+
+    `state` and `more` have the shardings of the step's arguments but for the batch.
+    """
+    state, more = jax.tree.map(lambda leaf: leaf.sharding, (state, more))
     batch, whole = sharding.batch_sharding(run.mesh), sharding.replicated(run.mesh)
     outputs = (state, whole) if not more else (state, whole, whole)
+    step = _with_expert_load(run, step) if run.model.shape.experts else step
     return jax.jit(step, in_shardings=(state, batch, *more), out_shardings=outputs, donate_argnums=0)
+
+
+def _with_expert_load(run: Run, step: Callable[..., Any]) -> Callable[..., Any]:
+    """`step`, which also tells how the routers of a mixture spread the tokens of the batch's prompts."""
+    expert_load = build_expert_load(run.model.shape)
+
+    def observed(state: TrainState, batch: Batch, *more: Any) -> Any:
+        inside = jnp.arange(batch.prompt.shape[1]) < batch.prompt_len[:, None]
+        load = expert_load(state.params, batch.prompt, inside)
+        state, metrics, *seen = step(state, batch, *more)
+        return state, metrics | load.metrics(), *seen
+
+    return observed
 
 
 def _updater(tx: Any) -> rl_step.UpdateFn:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 from safetensors.numpy import save_file
 
 from agrl_jax.policy.tokenizer import Tokenizer, train_bpe
@@ -106,11 +109,21 @@ def weights(config: dict[str, Any]) -> dict[str, np.ndarray]:
     return tensors
 
 
-def write(folder: Path, case: str) -> dict[str, np.ndarray]:
-    """Writes a case as a Hugging Face folder; returns its tensors."""
-    words = tokenizer()
+def chat_tokenizer(texts: Sequence[str], vocab_size: int, template: str) -> Tokenizer:
+    """A vocabulary with tokens that begin and end turns, and a chat template; `<|end|>`, which ends texts, ends
+    responses too, as the makers of base models have it."""
+    with tempfile.TemporaryDirectory() as folder:
+        train_bpe(texts, vocab_size).save(folder)
+        core = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
+    core.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return Tokenizer(core, core.token_to_id("<|end|>"), chat_template=template)
+
+
+def write(folder: Path, case: str, words: Tokenizer | None = None, padding: int = 0) -> dict[str, np.ndarray]:
+    """Writes a case as a Hugging Face folder, with `padding` unused rows in its embedding; returns its tensors."""
+    words = words or tokenizer()
     words.save(folder)
-    content = config(case, words.vocab_size)
+    content = config(case, words.vocab_size + padding)
     (folder / "config.json").write_text(json.dumps(content))
     tensors = weights(content)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -11,6 +11,7 @@ import grain
 import jax
 import numpy as np
 
+from agrl_jax.data import chat
 from agrl_jax.data.pairs import Pair, PairsError, item_text
 from agrl_jax.policy.tokenizer import Tokenizer
 from agrl_jax.rulebook import wording
@@ -56,12 +57,13 @@ def encode(
       tokenizer: of the policy.
       prompt_len: S, tokens of a prompt at most.
       response_len: T, tokens of a response at most, end token included.
-      style: `terse` or `full`.
+      style: `terse`, `full`, or `chat`: through the chat template of the tokenizer's model.
       families: names of the query families, the first being 0; by default those of the pairs, sorted.
 
     Raises:
       PairsError: there are no pairs, query and rules alone are over `prompt_len`, a gold response is over
         `response_len`, or a pair is of no known family.
+      TokenizerError: `chat` is asked of a model that has no usable chat template.
     """
     if not pairs:
         raise PairsError("there are no pairs to encode")
@@ -192,12 +194,14 @@ class Prompt(NamedTuple):
 
 def prompts(pairs: Sequence[Pair], book: RuleBook, tokenizer: Tokenizer, limit: int, style: str) -> Iterator[Prompt]:
     """The prompt of each pair; one over `limit` tokens loses the end of its item text."""
-    before, between, after = wording.prompt_pieces(book, style)
+    templated = style == "chat"  # then the special tokens are in the fixed text, and are parsed there alone
+    before, between, after = chat.pieces(book, tokenizer) if templated else wording.prompt_pieces(book, style)
     # The pieces are tokenised one by one. A space goes with the word that follows it, as in running text.
     before, query_space = _move_spaces(before)
     between, item_space = _move_spaces(between)
-    head = ([] if tokenizer.bos_token is None else [tokenizer.bos_token]) + tokenizer.encode(before)
-    tail = tokenizer.encode(after)
+    bos = [] if templated or tokenizer.bos_token is None else [tokenizer.bos_token]
+    head = bos + tokenizer.encode(before, parse_special=templated)
+    tail = tokenizer.encode(after, parse_special=templated)
     for first in range(0, len(pairs), _CHUNK):
         chunk = pairs[first : first + _CHUNK]
         queries = tokenizer.encode_batch([query_space + pair.query + between for pair in chunk])

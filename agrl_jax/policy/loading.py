@@ -176,7 +176,7 @@ def load_pretrained(
         truncated or corrupt file, a pickle.
     """
     path = Path(path)
-    tokenizer = tokenizers.load(path) if _is_folder(path) else tokenizers.from_gguf(path)
+    tokenizer = read_tokenizer(path)
     cfg, tensors = _open(path, param_dtype, compute_dtype)
     if tokenizer.vocab_size > cfg.vocab_size:
         raise LoadingError(
@@ -205,6 +205,18 @@ def read_config(path: str | Path, param_dtype: str = "float32", compute_dtype: s
     if _is_folder(path):
         return _hf_config(path / _CONFIG, param_dtype, compute_dtype)
     return _open_gguf(path, param_dtype, compute_dtype)[0]
+
+
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a model in a Hugging Face folder or GGUF file."""
+    path = Path(path)
+    return tokenizers.load(path) if _is_folder(path) else tokenizers.from_gguf(path)
+
+
+def shape_of(fields: Mapping[str, Any]) -> PolicyConfig:
+    """The shape of which `dataclasses.asdict` gave these fields."""
+    rope = fields["rope_scaling"]
+    return PolicyConfig(**{**fields, "rope_scaling": None if rope is None else RopeScaling(**rope)})
 
 
 def _is_folder(path: Path) -> bool:

@@ -82,10 +82,13 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """The text of the tokens' bytes, with no clean-up; bytes that are not UTF-8 become U+FFFD.
 
-        Special tokens are left out, or with `special` spelt out.
+        Special tokens are left out, or with `special` spelt out. Ids past the vocabulary, which models with padded
+        embeddings can sample, have no text.
         """
         data = bytearray()
         for token in ids:
+            if token >= self.vocab_size:
+                continue
             piece = self._bytes[token]
             if piece is not None:
                 data += piece
@@ -111,6 +114,12 @@ class Tokenizer:
             except KeyError as error:
                 raise TokenizerError(f"token {token}, {spelling!r}, is not spelt in the byte-level alphabet") from error
         return tuple(pieces)
+
+    def ending_with(self, end_token: int) -> Tokenizer:
+        """The same vocabulary, whose responses end with another token."""
+        if end_token == self.end_token:
+            return self
+        return Tokenizer(self._parsing, end_token, self.bos_token, self.chat_template)
 
     def save(self, path: epath.PathLike) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, in Hugging Face's layout, into a folder."""

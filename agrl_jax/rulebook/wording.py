@@ -14,7 +14,7 @@ from agrl_jax.types import UNKNOWN
 if TYPE_CHECKING:
     from agrl_jax.rulebook.book import RuleBook
 
-STYLES = ("terse", "full")
+STYLES = ("terse", "full", "chat")
 _FORMAT = {
     "none": "Answer in exactly this form, with one of the values in each place of <>:",
     "between": "Answer in this form, with one of the values in each place of <>; you may reason before each line:",
@@ -66,22 +66,30 @@ def _rules(book: RuleBook) -> str:
     return "\n".join(lines)
 
 
+def turns(book: RuleBook) -> tuple[str, str]:
+    """What the `chat` style says as the system, and as the user, with {query} and {item} in it."""
+    return instructions(book).strip(), book.prompt.terse.strip()
+
+
 def prompt_pieces(book: RuleBook, style: str = "terse") -> tuple[str, str, str]:
     """The fixed text before the query, between query and item, and after the item.
 
+    Of `chat` only what is said: the model's chat template, which goes around it, is no part of the rule book.
+
     Raises:
-      ValueError: the style is neither `terse` nor `full`.
+      ValueError: the style is unknown.
     """
     if style not in STYLES:
         raise ValueError(f"unknown prompt style {style!r}; it should be one of: {', '.join(STYLES)}")
-    template = book.prompt.terse if style == "terse" else book.prompt.full
+    templates = {"terse": book.prompt.terse, "full": book.prompt.full, "chat": "{instructions}\n\n" + turns(book)[1]}
+    template = templates[style]
     before, rest = template.split("{query}")
     between, after = rest.split("{item}")
     return before.replace("{instructions}", instructions(book)), between, after
 
 
 def prompt(book: RuleBook, query: str, item: str, style: str = "terse") -> str:
-    """The prompt for one query and one item, in a `terse` style for small policies or a `full` one for LLMs."""
+    """The prompt for one query and one item: `terse` for small policies, `full` or `chat` for language models."""
     before, between, after = prompt_pieces(book, style)
     return before + query + between + item + after
 

