@@ -134,7 +134,7 @@ def test_trains_on_pairs_of_which_the_tier_alone_is_known(tmp_path: Path, data_d
         writer = csv.DictWriter(file, kept, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-    overrides = (f"--config.data.path={bare}", "--config.rl.batch_size=4")
+    overrides = (f"--config.data.path={bare}", "--config.rl.batch_size=4", "--config.sft.source=both")
     output = finish(start(tmp_path / "run", data_dir, cache_dir, *overrides, config="tiny.py:pairs"))
     card = json.loads((tmp_path / "run" / "scorecard.json").read_text())
     assert set(card["agrl"]) == {"test"}
