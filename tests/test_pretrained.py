@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import hf_models
@@ -18,6 +19,7 @@ from test_chat import CHATML
 from tiny import get_config
 
 from agrl_jax import assemble, evaluate, train
+from agrl_jax.data import benchmark, catalog
 from agrl_jax.policy import loading
 from agrl_jax.policy.smollm2 import NotInstalledError
 from agrl_jax.rulebook import book, wording
@@ -27,9 +29,13 @@ from agrl_jax.runtime.metrics import read_jsonl
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("data")
+@pytest.fixture(scope="module", autouse=True)
+def small_benchmark() -> Iterator[None]:
+    """Some pairs of each split of the benchmark: building all of it takes longer than these runs."""
+    few = catalog.splits(0, dict.fromkeys(catalog.SIZES, 64))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "load_benchmark", lambda *_: few)
+        yield
 
 
 def save_model(folder: Path, case: str) -> Path:
@@ -42,9 +48,9 @@ def save_model(folder: Path, case: str) -> Path:
     return folder
 
 
-def make_config(model: Path | str, data_dir: Path) -> ConfigDict:
+def make_config(model: Path | str) -> ConfigDict:
     config = get_config()
-    config.data.update(dir=str(data_dir), style="chat", prompt_len=640)
+    config.data.update(style="chat", prompt_len=640)
     config.policy.update(pretrained=str(model))
     config.sft.update(steps=2, batch_size=4, matrix_rate=0.0, prompt_weight=0.0)
     config.rl.update(steps=2, batch_size=4, group_size=2, minibatches=1)
@@ -58,34 +64,31 @@ def run(config: ConfigDict, workdir: Path) -> dict:
     return train.train(config, str(workdir), say=lambda *_: None)
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen3_moe"])
-def test_a_pretrained_folder_trains_resumes_without_it_and_is_evaluated(
-    case: str, tmp_path: Path, data_dir: Path
-) -> None:
-    model, workdir = save_model(tmp_path / "model", case), tmp_path / "run"
-    config = make_config(model, data_dir)
+def test_a_pretrained_folder_trains_resumes_without_it_and_is_evaluated(tmp_path: Path) -> None:
+    model, workdir = save_model(tmp_path / "model", "qwen3_moe"), tmp_path / "run"
+    config = make_config(model)
+    config.rl.steps = 0
     run(config, workdir)
     shape = loading.read_config(model)
     kept = json.loads((workdir / "policy.json").read_text())
     assert kept["pretrained"] == str(model) and loading.shape_of(kept["shape"]) == shape
 
     shutil.rmtree(model)
-    config.rl.steps = 3
+    config.rl.steps = 2
     card = run(config, workdir)
     assert set(card) == {"sft", "agrl"}
     rows = read_jsonl(workdir / "metrics.jsonl")
-    assert [(row["stage"], row["step"]) for row in rows] == [("sft", 1), ("sft", 2), *(("rl", i) for i in (1, 2, 3))]
+    assert [(row["stage"], row["step"]) for row in rows] == [("sft", 1), ("sft", 2), ("rl", 1), ("rl", 2)]
     assert {row["compiles"] for row in rows} == {1}
     for row in rows:
-        assert {name for name in row if name.startswith("experts/")} == (
-            {"experts/balance_loss", "experts/max_load", "experts/idle"} if shape.experts else set()
-        )
+        assert 0 < row["experts/balance_loss"] <= shape.experts
+        assert 1 <= row["experts/max_load"] <= shape.experts and 0 <= row["experts/idle"] < 1
     assert set(evaluate.evaluate(str(workdir), ["rl"], [], pairs=4)["agrl"]) == {"b_eval", "w_eval"}
 
 
-def test_training_starts_from_the_model_itself(tmp_path: Path, data_dir: Path) -> None:
+def test_training_starts_from_the_model_itself(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", "qwen3")
-    config = make_config(model, data_dir)
+    config = make_config(model)
     config.sft.steps = config.rl.steps = 0
     run(config, tmp_path / "run")
     workdir, mesh = epath.Path(tmp_path / "run"), sharding.make_mesh()
@@ -99,9 +102,9 @@ def test_training_starts_from_the_model_itself(tmp_path: Path, data_dir: Path) -
     assert tokenizer.decode([tokenizer.end_token], special=True) == "<|end|>"
 
 
-def test_dtypes_are_by_config_and_another_model_in_the_workdir_is_noticed(tmp_path: Path, data_dir: Path) -> None:
+def test_dtypes_are_by_config_and_another_model_in_the_workdir_is_noticed(tmp_path: Path) -> None:
     model, mesh = save_model(tmp_path / "model", "llama"), sharding.make_mesh()
-    config = make_config(model, data_dir)
+    config = make_config(model)
     config.policy.update(param_dtype="bfloat16", compute_dtype="bfloat16", remat=True)
     data = assemble.Data({"train": []}, [])
     workdir = epath.Path(tmp_path)
@@ -131,10 +134,10 @@ def test_dtypes_are_by_config_and_another_model_in_the_workdir_is_noticed(tmp_pa
     ],
 )
 def test_a_model_that_is_not_there_is_refused_in_one_message(
-    fields: dict[str, str], said: str, tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+    fields: dict[str, str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("agrl_jax.policy.smollm2.DISTRIBUTION", "no-such-distribution")
-    config = make_config("", data_dir)
+    config = make_config("")
     config.update_from_flattened_dict(fields)
     with pytest.raises(train.USER_ERRORS, match=said):
         run(config, tmp_path)
