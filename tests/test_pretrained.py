@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -21,9 +22,10 @@ from tiny import get_config
 from agrl_jax import assemble, evaluate, train
 from agrl_jax.data import benchmark, catalog
 from agrl_jax.policy import loading
-from agrl_jax.policy.smollm2 import NotInstalledError
+from agrl_jax.policy.smollm2 import NotInstalledError, find_smollm2
 from agrl_jax.rulebook import book, wording
 from agrl_jax.runtime import sharding
+from agrl_jax.runtime.config import ConfigError, validate, validate_together
 from agrl_jax.runtime.metrics import read_jsonl
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -142,3 +144,76 @@ def test_a_model_that_is_not_there_is_refused_in_one_message(
     with pytest.raises(train.USER_ERRORS, match=said):
         run(config, tmp_path)
     assert issubclass(NotInstalledError, train.USER_ERRORS)
+
+
+# ------------------------------------------------------------------------------------------- the configs
+
+
+@pytest.mark.parametrize("name", ["smollm2_135m", "qwen3_0p6b", "qwen3_8b", "qwen3_30b_a3b"])
+def test_the_configs_of_language_models_are_in_order(name: str) -> None:
+    module = importlib.import_module(f"configs.{name}")
+    for arg in (None, "grpo", *(["cpu", "sft,cpu"] if name == "smollm2_135m" else [])):
+        config = module.get_config(arg)
+        validate(config)
+        assert (config.sft.matrix_rate, config.rl.matrix_rate, config.sft.prompt_weight) == (0, 0, 0)
+        if name != "smollm2_135m":
+            with pytest.raises(ConfigError, match="--config.policy.pretrained=DIR"):
+                validate_together(config)
+            config.policy.pretrained = "DIR"
+        shards = 8 if config.mesh.fsdp == -1 else 1
+        validate_together(config, shards)
+
+
+# A rule book with the first two steps of the bundled one, and few words: prompts of some 290 tokens.
+SHORT_BOOK = """\
+name: short
+tiers:
+  - {name: 4-Excellent, grade: 4, good: true}
+  - {name: 3-Related, grade: 3, good: true}
+  - {name: 2-Mismatch, grade: 2, good: false}
+  - {name: 1-Irrelevant, grade: 1, good: false}
+steps:
+  - {name: category, question: "Is it the product asked for?", values: [same, substitute, complement, different]}
+  - {name: brand, question: "Is it of the brand asked for?", values: [match, mismatch, not asked]}
+table:
+  - {when: {category: different}, tier: 1-Irrelevant}
+  - {when: {category: complement}, tier: 2-Mismatch}
+  - {when: {category: substitute}, tier: 3-Related}
+  - {when: {brand: mismatch}, tier: 3-Related}
+  - {when: otherwise, tier: 4-Excellent}
+"""
+
+
+@pytest.mark.slow
+def test_smollm2_learns_the_form_of_answers_on_two_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some steps of both stages with the real model. Greedy answers, in words of its own before, come in form."""
+    try:
+        find_smollm2()
+    except NotInstalledError as error:
+        pytest.skip(str(error))
+    (tmp_path / "short.yaml").write_text(SHORT_BOOK)
+    rules = book.load(tmp_path / "short.yaml")
+    few = catalog.splits(0, dict.fromkeys(catalog.SIZES, 64))
+    short = {
+        name: [dataclasses.replace(p, steps=p.steps[:2], tier=rules.tier_for(p.steps[:2])) for p in pairs]
+        for name, pairs in few.items()
+    }
+    monkeypatch.setattr(benchmark, "load_benchmark", lambda *_: short)
+    config = importlib.import_module("configs.smollm2_135m").get_config("cpu")
+    config.rulebook.path = str(tmp_path / "short.yaml")
+    config.data.update(prompt_len=288, response_len=20)
+    config.sft.update(steps=14, learning_rate=1e-4, warmup=2)
+    config.rl.update(steps=2, warmup=1)
+    config.reward.overlong_from = 18
+    config.eval.update(pairs=8, validation_pairs=8, pass_pairs=0)
+    card = run(config, tmp_path / "run")
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    loss = [row["policy/loss"] for row in rows if row["stage"] == "sft"]
+    assert np.mean(loss[-4:]) < 0.3 * loss[0]
+    rl = [row for row in rows if row["stage"] == "rl"]
+    assert len(rl) == 2 and all(row["optim/finite"] == 1 and row["compiles"] == 1 for row in rl)
+    assert max(row["policy/sampler_gap"] for row in rl) < 1e-3
+    for split in card["sft"].values():
+        assert split["format"]["value"] >= 0.75
+    tokenizer = assemble.load_model(config, epath.Path(tmp_path / "run")).tokenizer
+    assert tokenizer.decode([tokenizer.end_token], special=True) == "<|im_end|>"

@@ -332,7 +332,8 @@ def _policy_problems(config: ConfigDict) -> Iterator[str]:
     policy = config.policy
     if config.data.style == "chat" and not policy.pretrained:
         yield ("data.style=chat needs a pretrained model, which knows its chat template: "
-               "--config.policy.pretrained=DIR, a Hugging Face folder or GGUF file")
+               "--config.policy.pretrained=DIR, a Hugging Face folder (hf download OWNER/NAME --local-dir=DIR) or a "
+               "GGUF file")
     if policy.heads % policy.kv_heads:
         yield f"policy.kv_heads={policy.kv_heads} must divide policy.heads={policy.heads}"
     if policy.head_dim % 2:
