@@ -151,12 +151,14 @@ def test_check_known_names_the_nearest_fields():
 @pytest.mark.parametrize(
     ("changes", "shards", "message"),
     [
-        ({"rl.batch_size": 30, "rl.minibatches": 2}, 4, "rl.batch_size=30 cannot be split into 4 data shards x rl.minibatches=2 x "
-                                   "rl.micro_batches=1 equal pieces; nearest: 24 or 32"),
+        ({"rl.batch_size": 30, "rl.minibatches": 2}, 4,
+         "rl.batch_size=30 cannot be split into 4 data shards x rl.minibatches=2 x rl.micro_batches=1 equal pieces; "
+         "nearest: 24 or 32"),
         ({"rl.batch_size": 4, "rl.micro_batches": 2, "rl.minibatches": 3}, 1, "equal pieces; nearest: 6"),
         ({"sft.batch_size": 30}, 4, "sft.batch_size=30 cannot be split over 4 data shards; nearest: 28 or 32"),
-        ({"rl.batch_size": 32, "guidance.capacity": 0.2}, 8, "guidance.capacity=0.2 of 4 examples per data shard is less than one group; "
-                                        "use at least 0.25, or guidance.enabled=False"),
+        ({"rl.batch_size": 32, "guidance.capacity": 0.2}, 8,
+         "guidance.capacity=0.2 of 4 examples per data shard is less than one group; use at least 0.25, or "
+         "guidance.enabled=False"),
         ({"rl.group_size": 8, "guidance.replace": 9}, 1, "guidance.replace=9 is more than rl.group_size=8"),
         ({"rulebook.order": "respond_then_think", "guidance.treatment": "mask"}, 1, "the tier would be forced"),
         ({"policy.heads": 3}, 1, "policy.kv_heads=2 must divide policy.heads=3"),
