@@ -16,7 +16,7 @@ from configs import common, language_model
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The shared settings with higher learning rates; `cpu` is a first look, in about half an hour."""
+    """The shared settings with higher learning rates; `cpu` is a first look, in an hour or so and 8 GB."""
     args = parse_arg(arg, variant=tuple(common.METHODS), cpu=False)
     c = language_model.base()
     c.policy.pretrained = "smollm2"  # the GGUF file in the wheel; what it holds in 4 and 8 bits is trained in 32
@@ -28,5 +28,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
         c.rl.update(steps=10, batch_size=4, group_size=4, micro_batches=2, warmup=2)
         c.guidance.replace = 2  # of 4
         c.eval.update(every=0, pairs=32, validation_pairs=32, pass_k=4, pass_pairs=8, batch_size=4)
-        c.checkpoint.every = 10  # steps take most of a minute
+        c.checkpoint.every = 10  # steps take about a minute
     return common.with_method(c, args.variant)
