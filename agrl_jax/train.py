@@ -135,6 +135,10 @@ def _set_up(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh, sa
     checkpoints = Checkpointer(workdir, config.checkpoint.keep, identity)
     (workdir / "config.json").write_text(assemble.dump_config(config))
     data = assemble.load_data(config, rules, workdir)
+    for stage, pairs in (("sft", data.sft), ("rl", data.splits["train"])):
+        if config[stage].steps and config[stage].batch_size > len(pairs):
+            size = config[stage].batch_size
+            raise ConfigError(f"{stage}.batch_size={size} is more than the {len(pairs)} pairs that it trains on")
     model = assemble.load_model(config, workdir, data)
     evaluator = assemble.make_evaluator(config, model, mesh)
     at = checkpoints.newest()
@@ -234,8 +238,6 @@ def _reinforce(run: Run, reference: Params) -> Params:
         shown = ("accuracy", "macro_f1", "step_accuracy", "adherence", "format")
         return {f"validation/{name}": scores[name]["value"] for name in shown if scores[name]["value"] is not None}
 
-    if config.rl.batch_size > len(split):
-        raise ConfigError(f"rl.batch_size is {config.rl.batch_size}, more than the {len(split)} training pairs")
     batches = pipeline.batches(split, config.rl.batch_size, config.seed, start=int(state.step))
     state = _run_stage(
         run, "rl", state, lambda state, batch: compiled(state, batch, reference), compiled, batches, config.rl.steps,

@@ -192,6 +192,14 @@ def test_a_bad_pairs_file_is_refused(
     assert said in refused(tmp_path, data_dir, cache_dir, f"--config.data.path={path}", config="tiny.py:pairs")
 
 
+def test_a_batch_larger_than_the_pairs_is_refused_before_anything_is_trained(
+    tmp_path: Path, data_dir: Path, cache_dir: Path
+) -> None:
+    overrides = (f"--config.data.path={ROOT / 'examples' / 'pairs.csv'}", "--config.rl.batch_size=64")
+    said = refused(tmp_path, data_dir, cache_dir, *overrides, config="tiny.py:pairs")
+    assert "rl.batch_size=64 is more than the" in said and "warm start" not in said
+
+
 def test_a_workdir_of_another_run_is_refused(whole: tuple[Path, str], data_dir: Path, cache_dir: Path) -> None:
     process = start(whole[0], data_dir, cache_dir, "--config.rl.group_size=8")
     output, _ = process.communicate(timeout=600)
