@@ -69,7 +69,7 @@ def base() -> ConfigDict:
     c.sft.prompt_weight = 0.1  # of the prompts' own tokens in the loss: a policy from scratch learns from them too
 
     c.rl = ConfigDict()
-    c.rl.steps = 500
+    c.rl.steps = 400
     c.rl.batch_size = 64  # B, examples
     c.rl.group_size = 4  # G, answers to each
     c.rl.temperature = 1.0
