@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,9 @@ from agrl_jax.data import benchmark, chat, pipeline
 from agrl_jax.data.pairs import Pair, PairsFile, item_text, read_pairs
 from agrl_jax.data.pipeline import EncodedSplit, PartTexts
 from agrl_jax.judging import EvalConfig, Evaluator
-from agrl_jax.policy import loading, transformer
+from agrl_jax.policy import loading, lora, transformer
 from agrl_jax.policy import tokenizer as tokenizers
+from agrl_jax.policy.lora import LoraConfig
 from agrl_jax.policy.smollm2 import find_smollm2
 from agrl_jax.policy.tokenizer import Tokenizer
 from agrl_jax.policy.transformer import PolicyConfig
@@ -32,7 +33,7 @@ from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.runtime import sharding
 from agrl_jax.runtime.checkpoint import SFT_END, Checkpointer
 from agrl_jax.runtime.config import ConfigError, resolve
-from agrl_jax.types import UNKNOWN, Params, Policy, RuleTables
+from agrl_jax.types import UNKNOWN, Array, Params, Policy, RuleTables
 
 TOKENIZER_FILE = "tokenizer.json"
 POLICY_FILE = "policy.json"  # of a pretrained policy: its name, how it is asked, and its shape
@@ -91,19 +92,55 @@ def read_config(workdir: epath.Path) -> ConfigDict:
 
 
 def load_params(
-    workdir: epath.Path, model: Model, mesh: jax.sharding.Mesh, stage: str, step: int | None = None
+    workdir: epath.Path, config: ConfigDict, model: Model, mesh: jax.sharding.Mesh, stage: str, step: int | None = None
 ) -> Params:
-    """Parameters of a workdir's checkpoint: of `stage` "rl", "sft" or "sft_end", the latest or the given step."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    places = sharding.param_shardings(mesh, model.axes, shapes)
-    template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+    """Parameters of a workdir's checkpoint: of `stage` "rl", "sft" or "sft_end", the latest or the given step.
+
+    Adapters come merged into their base.
+    """
     with Checkpointer(workdir) as checkpoints:
-        if stage == SFT_END:
-            params = checkpoints.restore_sft(template)
-            if params is None:
-                raise ConfigError(f"{workdir}: the warm start has not ended; resume the run first")
+
+        def restored(stage: str) -> Params:
+            template = param_shapes(*trained_part(config, model, stage), mesh)
+            if stage == SFT_END:
+                params = checkpoints.restore_sft(template)
+                if params is None:
+                    raise ConfigError(f"{workdir}: the warm start has not ended; resume the run first")
+                return params
+            return checkpoints.restore_params(template, stage, checkpoints.best_step(stage) if step == BEST else step)
+
+        params, adapters = restored(stage), adapters_of(config, stage)
+        if adapters is None:
             return params
-        return checkpoints.restore_params(template, stage, checkpoints.best_step(stage) if step == BEST else step)
+        base = load_pretrained(config, model, mesh) if adapters_of(config, SFT_END) else restored(SFT_END)
+    return jax.jit(lora.merge, static_argnums=2, donate_argnums=0)(base, params, adapters)
+
+
+def adapters_of(config: ConfigDict, stage: str) -> LoraConfig | None:
+    """The low-rank adapters that a stage trains; None where it trains all weights. Raises ConfigError."""
+    settings = config.get("lora")  # absent from the workdirs of an older version
+    if not settings or not settings.rank or (settings.stages == "rl" and stage != "rl"):
+        return None
+    try:
+        return LoraConfig(settings.rank, settings.alpha, tuple(settings.modules.replace(" ", "").split(",")))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def trained_part(config: ConfigDict, model: Model, stage: str) -> tuple[Callable[[Array], Params], Params]:
+    """What a stage trains, as `init(key) -> Params` and logical axes: the policy, or adapters for it."""
+    adapters = adapters_of(config, stage)
+    if adapters is None:
+        return model.init, model.axes
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return partial(lora.init, shapes=shapes, axes=model.axes, cfg=adapters), lora.adapter_axes(model.axes, adapters)
+
+
+def param_shapes(init: Callable[[Array], Params], axes: Params, mesh: jax.sharding.Mesh) -> Params:
+    """Shapes, dtypes and shardings of parameters, from the function that draws them and their logical axes."""
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    places = sharding.param_shardings(mesh, axes, shapes)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
 
 
 def load_data(config: ConfigDict, rules: RuleBook, workdir: epath.Path) -> Data:

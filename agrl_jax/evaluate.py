@@ -13,6 +13,7 @@ import sys
 import jax
 from absl import flags
 from etils import epath
+from ml_collections import ConfigDict
 
 from agrl_jax import assemble, scorecard
 from agrl_jax.data import pipeline
@@ -44,7 +45,7 @@ def evaluate(workdir: str, stages: list[str], splits: list[str], pairs: int) -> 
     cards: scorecard.Scorecards = {}
     with progress("evaluate", len(stages) * len(splits)) as bar:
         for stage in stages:
-            params = _params(folder, model, mesh, stage)
+            params = _params(folder, config, model, mesh, stage)
             card = cards.setdefault({SFT_END: "sft", "rl": config.method}.get(stage, stage), {})
             for name in splits:
                 split = assemble.encode(config, model, data, data.splits[name])
@@ -55,11 +56,13 @@ def evaluate(workdir: str, stages: list[str], splits: list[str], pairs: int) -> 
     return cards
 
 
-def _params(folder: epath.Path, model: assemble.Model, mesh: jax.sharding.Mesh, stage: str) -> assemble.Params:
+def _params(
+    folder: epath.Path, config: ConfigDict, model: assemble.Model, mesh: jax.sharding.Mesh, stage: str
+) -> assemble.Params:
     if stage not in (SFT_END, "rl", "best"):
         raise ValueError(f"--stages: {stage!r} is not one of sft_end, rl, best")
     step = assemble.BEST if stage == "best" else None
-    return assemble.load_params(folder, model, mesh, "rl" if stage == "best" else stage, step)
+    return assemble.load_params(folder, config, model, mesh, "rl" if stage == "best" else stage, step)
 
 
 def main(argv: list[str]) -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from agrl_jax.data.pairs import PairsError
 from agrl_jax.data.pipeline import EncodedSplit
 from agrl_jax.judging import Evaluator
 from agrl_jax.plots import learning_curves
+from agrl_jax.policy import lora
 from agrl_jax.policy.loading import LoadingError
 from agrl_jax.policy.smollm2 import NotInstalledError
 from agrl_jax.policy.tokenizer import TokenizerError
@@ -45,7 +46,7 @@ from agrl_jax.runtime.metrics import MetricsWriter, progress, say
 from agrl_jax.runtime.sharding import ShardingError
 from agrl_jax.samples import decode, render
 from agrl_jax.supervised import sft
-from agrl_jax.types import Batch, Params, TrainState
+from agrl_jax.types import Batch, Params, Policy, TrainState
 
 # What a user can put right: shown as one message. Anything else is a bug, and keeps its traceback.
 USER_ERRORS = (
@@ -64,6 +65,19 @@ class Interrupted(Exception):
 
 class Diverged(RuntimeError):
     """Too many updates in a row were not finite."""
+
+
+class Weights(NamedTuple):
+    """A policy's parameters: all that are trained, or low-rank adapters over a base that is not."""
+
+    trained: Params
+    base: Params | None = None
+
+    def whole(self, config: ConfigDict) -> Params:
+        """What the policy's functions take."""
+        if self.base is None:
+            return self.trained
+        return lora.attach(self.base, self.trained, assemble.adapters_of(config, "rl"))
 
 
 @dataclass
@@ -104,11 +118,11 @@ def train(config: ConfigDict, workdir: str, say: Callable[..., None] = say) -> d
     with run.writer, run.checkpoints, _signals(run):
         # -------------------------------------------------------------------------------- warm start
         reference = _timed(run, "warm start", lambda: _warm_start(run))
-        cards = {"sft": _timed(run, "evaluate sft", lambda: _scorecard(run, "sft", reference))}
+        cards = {"sft": _timed(run, "evaluate sft", lambda: _scorecard(run, "sft", reference.whole(config)))}
 
         # -------------------------------------------------------------------- reinforcement learning
         if config.rl.steps:
-            params = _timed(run, config.method, lambda: _reinforce(run, reference))
+            params = _timed(run, config.method, lambda: _reinforce(run, reference)).whole(config)
             del reference  # the RL stage owns the parameters now
             name = config.method if config.method != "sft" else "rl"
             cards[name] = _timed(run, f"evaluate {name}", lambda: _scorecard(run, name, params))
@@ -176,54 +190,67 @@ class _signals:
 # --------------------------------------------------------------------------------------------- stages
 
 
-def _warm_start(run: Run) -> Params:
+def _warm_start(run: Run) -> Weights:
     """Supervised training; its end is kept for good as the reference policy."""
     config = run.config
     split = assemble.encode(config, run.model, run.data, run.data.sft)
+    _, axes = assemble.trained_part(config, run.model, "sft")
     tx = optim.make(
         config.sft.learning_rate, config.sft.warmup, config.sft.steps,
-        weight_decay=config.sft.weight_decay, decay=optim.decay_mask(run.model.axes),
-        matrix_rate=config.sft.matrix_rate, axes=run.model.axes,
+        weight_decay=config.sft.weight_decay, decay=optim.decay_mask(axes),
+        matrix_rate=config.sft.matrix_rate, axes=axes,
     )
-    fresh, template = _fresh_state(run, tx, guided=False)
+    base = assemble.load_pretrained(config, run.model, run.mesh) if assemble.adapters_of(config, "sft") else None
+    fresh, template = _fresh_state(run, "sft", tx)
     ended = run.checkpoints.restore_sft(template.params)
     if ended is not None:
-        return ended
+        return Weights(ended, base)
     state = _restored(run, "sft", fresh, template)
-    run.say(f"policy: {count_parameters(state.params):,} parameters; warm start on {len(split):,} pairs")
-    step = sft.make_step(
-        run.model.policy, _updater(tx), config.sft.prompt_weight, config.objective.logprob_chunk,
-        assemble.blanks(config, run.model, split),
-    )
-    compiled = _jit(run, step, template)
+    run.say(f"policy: {_sizes(state.params, base)}; warm start on {len(split):,} pairs")
+
+    def make(policy: Policy) -> Callable[..., Any]:
+        return sft.make_step(
+            policy, _updater(tx), config.sft.prompt_weight, config.objective.logprob_chunk,
+            assemble.blanks(config, run.model, split),
+        )
+
+    compiled = _jit(run, "sft", make, template, base)
     batches = pipeline.batches(split, config.sft.batch_size, config.seed, start=int(state.step))
     state = _run_stage(
-        run, "sft", state, lambda state, batch: (*compiled(state, batch), None), compiled, batches, config.sft.steps,
+        run, "sft", state, lambda state, batch: (*compiled(state, batch, base), None), compiled, batches,
+        config.sft.steps,
         figures={"loss": "policy/loss", "gold probability": "policy/gold_probability", "tok/s": "time/tokens_per_s"},
     )
     run.checkpoints.save_sft(state.params)
-    return state.params
+    return Weights(state.params, base)
 
 
-def _reinforce(run: Run, reference: Params) -> Params:
+def _reinforce(run: Run, reference: Weights) -> Weights:
     """Reinforcement learning from the end of the warm start."""
     config = run.config
     split = assemble.encode(config, run.model, run.data, run.data.splits["train"])
     validation = assemble.encode(config, run.model, run.data, run.data.splits["validation"])
     _say_encoding(run, split)
+    fresh_adapters = reference.base is None and assemble.adapters_of(config, "rl") is not None
+    base = reference.trained if fresh_adapters else reference.base
+    start = None if fresh_adapters else reference.trained
+    _, axes = assemble.trained_part(config, run.model, "rl")
     updates = config.rl.steps * config.rl.epochs * config.rl.minibatches
     tx = optim.make(
         config.rl.learning_rate, config.rl.warmup, updates, config.rl.schedule,
-        weight_decay=config.rl.weight_decay, decay=optim.decay_mask(run.model.axes),
-        matrix_rate=config.rl.matrix_rate, axes=run.model.axes,
+        weight_decay=config.rl.weight_decay, decay=optim.decay_mask(axes),
+        matrix_rate=config.rl.matrix_rate, axes=axes,
     )
-    fresh, template = _fresh_state(run, tx, guided=config.guidance.enabled, rows=len(split), params=reference)
+    fresh, template = _fresh_state(run, "rl", tx, start, rows=len(split))
     state = _restored(run, "rl", fresh, template)
-    if config.objective.kl == "none":
-        reference = None
+    # Of fresh adapters, the reference is the base itself: no adapters at all.
+    compared = None if config.objective.kl == "none" else {} if fresh_adapters else start
     names = tuple(step.name for step in run.model.book.steps)
-    step = rl_step.make_step(run.model.policy, run.model.tables, names, _updater(tx), step_config(config, run.mesh))
-    compiled = _jit(run, step, template, None if reference is None else template.params)
+
+    def make(policy: Policy) -> Callable[..., Any]:
+        return rl_step.make_step(policy, run.model.tables, names, _updater(tx), step_config(config, run.mesh))
+
+    compiled = _jit(run, "rl", make, template, base, compared)
     rows = pipeline.stratified(validation, config.eval.validation_pairs, config.data.seed)
 
     def after(done: int, state: TrainState, seen: rl_step.Inspection, say: Callable[..., None]) -> dict[str, float]:
@@ -233,21 +260,22 @@ def _reinforce(run: Run, reference: Params) -> Params:
             say(render(done, samples))
         if not (done == config.rl.steps or config.eval.every and done % config.eval.every == 0):
             return {}
-        judged = run.evaluator.judge(state.params, validation, rows, sample=False)
+        judged = run.evaluator.judge(Weights(state.params, base).whole(config), validation, rows, sample=False)
         scores = scorecard.score(judged, run.model.book, bootstrap=0)
         shown = ("accuracy", "macro_f1", "step_accuracy", "adherence", "format")
         return {f"validation/{name}": scores[name]["value"] for name in shown if scores[name]["value"] is not None}
 
     batches = pipeline.batches(split, config.rl.batch_size, config.seed, start=int(state.step))
     state = _run_stage(
-        run, "rl", state, lambda state, batch: compiled(state, batch, reference), compiled, batches, config.rl.steps,
+        run, "rl", state, lambda state, batch: compiled(state, batch, base, compared), compiled, batches,
+        config.rl.steps,
         figures={
             "reward": "reward/total", "tier": "reward/tier_accuracy", "guided": "guide/share",
             "level": "guide/level", "tok/s": "time/tokens_per_s",
         },
         after=after,
     )
-    return state.params
+    return Weights(state.params, base)
 
 
 def _run_stage(
@@ -304,35 +332,36 @@ def step_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> StepConfig:
 
 
 def _fresh_state(
-    run: Run, tx: Any, guided: bool, rows: int = 0, params: Params | None = None
+    run: Run, stage: str, tx: Any, start: Params | None = None, rows: int = 0
 ) -> tuple[Callable[[], TrainState], TrainState]:
     """A function that makes the state at step 0 on the mesh, and the state's shapes, dtypes and shardings.
 
-    Starts from a copy of `params`, since the step donates its state; without, from the weights of the
-    pretrained model, or from a random draw.
+    Starts from a copy of `start`, since the step donates its state; without, from the weights of the
+    pretrained model, or from a random draw. `rows` is the number of training pairs that guidance remembers.
     """
     config = run.config
-    pretrained = params is None and bool(config.policy.get("pretrained"))
+    init, axes = assemble.trained_part(config, run.model, stage)
+    adapters = assemble.adapters_of(config, stage)
+    pretrained = start is None and adapters is None and bool(config.policy.get("pretrained"))
 
     def make(params: Params | None) -> TrainState:
         if params is None:
-            params = run.model.init(jax.random.key(config.seed))
+            params = init(jax.random.key(config.seed))
         elif not pretrained:
             params = jax.tree.map(jnp.copy, params)
         memory = None
-        if guided:
+        if stage == "rl" and config.guidance.enabled:
             settings = step_config(config, run.mesh).guidance
             memory = guidance.initial_state(rows, len(run.data.families), settings)
         key = jax.random.key_data(jax.random.key(config.seed))
         return TrainState(params, tx.init(params), jnp.int32(0), key, memory, jnp.int32(0))
 
-    shapes = jax.eval_shape(make, params)
-    on_params = sharding.param_shardings(run.mesh, run.model.axes, shapes.params)
-    shardings = sharding.state_shardings(run.mesh, shapes, on_params)
+    shapes = jax.eval_shape(make, start)
+    shardings = sharding.state_shardings(run.mesh, shapes, sharding.param_shardings(run.mesh, axes, shapes.params))
     compiled = jax.jit(make, out_shardings=shardings, donate_argnums=(0,) if pretrained else ())
 
     def fresh() -> TrainState:
-        return compiled(assemble.load_pretrained(config, run.model, run.mesh) if pretrained else params)
+        return compiled(assemble.load_pretrained(config, run.model, run.mesh) if pretrained else start)
 
     template = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
@@ -346,29 +375,32 @@ def _restored(run: Run, stage: str, fresh: Callable[[], TrainState], template: T
     return fresh() if found is None else found.state
 
 
-def _jit(run: Run, step: Callable[..., Any], state: TrainState, *more: Any) -> Any:
-    """`step` jitted with shardings fixed at its borders and its state donated, so that it compiles once.
+def _jit(
+    run: Run, stage: str, make: Callable[[Policy], Callable[..., Any]], state: TrainState, base: Params | None,
+    *more: Any,
+) -> Any:
+    """`step(state, batch, base, *more)`, jitted with shardings fixed at its borders and its state donated, so that it
+    compiles once.
 
-    `state` and `more` have the shardings of the step's arguments but for the batch.
+    `make` gives the step of a policy, here that of the whole policy or of adapters over `base`. `state` and `more`
+    have the shardings of the step's arguments but for the batch.
     """
-    state, more = jax.tree.map(lambda leaf: leaf.sharding, (state, more))
+    adapters = assemble.adapters_of(run.config, stage)
+    load = build_expert_load(run.model.shape) if run.model.shape.experts else None
+
+    def step(state: TrainState, batch: Batch, base: Params | None, *more: Any) -> Any:
+        policy = run.model.policy if adapters is None else lora.over(base, run.model.policy, adapters)
+        after, metrics, *seen = make(policy)(state, batch, *more)
+        if load is not None:
+            params = state.params if adapters is None else lora.attach(base, state.params, adapters)
+            inside = jnp.arange(batch.prompt.shape[1]) < batch.prompt_len[:, None]
+            metrics |= load(params, batch.prompt, inside).metrics()
+        return after, metrics, *seen
+
+    state, base, more = jax.tree.map(lambda leaf: leaf.sharding, (state, base, more))
     batch, whole = sharding.batch_sharding(run.mesh), sharding.replicated(run.mesh)
-    outputs = (state, whole) if not more else (state, whole, whole)
-    step = _with_expert_load(run, step) if run.model.shape.experts else step
-    return jax.jit(step, in_shardings=(state, batch, *more), out_shardings=outputs, donate_argnums=0)
-
-
-def _with_expert_load(run: Run, step: Callable[..., Any]) -> Callable[..., Any]:
-    """`step`, which also tells how the routers of a mixture spread the tokens of the batch's prompts."""
-    expert_load = build_expert_load(run.model.shape)
-
-    def observed(state: TrainState, batch: Batch, *more: Any) -> Any:
-        inside = jnp.arange(batch.prompt.shape[1]) < batch.prompt_len[:, None]
-        load = expert_load(state.params, batch.prompt, inside)
-        state, metrics, *seen = step(state, batch, *more)
-        return state, metrics | load.metrics(), *seen
-
-    return observed
+    outputs = (state, whole) if stage == "sft" else (state, whole, whole)
+    return jax.jit(step, in_shardings=(state, batch, base, *more), out_shardings=outputs, donate_argnums=0)
 
 
 def _updater(tx: Any) -> rl_step.UpdateFn:
@@ -414,6 +446,12 @@ def _scorecard(run: Run, stage: str, params: Params) -> dict[str, Any]:
         cards[name] = scorecard.score(judged, run.model.book, bootstrap=config.eval.bootstrap, seed=config.seed)
     scorecard.write(path, {stage: cards})
     return cards
+
+
+def _sizes(trained: Params, base: Params | None) -> str:
+    if base is None:
+        return f"{count_parameters(trained):,} parameters"
+    return f"{count_parameters(base):,} parameters, and {count_parameters(trained):,} in adapters, which are trained"
 
 
 def _timed(run: Run, name: str, work: Callable[[], Any]) -> Any:

@@ -122,7 +122,7 @@ def load_stage(
         trained_by = checkpoints.record(stage, step)["identity"]["rulebook"] if checkpoints.sft_ended else None
     model = assemble.load_model(config, folder)
     _check_digest(model.book, trained_by, str(folder))
-    params = assemble.load_params(folder, model, mesh, stage, step)
+    params = assemble.load_params(folder, config, model, mesh, stage, step)
     return model, params, "the end of the warm start" if stage == SFT_END else f"step {step} of RL"
 
 

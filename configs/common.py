@@ -58,6 +58,12 @@ def base() -> ConfigDict:
     c.policy.compute_dtype = "float32"
     c.policy.remat = False  # recompute layers in the backward pass, to save memory
 
+    c.lora = ConfigDict()  # low-rank adapters, trained in place of the policy's weights
+    c.lora.rank = 0  # 0: none, all weights are trained; otherwise learning rates are some ten times larger
+    c.lora.alpha = 16.0  # the adapters' product is scaled by alpha / rank
+    c.lora.modules = "q,k,v,out,gate,up,down"  # matrices of each layer that have adapters
+    c.lora.stages = "both"  # or rl: the warm start trains all weights, and what it leaves is the base
+
     c.sft = ConfigDict()  # the supervised warm start
     c.sft.source = "benchmark"  # its `sft` split; or train: the pairs that RL sees; or both
     c.sft.steps = 600

@@ -95,7 +95,7 @@ def test_training_starts_from_the_model_itself(tmp_path: Path) -> None:
     run(config, tmp_path / "run")
     workdir, mesh = epath.Path(tmp_path / "run"), sharding.make_mesh()
     parts = assemble.load_model(config, workdir)
-    params = assemble.load_params(workdir, parts, mesh, "sft_end")
+    params = assemble.load_params(workdir, config, parts, mesh, "sft_end")
     shape, expected, tokenizer = loading.load_pretrained(model)
     assert parts.shape == shape and shape.vocab_size == tokenizer.vocab_size + 5 == len(parts.tables.token_class)
     jax.tree.map(np.testing.assert_array_equal, params, expected)

@@ -210,6 +210,11 @@ RULES: Mapping[str, Rule] = {
     "policy.param_dtype": _DTYPE,
     "policy.compute_dtype": _DTYPE,
     "policy.remat": _FLAG,
+    # Low-rank adapters.
+    "lora.rank": _COUNT,
+    "lora.alpha": _POSITIVE,
+    "lora.modules": _TEXT,
+    "lora.stages": _one_of("both", "rl"),
     # Supervised warm start.
     "sft.source": _one_of("benchmark", "train", "both"),
     "sft.steps": _COUNT,
@@ -325,7 +330,9 @@ def validate_together(config: ConfigDict, data_shards: int = 1) -> None:
     The batch is split over the mesh axes `data` and `fsdp`, so `data_shards` is the product of their
     sizes. Raises ConfigError with all problems in one message.
     """
-    _raise([*_policy_problems(config), *_batch_problems(config, data_shards), *_objective_problems(config)])
+    checks = (_policy_problems(config), _lora_problems(config), _batch_problems(config, data_shards),
+              _objective_problems(config))  # fmt: skip
+    _raise([problem for check in checks for problem in check])
 
 
 def _policy_problems(config: ConfigDict) -> Iterator[str]:
@@ -338,6 +345,19 @@ def _policy_problems(config: ConfigDict) -> Iterator[str]:
         yield f"policy.kv_heads={policy.kv_heads} must divide policy.heads={policy.heads}"
     if policy.head_dim % 2:
         yield f"policy.head_dim={policy.head_dim} must be even: rotary positions turn pairs"
+
+
+def _lora_problems(config: ConfigDict) -> Iterator[str]:
+    lora = config.lora
+    if not lora.rank:
+        return
+    if lora.stages == "both" and not config.policy.pretrained:
+        yield ("lora.stages=both without policy.pretrained: a policy from scratch first has to learn all its weights; "
+               "use lora.stages=rl")
+    for stage in ("sft", "rl") if lora.stages == "both" else ("rl",):
+        if config[stage].matrix_rate:
+            yield (f"{stage}.matrix_rate={config[stage].matrix_rate} with lora.rank={lora.rank}: Muon is for whole "
+                   f"matrices; use {stage}.matrix_rate=0")
 
 
 def _batch_problems(config: ConfigDict, data_shards: int) -> Iterator[str]:

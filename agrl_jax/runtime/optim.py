@@ -84,12 +84,12 @@ def make(
 def decay_mask(axes: Any) -> Any:
     """Which parameters decay, from a tree of logical axis names: the matrices.
 
-    A matrix has the axis `embed` and another besides `layers`. Counting dimensions would take stacked
-    norms, [layers, embed], and biases, [layers, heads, head_dim], for matrices.
+    A matrix has the axis `embed`, or the `rank` of an adapter, and another besides `layers`. Counting dimensions
+    would take stacked norms, [layers, embed], and biases, [layers, heads, head_dim], for matrices.
     """
 
     def is_matrix(names: tuple[str, ...]) -> bool:
-        return "embed" in names and len(set(names) - {"layers", "embed"}) > 0
+        return ("embed" in names or "rank" in names) and len(set(names) - {"layers"}) > 1
 
     return jax.tree.map(is_matrix, axes, is_leaf=lambda x: isinstance(x, tuple))
 

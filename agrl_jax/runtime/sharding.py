@@ -30,6 +30,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "experts": ("tensor",),
     "expert_mlp": (),
     "layers": (),
+    "rank": (),
 }
 
 

@@ -1,0 +1,122 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): W + (alpha / rank) A B, of which only A and B are trained.
+
+The adapters are a tree of their own, with `a` and `b` in place of each adapted matrix of the layers; the base
+policy's parameters stay as they are. `attach` lays one over the other, and the result is a tree of parameters like
+any other for the policy's functions. B starts at zero: fresh adapters change nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from agrl_jax.types import Array, Params, Policy
+
+MODULES = ("q", "k", "v", "out", "gate", "up", "down")  # matrices of a layer, by their names in `transformer`
+
+
+@struct.dataclass
+class Adapted:
+    """A matrix of a layer, stacked or not, and the product that is added to it."""
+
+    weight: Array  # [in..., out...]
+    a: Array  # [in..., rank]
+    b: Array  # [rank, out...], alpha / rank included
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What is adapted, and how. Raises ValueError for a module that is not one of MODULES, or for none at all."""
+
+    rank: int
+    alpha: float
+    modules: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        wrong = [name for name in self.modules if name not in MODULES]
+        if wrong or not self.modules:
+            raise ValueError(f"lora.modules: {wrong[0] if wrong else ''!r} is not one of {', '.join(MODULES)}")
+
+
+def init(key: Array, shapes: Params, axes: Params, cfg: LoraConfig) -> Params:
+    """Fresh adapters, float32: A drawn with variance 1 / inputs, B zero.
+
+    `shapes` and `axes` are the trees of the base's shapes and logical axes.
+    """
+    adapted, flat, out = _adapted(axes, cfg), flatten_dict(shapes), {}
+    for path, each in zip(sorted(adapted), jax.random.split(key, len(adapted)), strict=True):
+        stacked, into, onto = _sides(flat[path].shape, _inputs(adapted[path]))
+        out[*path, "a"] = jax.random.normal(each, (*stacked, *into, cfg.rank)) / math.sqrt(math.prod(into))
+        out[*path, "b"] = jnp.zeros((*stacked, cfg.rank, *onto))
+    return unflatten_dict(out)
+
+
+def adapter_axes(axes: Params, cfg: LoraConfig) -> Params:
+    """The logical axes of the adapters, from those of the base."""
+    out = {}
+    for path, names in _adapted(axes, cfg).items():
+        stacked, into, onto = _sides(names, _inputs(names))
+        out[*path, "a"], out[*path, "b"] = (*stacked, *into, "rank"), (*stacked, "rank", *onto)
+    return unflatten_dict(out)
+
+
+def attach(base: Params, adapters: Params, cfg: LoraConfig) -> Params:
+    """The base with each adapted matrix as an `Adapted`; the base itself where there are no adapters."""
+    flat = dict(flatten_dict(base))
+    for path, (a, b) in _pairs(adapters).items():
+        flat[path] = Adapted(flat[path], a, b * (cfg.alpha / cfg.rank))
+    return unflatten_dict(flat)
+
+
+def merge(base: Params, adapters: Params, cfg: LoraConfig) -> Params:
+    """The base with the adapters' products added to its matrices, in the base's dtype."""
+
+    def added(leaf: Array | Adapted) -> Array:
+        if not isinstance(leaf, Adapted):
+            return leaf
+        product = jax.vmap(lambda a, b: jnp.tensordot(a, b, axes=1))(leaf.a, leaf.b)
+        return (leaf.weight.astype(jnp.float32) + product).astype(leaf.weight.dtype)
+
+    return jax.tree.map(added, attach(base, adapters, cfg), is_leaf=lambda leaf: isinstance(leaf, Adapted))
+
+
+def over(base: Params, policy: Policy, cfg: LoraConfig) -> Policy:
+    """`policy` as a function of the adapters alone, over a base that stays."""
+
+    def whole(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda adapters, *args, **kwargs: function(attach(base, adapters, cfg), *args, **kwargs)
+
+    return Policy(whole(policy.apply), whole(policy.unembed), policy.init_cache)
+
+
+# ------------------------------------------------------------------------------------------- helpers
+
+
+def _adapted(axes: Params, cfg: LoraConfig) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """The paths of the matrices to adapt, with their logical axes. Raises ValueError where the policy lacks one."""
+    found = {path: names for path, names in flatten_dict(axes).items() if path[-1] in cfg.modules}
+    if any("experts" in names for names in found.values()):
+        raise ValueError("lora.modules: the experts of a mixture cannot be adapted; leave out gate, up and down")
+    return found
+
+
+def _pairs(adapters: Params) -> dict[tuple[str, ...], tuple[Array, Array]]:
+    flat = flatten_dict(adapters)
+    return {path[:-1]: (a, flat[*path[:-1], "b"]) for path, a in flat.items() if path[-1] == "a"}
+
+
+def _inputs(names: Sequence[str]) -> int:
+    """How many of a matrix's axes, its layer aside, are its inputs: `embed` stands alone on one of the two sides."""
+    return 1 if names[1] == "embed" else len(names) - 2
+
+
+def _sides(of: Sequence[Any], inputs: int) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+    """Sizes or names of a stacked matrix, split into those of layer, inputs and outputs."""
+    return tuple(of[:1]), tuple(of[1 : 1 + inputs]), tuple(of[1 + inputs :])
