@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from agrl_jax import assemble, cuts, scorecard, trained
 from agrl_jax.cuts import CutsError
+from agrl_jax.data import pipeline
 from agrl_jax.policy import loading
 from agrl_jax.policy.transformer import count_parameters
 from agrl_jax.rulebook import book, wording
@@ -65,7 +66,7 @@ def export(workdir: str, out: str, stage: str = "best", dtype: str | None = None
     loading.save_pretrained(
         target, model.shape, params, model.tokenizer, dtype=dtype,
         generation_config={"max_new_tokens": config.data.response_len},
-        card=_card(target.name, folder, config, model.book, count_parameters(params), where),
+        card=_card(target.name, folder, config, model, count_parameters(params), where),
     )  # fmt: skip
     (target / RULEBOOK_FILE).write_bytes(book.file_of(config.rulebook.path).read_bytes())
     if dtype == config.policy.param_dtype:
@@ -87,8 +88,11 @@ def _copy_cuts(folder: epath.Path, target: Path, rules: RuleBook, params: Params
 # ---------------------------------------------------------------------------------------------- the card
 
 
-def _card(name: str, folder: epath.Path, config: ConfigDict, rules: RuleBook, size: int, where: str) -> str:
+def _card(
+    name: str, folder: epath.Path, config: ConfigDict, model: assemble.Model, size: int, where: str
+) -> str:
     """README.md: what the model is, how it is asked, what it was trained on, and how well it does."""
+    rules = model.book
     sections = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
         "tags:\n- agrl_jax\n- search-relevance\n- e-commerce\n---",
@@ -96,7 +100,7 @@ def _card(name: str, folder: epath.Path, config: ConfigDict, rules: RuleBook, si
         f"A judge of search relevance with {size:,} parameters. Given a shopper's query and an item, it reasons in "
         f"{len(rules.steps)} checkable steps and ends in one of {len(rules.tiers)} tiers, by the rule book "
         f"`{RULEBOOK_FILE}`.",
-        _use(config, rules),
+        _use(config, model),
         _rules(rules),
         _training(config, where),
     ]
@@ -107,8 +111,10 @@ def _card(name: str, folder: epath.Path, config: ConfigDict, rules: RuleBook, si
     return "\n\n".join(sections) + "\n"
 
 
-def _use(config: ConfigDict, rules: RuleBook) -> str:
-    prompt = wording.prompt(rules, "QUERY", "TITLE | brand: BRAND", config.data.style)
+def _use(config: ConfigDict, model: assemble.Model) -> str:
+    rules = model.book
+    pieces = pipeline.prompt_pieces(rules, model.tokenizer, config.data.style)
+    prompt = "QUERY".join(pieces[:2]) + "TITLE | brand: BRAND" + pieces[2]
     return f"""## Use
 
 With `agrl_jax`, which lets it take only tokens that lead to a well-formed answer:

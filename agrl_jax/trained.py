@@ -15,7 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from agrl_jax import assemble
-from agrl_jax.data import pipeline
+from agrl_jax.data import chat, pipeline
 from agrl_jax.data.pairs import Pair
 from agrl_jax.policy import loading, transformer
 from agrl_jax.policy.loading import LoadingError
@@ -176,10 +176,12 @@ def _load_model(path: epath.Path, settings: Settings, mesh: jax.sharding.Mesh) -
         settings.dtype or record.get("compute_dtype", "float32"),
         partial(sharding.param_shardings, mesh),
     )
+    style = settings.style or record.get("style") or ("full" if tokenizer.chat_template is None else "chat")
+    if style == "chat" and not record:  # an export's tokenizer ends where training had it end
+        tokenizer = tokenizer.ending_with(chat.end_of_turn(tokenizer))
     policy, _, _ = transformer.build(shape)
     padding = [None] * (shape.vocab_size - tokenizer.vocab_size)  # some models pad their vocabulary
     tables = automaton.compile_tables(rules, [*tokenizer.token_bytes(), *padding], tokenizer.end_token)
-    style = settings.style or record.get("style", "full")
     lengths = _default_lengths(rules, tokenizer, style) | record
     return Trained(
         rules, tokenizer, jax.tree.map(np.asarray, tables), policy, params,

@@ -150,6 +150,7 @@ def test_adapters_alone_are_trained_kept_resumed_and_merged_on_export(tmp_path: 
     assert [name for name, yes in changed["mlp"].items() if yes] == ["down"]
 
     export.export(str(workdir), str(tmp_path / "out"), "rl")
+    assert "<|im_start|>user\nQuery: QUERY\nItem: TITLE" in (tmp_path / "out" / "README.md").read_text()
     _, exported, _ = loading.load_pretrained(tmp_path / "out")
     jax.tree.map(np.testing.assert_array_equal, exported, whole)
     assert json.loads((tmp_path / "out" / trained.RECORD_FILE).read_text())["config"]["lora"]["rank"] == 2

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from test_chat import CHATML
 from tiny import get_config
 
-from agrl_jax import assemble, evaluate, train
+from agrl_jax import assemble, evaluate, train, trained
 from agrl_jax.data import benchmark, catalog
 from agrl_jax.policy import loading
 from agrl_jax.policy.smollm2 import NotInstalledError, find_smollm2
@@ -102,6 +102,9 @@ def test_training_starts_from_the_model_itself(tmp_path: Path) -> None:
     # A turn ends as the template has it, not with what ends a text.
     assert parts.tokenizer.decode([parts.tables.end_token], special=True) == "<|im_end|>"
     assert tokenizer.decode([tokenizer.end_token], special=True) == "<|end|>"
+    # The judge asks such a model in the same way, though nothing says how it was trained.
+    judge = trained.load(str(model))
+    assert judge.style == "chat" and judge.tables.end_token == parts.tables.end_token
 
 
 def test_dtypes_are_by_config_and_another_model_in_the_workdir_is_noticed(tmp_path: Path) -> None:

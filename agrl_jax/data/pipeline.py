@@ -192,10 +192,15 @@ class Prompt(NamedTuple):
     shortened: bool  # the item's text was cut
 
 
+def prompt_pieces(book: RuleBook, tokenizer: Tokenizer, style: str) -> tuple[str, str, str]:
+    """The fixed text before the query, between query and item, and after the item."""
+    return chat.pieces(book, tokenizer) if style == "chat" else wording.prompt_pieces(book, style)
+
+
 def prompts(pairs: Sequence[Pair], book: RuleBook, tokenizer: Tokenizer, limit: int, style: str) -> Iterator[Prompt]:
     """The prompt of each pair; one over `limit` tokens loses the end of its item text."""
     templated = style == "chat"  # then the special tokens are in the fixed text, and are parsed there alone
-    before, between, after = chat.pieces(book, tokenizer) if templated else wording.prompt_pieces(book, style)
+    before, between, after = prompt_pieces(book, tokenizer, style)
     # The pieces are tokenised one by one. A space goes with the word that follows it, as in running text.
     before, query_space = _move_spaces(before)
     between, item_space = _move_spaces(between)
