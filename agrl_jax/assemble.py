@@ -143,6 +143,27 @@ def param_shapes(init: Callable[[Array], Params], axes: Params, mesh: jax.shardi
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
 
 
+def decode_layout(
+    config: ConfigDict, model: Model, mesh: jax.sharding.Mesh, stage: str = ""
+) -> Callable[[Params, Params | None], Params]:
+    """The function `(trained, base) -> params` that lays out for decoding what a stage trains, over its base.
+
+    Decoding uses the parameters once for each token. So they are cast to the dtype in which the policy computes with
+    them, and gathered over `fsdp` (unless `mesh.gather_decode` is False), before the loop and not inside it. Without
+    a stage, `trained` are all parameters.
+    """
+    adapters = adapters_of(config, stage) if stage else None
+    gather = partial(sharding.gathered, mesh) if config.mesh.get("gather_decode", True) else lambda axes, params: params
+
+    def lay_out(trained: Params, base: Params | None = None) -> Params:
+        whole = gather(model.axes, transformer.cast_weights(model.shape, trained if adapters is None else base))
+        if adapters is None:
+            return whole
+        return lora.attach(whole, gather(lora.adapter_axes(model.axes, adapters), trained), adapters)
+
+    return jax.jit(lay_out)
+
+
 def load_data(config: ConfigDict, rules: RuleBook, workdir: epath.Path) -> Data:
     """The bundled benchmark, and the user's pairs where the config names a file."""
     mine: PairsFile | None = None
@@ -155,8 +176,10 @@ def load_data(config: ConfigDict, rules: RuleBook, workdir: epath.Path) -> Data:
     return Data(splits, warm[config.sft.source], () if mine is None else tuple(mine.contradicting))
 
 
-def load_model(config: ConfigDict, workdir: epath.Path, data: Data | None = None) -> Model:
-    """The policy of a config, without its weights.
+def load_model(
+    config: ConfigDict, workdir: epath.Path, data: Data | None = None, mesh: jax.sharding.Mesh | None = None
+) -> Model:
+    """The policy of a config, without its weights; on a mesh, its activations are held to their places there.
 
     The tokenizer, and of a pretrained model the shape too, are read from the workdir. A run that begins, which
     has `data`, takes them from the model, or trains the tokenizer on its data, and leaves them there.
@@ -168,7 +191,7 @@ def load_model(config: ConfigDict, workdir: epath.Path, data: Data | None = None
         tokenizer, shape = _from_scratch(config, rules, workdir, data)
     padding = [None] * (shape.vocab_size - tokenizer.vocab_size)  # some models pad their vocabulary
     tables = automaton.compile_tables(rules, [*tokenizer.token_bytes(), *padding], tokenizer.end_token)
-    policy, init, axes = transformer.build(shape)
+    policy, init, axes = transformer.build(shape, *([] if mesh is None else [sharding.placing(mesh)]))
     return Model(rules, tokenizer, jax.tree.map(np.asarray, tables), shape, policy, init, axes)
 
 

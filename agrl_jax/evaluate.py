@@ -35,9 +35,10 @@ def evaluate(workdir: str, stages: list[str], splits: list[str], pairs: int) -> 
     config = assemble.read_config(folder)
     rules = assemble.load_rules(config)
     data = assemble.load_data(config, rules, folder)
-    model = assemble.load_model(config, folder)
-    mesh = sharding.make_mesh(**config.mesh.to_dict())
+    mesh = sharding.make_mesh(*(config.mesh[axis] for axis in sharding.AXES))
+    model = assemble.load_model(config, folder, mesh=mesh)
     evaluator = assemble.make_evaluator(config, model, mesh)
+    lay_out = assemble.decode_layout(config, model, mesh)
     unknown = [name for name in splits if name not in data.splits]
     if unknown:
         raise ValueError(f"--splits: {unknown[0]!r} is not a split of {workdir}; there are {', '.join(data.splits)}")
@@ -45,7 +46,7 @@ def evaluate(workdir: str, stages: list[str], splits: list[str], pairs: int) -> 
     cards: scorecard.Scorecards = {}
     with progress("evaluate", len(stages) * len(splits)) as bar:
         for stage in stages:
-            params = _params(folder, config, model, mesh, stage)
+            params = lay_out(_params(folder, config, model, mesh, stage), None)
             card = cards.setdefault({SFT_END: "sft", "rl": config.method}.get(stage, stage), {})
             for name in splits:
                 split = assemble.encode(config, model, data, data.splits[name])

@@ -73,12 +73,6 @@ class Weights(NamedTuple):
     trained: Params
     base: Params | None = None
 
-    def whole(self, config: ConfigDict) -> Params:
-        """What the policy's functions take."""
-        if self.base is None:
-            return self.trained
-        return lora.attach(self.base, self.trained, assemble.adapters_of(config, "rl"))
-
 
 @dataclass
 class Run:
@@ -110,7 +104,7 @@ def train(config: ConfigDict, workdir: str, say: Callable[..., None] = say) -> d
     # ------------------------------------------------------------------------------------------ set up
     began = time.monotonic()
     validate(config)
-    mesh = sharding.make_mesh(**config.mesh.to_dict())
+    mesh = sharding.make_mesh(*(config.mesh[axis] for axis in sharding.AXES))
     validate_together(config, sharding.data_shards(mesh))
     run = _set_up(config, epath.Path(workdir), mesh, say)
     run.seconds["set up"] = time.monotonic() - began
@@ -118,14 +112,14 @@ def train(config: ConfigDict, workdir: str, say: Callable[..., None] = say) -> d
     with run.writer, run.checkpoints, _signals(run):
         # -------------------------------------------------------------------------------- warm start
         reference = _timed(run, "warm start", lambda: _warm_start(run))
-        cards = {"sft": _timed(run, "evaluate sft", lambda: _scorecard(run, "sft", reference.whole(config)))}
+        cards = {"sft": _timed(run, "evaluate sft", lambda: _scorecard(run, "sft", "sft", reference))}
 
         # -------------------------------------------------------------------- reinforcement learning
         if config.rl.steps:
-            params = _timed(run, config.method, lambda: _reinforce(run, reference)).whole(config)
+            weights = _timed(run, config.method, lambda: _reinforce(run, reference))
             del reference  # the RL stage owns the parameters now
             name = config.method if config.method != "sft" else "rl"
-            cards[name] = _timed(run, f"evaluate {name}", lambda: _scorecard(run, name, params))
+            cards[name] = _timed(run, f"evaluate {name}", lambda: _scorecard(run, name, "rl", weights))
 
     # --------------------------------------------------------------------------------------- scorecard
     say(scorecard.table(cards))
@@ -153,7 +147,7 @@ def _set_up(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh, sa
         if config[stage].steps and config[stage].batch_size > len(pairs):
             size = config[stage].batch_size
             raise ConfigError(f"{stage}.batch_size={size} is more than the {len(pairs)} pairs that it trains on")
-    model = assemble.load_model(config, workdir, data)
+    model = assemble.load_model(config, workdir, data, mesh)
     evaluator = assemble.make_evaluator(config, model, mesh)
     at = checkpoints.newest()
     writer = MetricsWriter(workdir, resume=at)
@@ -208,9 +202,9 @@ def _warm_start(run: Run) -> Weights:
     state = _restored(run, "sft", fresh, template)
     run.say(f"policy: {_sizes(state.params, base)}; warm start on {len(split):,} pairs")
 
-    def make(policy: Policy) -> Callable[..., Any]:
+    def make(policy: Policy, sampler: Any) -> Callable[..., Any]:
         return sft.make_step(
-            policy, _updater(tx), config.sft.prompt_weight, config.objective.logprob_chunk,
+            policy, _updater(tx), config.sft.prompt_weight, _chunk(config, run.mesh),
             assemble.blanks(config, run.model, split),
         )
 
@@ -247,10 +241,13 @@ def _reinforce(run: Run, reference: Weights) -> Weights:
     compared = None if config.objective.kl == "none" else {} if fresh_adapters else start
     names = tuple(step.name for step in run.model.book.steps)
 
-    def make(policy: Policy) -> Callable[..., Any]:
-        return rl_step.make_step(policy, run.model.tables, names, _updater(tx), step_config(config, run.mesh))
+    def make(policy: Policy, sampler: rl_step.SamplerFn) -> Callable[..., Any]:
+        return rl_step.make_step(
+            policy, run.model.tables, names, _updater(tx), step_config(config, run.mesh), sampler
+        )
 
     compiled = _jit(run, "rl", make, template, base, compared)
+    lay_out = assemble.decode_layout(config, run.model, run.mesh, "rl")
     rows = pipeline.stratified(validation, config.eval.validation_pairs, config.data.seed)
 
     def after(done: int, state: TrainState, seen: rl_step.Inspection, say: Callable[..., None]) -> dict[str, float]:
@@ -260,7 +257,7 @@ def _reinforce(run: Run, reference: Weights) -> Weights:
             say(render(done, samples))
         if not (done == config.rl.steps or config.eval.every and done % config.eval.every == 0):
             return {}
-        judged = run.evaluator.judge(Weights(state.params, base).whole(config), validation, rows, sample=False)
+        judged = run.evaluator.judge(lay_out(state.params, base), validation, rows, sample=False)
         scores = scorecard.score(judged, run.model.book, bootstrap=0)
         shown = ("accuracy", "macro_f1", "step_accuracy", "adherence", "format")
         return {f"validation/{name}": scores[name]["value"] for name in shown if scores[name]["value"] is not None}
@@ -313,7 +310,7 @@ def step_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> StepConfig:
     enabled = guide.pop("enabled")
     loss = {name: guide.pop(name) for name in ("treatment", "gamma", "imitate_weight", "baseline")}
     objective = config.objective.to_dict()
-    chunk = objective.pop("logprob_chunk")
+    del objective["logprob_chunk"]
     return StepConfig(
         group_size=config.rl.group_size,
         response_len=config.data.response_len,
@@ -321,7 +318,7 @@ def step_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> StepConfig:
         epochs=config.rl.epochs,
         minibatches=config.rl.minibatches,
         micro_batches=config.rl.micro_batches,
-        logprob_chunk=chunk,
+        logprob_chunk=_chunk(config, mesh),
         total_steps=config.rl.steps,
         shards=sharding.data_shards(mesh),
         inspect=max(config.log.samples, 1),
@@ -329,6 +326,11 @@ def step_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> StepConfig:
         objective=ObjectiveConfig(**objective, **loss, step_weight=config.reward.step_weight),
         guidance=GuidanceConfig(**guide) if enabled else None,
     )
+
+
+def _chunk(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:
+    """Positions of a batch whose logits are held at once: the config counts those of one device."""
+    return config.objective.logprob_chunk * sharding.data_shards(mesh)
 
 
 def _fresh_state(
@@ -376,21 +378,22 @@ def _restored(run: Run, stage: str, fresh: Callable[[], TrainState], template: T
 
 
 def _jit(
-    run: Run, stage: str, make: Callable[[Policy], Callable[..., Any]], state: TrainState, base: Params | None,
-    *more: Any,
+    run: Run, stage: str, make: Callable[[Policy, rl_step.SamplerFn], Callable[..., Any]], state: TrainState,
+    base: Params | None, *more: Any,
 ) -> Any:
     """`step(state, batch, base, *more)`, jitted with shardings fixed at its borders and its state donated, so that it
     compiles once.
 
-    `make` gives the step of a policy, here that of the whole policy or of adapters over `base`. `state` and `more`
-    have the shardings of the step's arguments but for the batch.
+    `make` gives the step of a policy and its sampler, here those of the whole policy or of adapters over `base`.
+    `state` and `more` have the shardings of the step's arguments but for the batch.
     """
-    adapters = assemble.adapters_of(run.config, stage)
-    load = build_expert_load(run.model.shape) if run.model.shape.experts else None
+    adapters, model = assemble.adapters_of(run.config, stage), run.model
+    load = build_expert_load(model.shape, sharding.placing(run.mesh)) if model.shape.experts else None
+    lay_out = assemble.decode_layout(run.config, model, run.mesh, stage)
 
     def step(state: TrainState, batch: Batch, base: Params | None, *more: Any) -> Any:
-        policy = run.model.policy if adapters is None else lora.over(base, run.model.policy, adapters)
-        after, metrics, *seen = make(policy)(state, batch, *more)
+        policy = model.policy if adapters is None else lora.over(base, model.policy, adapters)
+        after, metrics, *seen = make(policy, lambda params: (model.policy, lay_out(params, base)))(state, batch, *more)
         if load is not None:
             params = state.params if adapters is None else lora.attach(base, state.params, adapters)
             inside = jnp.arange(batch.prompt.shape[1]) < batch.prompt_len[:, None]
@@ -432,19 +435,20 @@ def _check_divergence(
         )
 
 
-def _scorecard(run: Run, stage: str, params: Params) -> dict[str, Any]:
-    """Scores of a stage on each evaluation split, kept in scorecard.json; read from there if already made."""
+def _scorecard(run: Run, name: str, stage: str, weights: Weights) -> dict[str, Any]:
+    """Scores of a stage on each evaluation split, kept by `name` in scorecard.json; read from there if already made."""
     path = run.workdir / "scorecard.json"
-    written = scorecard.read(path).get(stage) if path.exists() else None
+    written = scorecard.read(path).get(name) if path.exists() else None
     if written is not None and set(written) == set(run.data.eval_splits):
         return written
     config, cards = run.config, {}
-    for name in run.data.eval_splits:
-        split = assemble.encode(config, run.model, run.data, run.data.splits[name])
+    params = assemble.decode_layout(config, run.model, run.mesh, stage)(*weights)
+    for part in run.data.eval_splits:
+        split = assemble.encode(config, run.model, run.data, run.data.splits[part])
         rows = pipeline.stratified(split, config.eval.pairs or len(split), config.data.seed)
         judged = run.evaluator.judge(params, split, rows)
-        cards[name] = scorecard.score(judged, run.model.book, bootstrap=config.eval.bootstrap, seed=config.seed)
-    scorecard.write(path, {stage: cards})
+        cards[part] = scorecard.score(judged, run.model.book, bootstrap=config.eval.bootstrap, seed=config.seed)
+    scorecard.write(path, {name: cards})
     return cards
 
 

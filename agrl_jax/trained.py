@@ -120,7 +120,7 @@ def load_stage(
         else:
             stage = "rl"
         trained_by = checkpoints.record(stage, step)["identity"]["rulebook"] if checkpoints.sft_ended else None
-    model = assemble.load_model(config, folder)
+    model = assemble.load_model(config, folder, mesh=mesh)
     _check_digest(model.book, trained_by, str(folder))
     params = assemble.load_params(folder, config, model, mesh, stage, step)
     return model, params, "the end of the warm start" if stage == SFT_END else f"step {step} of RL"
@@ -179,7 +179,7 @@ def _load_model(path: epath.Path, settings: Settings, mesh: jax.sharding.Mesh) -
     style = settings.style or record.get("style") or ("full" if tokenizer.chat_template is None else "chat")
     if style == "chat" and not record:  # an export's tokenizer ends where training had it end
         tokenizer = tokenizer.ending_with(chat.end_of_turn(tokenizer))
-    policy, _, _ = transformer.build(shape)
+    policy, _, _ = transformer.build(shape, sharding.placing(mesh))
     padding = [None] * (shape.vocab_size - tokenizer.vocab_size)  # some models pad their vocabulary
     tables = automaton.compile_tables(rules, [*tokenizer.token_bytes(), *padding], tokenizer.end_token)
     lengths = _default_lengths(rules, tokenizer, style) | record

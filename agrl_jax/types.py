@@ -19,6 +19,7 @@ No mask is ever derived from pad ids: lengths and masks are fields of their own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -121,6 +122,10 @@ class Rollout:
     def forced(self) -> Array:
         """[B, G, T] bool: tokens given, not chosen."""
         return self.valid & ~self.sampled
+
+
+# Lays an array over the devices, given a name or None for each of its axes: (array, logical axes) -> array.
+Place = Callable[[Array, tuple[str | None, ...]], Array]
 
 
 class ApplyFn(Protocol):

@@ -108,7 +108,7 @@ def base() -> ConfigDict:
     c.objective.kl_weight = 0.0
     c.objective.entropy_weight = 0.003
     c.objective.mask_truncated = False  # answers without an end give no gradient
-    c.objective.logprob_chunk = 0  # positions whose logits are held at once; 0: all
+    c.objective.logprob_chunk = 0  # positions whose logits a device holds at once; 0: all
 
     c.guidance = ConfigDict()  # see agrl_jax/rl/guidance.py
     c.guidance.enabled = True
@@ -148,6 +148,7 @@ def base() -> ConfigDict:
     c.mesh.data = -1
     c.mesh.fsdp = 1
     c.mesh.tensor = 1
+    c.mesh.gather_decode = True  # whole weights for decoding, once per rollout; False: less memory, gathered each token
     return c
 
 

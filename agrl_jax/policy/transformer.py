@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 
 from agrl_jax.policy.lora import Adapted
-from agrl_jax.types import Array, Cache, Params, Policy, Prefix
+from agrl_jax.types import Array, Cache, Params, Place, Policy, Prefix
 
 _UNROLLED = 8  # stacks up to this deep are unrolled: a quarter off the gradient's time on a CPU, for more to compile
 _MASKED = -1e30  # finite, so that a query which may see nothing yields a mean, never a NaN
@@ -320,10 +320,15 @@ class _LayerPrefix:
 
 Observe = Callable[[Any, Array], Any]
 
+# Logical axes of activations, for `Place`.
+_HIDDEN = ("batch", None, None, None)  # [B, G, n, D]
+_QUERIES = ("batch", None, None, "heads", None)  # [B, G, n, H, head_dim]
+_KEYS = ("batch", None, None, "kv_heads", None)  # [B, G, n, K, head_dim], and values
+
 
 def _run_block(
     block: Block, x: Array, positions: Array, offset: Array | int, prefix: _LayerPrefix | None,
-    remember: Callable[[Array, Array], tuple[Array, Array]], observe: Observe,
+    remember: Callable[[Array, Array], tuple[Array, Array]], place: Place, observe: Observe,
 ) -> tuple[Array, Any]:
     """One layer; `remember` stores the new keys and values and returns those to attend to.
 
@@ -331,18 +336,20 @@ def _run_block(
     """
     eps = block.cfg.norm_eps
     q, k, v = block.attention.project(rms_norm(x, block.attention_norm[...], eps), positions)
-    x = x + block.attention(q, *remember(k, v), offset, prefix)
+    q, k, v = place(q, _QUERIES), place(k, _KEYS), place(v, _KEYS)
+    x = place(x + block.attention(q, *remember(k, v), offset, prefix), _HIDDEN)
     y = rms_norm(x, block.mlp_norm[...], eps)
-    return x + block.mlp(y), observe(block.mlp, y)
+    return place(x + block.mlp(y), _HIDDEN), observe(block.mlp, y)
 
 
 def _forward(
     cfg: PolicyConfig, model: Transformer, tokens: Array, offset: Array | int, prefix: Prefix | None,
-    cache: Cache | None, observe: Observe = lambda mlp, x: None,
+    cache: Cache | None, place: Place, observe: Observe = lambda mlp, x: None,
 ) -> tuple[Array, Cache, Any]:
     """The layers as one scan; see `build` for the contract. Also returns what `observe` saw, stacked by layer."""
     dtype = jnp.dtype(cfg.compute_dtype)
-    x = model.embedding[...][tokens].astype(dtype)
+    table = place(model.embedding[...], ("vocab", None))  # of one split along D, every device would look up all rows
+    x = place(table[tokens].astype(dtype), _HIDDEN)
     start = 0 if prefix is None else prefix.length[:, None, None]
     positions = start + offset + jnp.broadcast_to(jnp.arange(tokens.shape[2]), (tokens.shape[0], 1, tokens.shape[2]))
     graph, weights = nnx.split(model.blocks)
@@ -365,7 +372,7 @@ def _forward(
         layer_prefix = None if prefix_kv is None else _LayerPrefix(*prefix_kv, prefix.length)
         block = nnx.merge(graph, block_weights)
         first = 0 if cache_k is None else offset  # slot of the first query among the keys
-        x, seen = _run_block(block, x, positions, first, layer_prefix, remember, observe)
+        x, seen = _run_block(block, x, positions, first, layer_prefix, remember, place, observe)
         return ((x, (None, None)), (tuple(fresh), seen)) if cache_k is None else ((x, tuple(fresh)), (None, seen))
 
     prefix_kv = None if prefix is None else (prefix.k, prefix.v)
@@ -389,8 +396,13 @@ def _structure(cfg: PolicyConfig) -> tuple[nnx.State, Callable[[Params], Transfo
     return template, merge
 
 
-def build(cfg: PolicyConfig) -> tuple[Policy, Callable[[Array], Params], Params]:
-    """The pure functions of a policy of this shape.
+def _anywhere(x: Array, axes: tuple[str | None, ...]) -> Array:
+    """A `Place` that leaves it to the compiler where an array lies."""
+    return x
+
+
+def build(cfg: PolicyConfig, place: Place = _anywhere) -> tuple[Policy, Callable[[Array], Params], Params]:
+    """The pure functions of a policy of this shape; `place` lays their activations over the devices.
 
     Returns `(policy, init, axes)`: `init(key)` draws parameters, a nested dict of arrays; `axes` is a
     dict of the same structure with the logical axis names of each (a leading "layers" where stacked).
@@ -415,17 +427,19 @@ def build(cfg: PolicyConfig) -> tuple[Policy, Callable[[Array], Params], Params]
         params: Params, tokens: Array, *, offset: Array | int = 0, prefix: Prefix | None = None,
         cache: Cache | None = None,
     ) -> tuple[Array, Cache]:
-        return _forward(cfg, merge(params), tokens, offset, prefix, cache)[:2]
+        return _forward(cfg, merge(params), tokens, offset, prefix, cache, place)[:2]
 
     def unembed(params: Params, hidden: Array) -> Array:
-        """Logits [..., V] in float32 from hidden states [..., D]."""
+        """Logits [B, ..., V] in float32 from hidden states [B, ..., D]."""
         model = merge(params)
         head = model.embedding[...].T if cfg.tied else model.head[...]
-        return jnp.einsum("...d,dv->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.einsum("...d,dv->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return place(logits, ("batch", *[None] * (logits.ndim - 2), "vocab"))
 
     def init_cache(batch: int, group: int, length: int) -> Cache:
         shape = (cfg.layers, batch, group, length, cfg.kv_heads, cfg.head_dim)
-        return Cache(k=jnp.zeros(shape, cfg.compute_dtype), v=jnp.zeros(shape, cfg.compute_dtype))
+        empty = place(jnp.zeros(shape, cfg.compute_dtype), ("layers", *_KEYS))
+        return Cache(k=empty, v=empty)
 
     return Policy(apply, unembed, init_cache), init, axes
 
@@ -447,8 +461,9 @@ class ExpertLoad(NamedTuple):
         }
 
 
-def build_expert_load(cfg: PolicyConfig) -> Callable[[Params, Array, Array], ExpertLoad]:
-    """The pure function `(params, tokens [B, n], valid [B, n] bool) -> ExpertLoad` over the valid tokens.
+def build_expert_load(cfg: PolicyConfig, place: Place = _anywhere) -> Callable[[Params, Array, Array], ExpertLoad]:
+    """The pure function `(params, tokens [B, n], valid [B, n] bool) -> ExpertLoad` over the valid tokens; `place` as in
+    `build`.
 
     Raises ValueError where the policy has no experts.
     """
@@ -464,9 +479,22 @@ def build_expert_load(cfg: PolicyConfig) -> Callable[[Params, Array, Array], Exp
             counts = jax.nn.one_hot(chosen, cfg.experts).sum(axis=2) / cfg.experts_per_token
             return ExpertLoad(*(jnp.einsum("bne,bn->e", y, weight) for y in (counts, probability)))
 
-        return _forward(cfg, merge(params), tokens[:, None], 0, None, None, observe)[2]
+        return _forward(cfg, merge(params), tokens[:, None], 0, None, None, place, observe)[2]
 
     return expert_load
+
+
+def cast_weights(cfg: PolicyConfig, params: Params) -> Params:
+    """`params` with every array in the dtype in which the policy computes with it; it then computes just the same.
+
+    The weights of norms and routers stay as they are: they are computed with in float32.
+    """
+
+    def cast(path: tuple[Any, ...], leaf: Array) -> Array:
+        name = path[-1].key
+        return leaf if name == "router" or name.endswith("norm") else leaf.astype(cfg.compute_dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def count_parameters(params: Params) -> int:

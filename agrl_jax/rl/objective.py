@@ -115,24 +115,29 @@ def token_logprobs(
 ) -> tuple[Array, Array]:
     """Log-probability and entropy, both [B, G, T] float32, of `tokens` under hidden states [B, G, T, D].
 
-    Works through `chunk` positions at a time (0: all at once) and recomputes logits in the backward
-    pass, so that no more than [chunk, V] logits are ever held.
+    Works through `chunk` positions at a time (0: all at once), as many of each example, and recomputes logits in
+    the backward pass, so that no more than [chunk, V] logits are ever held ([B, V], if B is more than `chunk`).
+    A piece has all examples in it, so that each data shard works on its own.
     """
-    shape = tokens.shape
-    flat_hidden, flat_tokens = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
-    size = flat_tokens.size if chunk == 0 else min(chunk, flat_tokens.size)
-    pad = -flat_tokens.size % size
-    flat_hidden = jnp.pad(flat_hidden, ((0, pad), (0, 0))).reshape(-1, size, hidden.shape[-1])
-    flat_tokens = jnp.pad(flat_tokens, (0, pad)).reshape(-1, size)
+    flat_hidden = hidden.reshape(tokens.shape[0], -1, hidden.shape[-1])  # [B, positions, D]
+    flat_tokens = tokens.reshape(tokens.shape[0], -1)
+    number = flat_tokens.shape[1]
+    size = min(max(chunk // tokens.shape[0], 1), number) if chunk else number
+    pad = -number % size
+
+    def pieces(x: Array) -> Array:
+        padded = jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)))
+        return padded.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint
     def one_chunk(hidden: Array, tokens: Array) -> tuple[Array, Array]:
         logp = jax.nn.log_softmax(unembed(hidden) / temperature)
         entropy = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
-        return jnp.take_along_axis(logp, tokens[:, None], axis=-1)[:, 0], entropy
+        return jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0], entropy
 
-    _, (logp, entropy) = jax.lax.scan(lambda _, xs: (None, one_chunk(*xs)), None, (flat_hidden, flat_tokens))
-    return tuple(x.reshape(-1)[: x.size - pad].reshape(shape) for x in (logp, entropy))
+    xs = pieces(flat_hidden), pieces(flat_tokens)
+    _, (logp, entropy) = jax.lax.scan(lambda _, xs: (None, one_chunk(*xs)), None, xs)
+    return tuple(x.swapaxes(0, 1).reshape(len(x[0]), -1)[:, :number].reshape(tokens.shape) for x in (logp, entropy))
 
 
 # -------------------------------------------------------------------------------------------- losses

@@ -44,6 +44,7 @@ from agrl_jax.rl.rollout import (
 from agrl_jax.types import Array, Batch, Params, Policy, Prefix, Reading, Rollout, RuleTables, TrainState
 
 Metrics = dict[str, Array]
+SamplerFn = Callable[[Params], tuple[Policy, Params]]  # the policy that samples, and its parameters
 # (grads, params, opt_state, skipped) -> params, opt_state, skipped, figures
 UpdateFn = Callable[[Params, Params, Any, Array], tuple[Params, Any, Array, Metrics]]
 
@@ -58,7 +59,7 @@ class StepConfig:
     epochs: int  # passes over each rollout
     minibatches: int  # updates per pass
     micro_batches: int  # pieces of a minibatch, to save memory
-    logprob_chunk: int  # positions whose logits are held at once; 0: all
+    logprob_chunk: int  # positions whose logits are held at once, over all devices; 0: all
     total_steps: int  # of the run: what a guidance cap is measured against
     shards: int  # data shards of the mesh
     inspect: int  # examples whose rollouts are returned, to be decoded and shown
@@ -90,12 +91,14 @@ class Inspection:
 
 
 def make_step(
-    policy: Policy, tables: RuleTables, step_names: tuple[str, ...], update: UpdateFn, cfg: StepConfig
+    policy: Policy, tables: RuleTables, step_names: tuple[str, ...], update: UpdateFn, cfg: StepConfig,
+    sampler: SamplerFn | None = None,
 ) -> Callable[[TrainState, Batch, Params | None], tuple[TrainState, Metrics, Inspection]]:
     """Returns the pure function `step(state, batch, reference) -> (state, metrics, inspection)`; jit it once.
 
-    `reference` holds the parameters of the reference policy, and is None where `objective.kl` is "none".
-    `metrics` are float32 scalars.
+    `sampler` lays the parameters out for decoding, once per step, and says which policy takes them so; it must
+    compute the same. By default the policy samples with the parameters as they are. `reference` holds the
+    parameters of the reference policy, and is None where `objective.kl` is "none". `metrics` are float32 scalars.
     """
 
     def judge(rolled: Rollout, batch: Batch) -> tuple[Reading, Score]:
@@ -106,11 +109,11 @@ def make_step(
         state: TrainState, batch: Batch, reference: Params | None
     ) -> tuple[TrainState, Metrics, Inspection]:
         # ------------------------------------------------------------------------------------- roll
+        decoding = (policy, state.params) if sampler is None else sampler(state.params)
         sample = partial(
-            rollout, policy, state.params,
-            length=cfg.response_len, temperature=cfg.temperature, end_token=tables.end_token,
+            rollout, *decoding, length=cfg.response_len, temperature=cfg.temperature, end_token=tables.end_token
         )
-        prefix = prefill(policy, state.params, batch.prompt, batch.prompt_len)
+        prefix = prefill(*decoding, batch.prompt, batch.prompt_len)
         rolled = sample(prefix, row_keys(state.key, PURPOSE_ROLLOUT, state.step, batch.row, cfg.group_size))
         reading, scored = judge(rolled, batch)
         metrics = _rollout_metrics(rolled, scored, step_names)

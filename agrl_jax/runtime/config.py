@@ -288,6 +288,7 @@ RULES: Mapping[str, Rule] = {
     "mesh.data": _AXIS,
     "mesh.fsdp": _AXIS,
     "mesh.tensor": _AXIS,
+    "mesh.gather_decode": _FLAG,
 }
 
 

@@ -8,7 +8,7 @@ device, where all three have size 1, and on a pod.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -86,6 +86,30 @@ def spec(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> Partit
         whole = size % math.prod(mesh.shape[name] for name in names) == 0
         entries.append((names if len(names) > 1 else names[0]) if names and whole else None)
     return PartitionSpec(*entries)
+
+
+def placing(mesh: Mesh) -> Callable[[jax.Array, Sequence[str | None]], jax.Array]:
+    """The function that holds an array inside a jitted function to its place: (array, logical axes) -> array.
+
+    Without it the compiler is free to split the activations like the parameters and to repeat the batch on every
+    device, and on meshes with `fsdp` it does.
+    """
+
+    def place(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(mesh, axes, x.shape)))
+
+    return place
+
+
+def gathered(mesh: Mesh, axes: Any, params: Any) -> Any:
+    """`params` inside a jitted function, whole along `fsdp` and still split over `tensor`; `axes` as in
+    `param_shardings`."""
+    place = placing(mesh)
+
+    def gather(names: Sequence[str | None], leaf: jax.Array) -> jax.Array:
+        return place(leaf, tuple(None if "fsdp" in RULES.get(name, ()) else name for name in names))
+
+    return jax.tree.map(gather, axes, params, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def param_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
