@@ -1,0 +1,118 @@
+"""What a contender is given and what it answers. The standard library alone: it runs in the peers' environments too.
+
+A contender is a module with a function `run(task, report)`, started in a process of its own:
+
+    python -m benchmarks.contenders.NAME TASK.json
+
+It makes `task.warmup + task.steps` full GRPO steps with a reference policy: sample, score, reference log-probabilities,
+loss and gradient, AdamW. Each answer has exactly `task.response_len` tokens: nothing ends it early.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+MARK = "@benchmark "  # begins the lines that are answers; libraries print others
+BETA = 0.04  # weight of the divergence from the reference policy (k3)
+LEARNING_RATE = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One contender's work."""
+
+    folder: str  # the model as Hugging Face lays it out
+    texts: list[str]  # the prompts
+    prompt_len: int  # tokens of each prompt
+    group_size: int  # answers to each
+    response_len: int  # tokens of each answer
+    dtype: str  # float32, or bfloat16: of the arithmetic; parameters stay in float32
+    warmup: int  # steps before those that are timed
+    steps: int
+    settings: dict[str, Any]  # of this contender
+
+
+class Report:
+    """Prints what a contender found; usable as the clock of the parts of a step."""
+
+    def __init__(self, task: Task, synchronise: Callable[[], None] = lambda: None) -> None:
+        self._task = task
+        self.synchronise = synchronise  # waits for the device
+        self._began = self._birth = time.monotonic()
+        self._parts: dict[str, float] = {}
+        self._steps = 0
+
+    def begin(self) -> None:
+        """A step begins now; those after it begin where the one before ended."""
+        self._began = time.monotonic()
+        if not self._steps:
+            _say(kind="ready", seconds=self._began - self._birth)
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Adds the time inside to a part of this step; within another part, it is taken off that one."""
+        self.synchronise()
+        began, inside = time.monotonic(), sum(self._parts.values())
+        yield
+        self.synchronise()
+        inside = sum(self._parts.values()) - inside
+        self._parts[name] = self._parts.get(name, 0.0) + time.monotonic() - began - inside
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, its calls timed as a part of the step."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.part(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    def step(self, prompt_tokens: int, answer_tokens: int) -> None:
+        """A step has ended, after this many tokens of distinct prompts and of all answers."""
+        self.synchronise()
+        task = self._task
+        wanted = task.prompt_len * len(task.texts), task.response_len * task.group_size * len(task.texts)
+        if (prompt_tokens, answer_tokens) != wanted:
+            raise ValueError(f"{prompt_tokens} tokens of prompts and {answer_tokens} of answers, where {wanted} are due")
+        seconds = time.monotonic() - self._began
+        _say(kind="step", warm=self._steps >= task.warmup, seconds=seconds, parts=self._parts)
+        self._steps += 1
+        self._parts = {}
+        self.begin()
+
+    def parts(self, seconds: dict[str, float]) -> None:
+        """The parts of a step, where they were timed by themselves."""
+        _say(kind="parts", parts=seconds)
+
+    def end(self, **facts: Any) -> None:
+        """All steps have been made: peak memory so far, and other facts."""
+        _say(kind="end", peak_rss=peak_rss(), **facts)
+
+
+def peak_rss() -> int:
+    """The most memory that this process has had, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def main(run: Callable[[Task, Report], None]) -> None:
+    """Runs a contender on the task whose file is named on the command line."""
+    with open(sys.argv[1]) as file:
+        task = Task(**json.load(file))
+    run(task, Report(task))
+
+
+def answers(output: str) -> list[dict[str, Any]]:
+    """What a contender said, from all that it printed."""
+    return [json.loads(line[len(MARK) :]) for line in output.splitlines() if line.startswith(MARK)]
+
+
+def _say(**fields: Any) -> None:
+    print(MARK + json.dumps(fields), flush=True)

@@ -1,0 +1,119 @@
+"""The machine a benchmark runs on: what it is, and what a large matrix product and a large copy reach on it now.
+
+    python -m benchmarks.machine [--dtype=auto|float32|bfloat16]
+
+Every figure of the other benchmarks is a share of these two, or a ratio to another figure of the same run.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+DTYPE = flags.DEFINE_enum(
+    "dtype", "auto", ["auto", "float32", "bfloat16"], "of the arithmetic; auto: float32 on a CPU, else bfloat16"
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+def describe() -> dict[str, Any]:
+    """Device, software, commit and load, for the head of a results file."""
+    device = jax.devices()[0]
+    return {
+        "device": _processor() if device.platform == "cpu" else device.device_kind,
+        "platform": device.platform,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+        "commit": _commit(),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "load_average": load_average(),
+    }
+
+
+def dtype_of(name: str) -> str:
+    """The dtype of the arithmetic; `auto` is float32 on a CPU, which is slow in bfloat16, and bfloat16 elsewhere."""
+    return name if name != "auto" else "float32" if jax.devices()[0].platform == "cpu" else "bfloat16"
+
+
+def ceilings(dtype: str = "float32") -> dict[str, float]:
+    """`flops` per second of a large matrix product, `bytes` per second (read and written) of a large copy; `load`.
+
+    Both are the best of a second's repeats: what the device can do where nothing else takes it.
+    """
+    cpu = jax.devices()[0].platform == "cpu"
+    size, length = (2048, 1 << 26) if cpu else (8192, 1 << 28)
+    matrix = jnp.ones((size, size), dtype)
+    vector = jnp.zeros((length,), jnp.float32)
+    product = best_time(lambda: matrix @ matrix)
+    copy = best_time(lambda: _plus_one(vector))
+    return {"flops": 2 * size**3 / product, "bytes": 2 * vector.nbytes / copy, "load": load_average()}
+
+
+_plus_one = jax.jit(lambda x: x + 1)
+
+
+def best_time(call: Callable[[], Any], seconds: float = 1.0) -> float:
+    """The shortest time that `call` took, repeated for some `seconds` and three times at least, after a warm-up."""
+    return min(_times(call, seconds, 3))
+
+
+def median_time(call: Callable[[], Any], repeats: int) -> float:
+    """The median time of `repeats` calls, after a warm-up."""
+    return statistics.median(_times(call, 0.0, repeats))
+
+
+def _times(call: Callable[[], Any], seconds: float, repeats: int) -> list[float]:
+    jax.block_until_ready(call())
+    times: list[float] = []
+    while len(times) < repeats or sum(times) < seconds:
+        began = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def load_average() -> float:
+    """Processes that ran or wanted to, over the last minute."""
+    return os.getloadavg()[0]
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """The commit of the code, marked where it has been changed since; empty where there is no repository."""
+    try:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    dtype = dtype_of(DTYPE.value)
+    print(json.dumps(describe() | {"dtype": dtype, "ceilings": ceilings(dtype)}))
+
+
+if __name__ == "__main__":
+    app.run(main)
