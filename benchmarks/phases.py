@@ -9,8 +9,7 @@ and for traffic, weights, caches and logits, each read or written once. What is 
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,66 +25,70 @@ from agrl_jax.types import Array, Batch, Params, Rollout
 from benchmarks.workload import NEVER, Workload
 
 
+class Program:
+    """A function compiled for its arguments, to be called without any."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        self._program, self._args = jax.jit(function).lower(*args).compile(), args
+
+    def __call__(self) -> Any:
+        return self._program(*self._args)
+
+    @property
+    def memory(self) -> int | None:
+        """Temporary bytes, by the compiler's account."""
+        analysis = self._program.memory_analysis()
+        return None if analysis is None else analysis.temp_size_in_bytes
+
+
 @dataclass(frozen=True)
 class Phase:
     """One phase, compiled, on arguments of its own."""
 
-    run: Callable[[], Any]
+    run: Program
     flops: float  # of one run
     bytes: float
     times: int = 1  # in a step
-    memory: int = 0  # temporary bytes, by the compiler
 
 
-def of(load: Workload) -> dict[str, Phase]:
-    """The phases of a workload's step, in their order."""
-    policy, work, config = load.policy, load.work, load.config
-    pieces = config.micro_batches * config.minibatches
-    params, batch, count = load.state.params, load.batch, _Count(load.shape)
-    sequences = work.prompts * work.group_size
-    keys = row_keys(load.state.key, PURPOSE_ROLLOUT, 0, batch.row, work.group_size)
-    found: dict[str, Phase] = {}
+def of(load: Workload) -> Iterator[tuple[str, Phase]]:
+    """The phases of a workload's step by name, in their order, each compiled as it is asked for."""
+    work, config, count = load.work, load.config, _Count(load.shape)
+    batch, params = load.batch, load.state.params
+    pieces, answers = config.micro_batches * config.minibatches, work.prompts * work.group_size
+    prompt_flops = count.flops(work.prompts * work.prompt_len, seen=(work.prompt_len + 1) / 2)
+    seen = work.prompt_len + (work.response_len + 1) / 2
 
-    def add(name: str, function: Callable[..., Any], *args: Any, flops: float, bytes: float, times: int = 1) -> Any:
-        compiled = jax.jit(function).lower(*args).compile()
-        memory = compiled.memory_analysis()
-        found[name] = Phase(
-            partial(compiled, *args), flops, bytes, times, memory.temp_size_in_bytes if memory is not None else 0
-        )
-        return compiled(*args)
+    run = Program(partial(prefill, load.policy), params, batch.prompt, batch.prompt_len)
+    yield "prefill", Phase(run, prompt_flops, count.weights)
+    prefix = run()
 
-    prefix = add(
-        "prefill", partial(prefill, policy), params, batch.prompt, batch.prompt_len,
-        flops=count.prompts(work.prompts, work.prompt_len), bytes=count.weights,
+    tokens = answers * work.response_len
+    sample = partial(
+        rollout, load.policy, length=work.response_len, temperature=config.temperature, end_token=NEVER
     )  # fmt: skip
-    sample = partial(rollout, policy, length=work.response_len, temperature=config.temperature, end_token=NEVER)
-    rolled = add(
-        "decode", sample, params, prefix, keys,
-        flops=count.answers(sequences, work.response_len, work.prompt_len),
-        bytes=work.response_len
-        * (count.weights + count.cache(work.prompts, work.prompt_len) + count.logits(sequences))
-        + count.cache(sequences, work.response_len) * (work.response_len + 1) / 2,
-    )  # fmt: skip
-    add("read and score", partial(_scored, load), batch, rolled, flops=0.0, bytes=0.0)
+    run = Program(sample, params, prefix, row_keys(load.state.key, PURPOSE_ROLLOUT, 0, batch.row, work.group_size))
+    read_each = count.weights + count.cache(work.prompts * work.prompt_len) + count.logits(answers)
+    read = work.response_len * read_each + count.cache(tokens) * (work.response_len + 1) / 2
+    yield "decode", Phase(run, count.flops(tokens, seen, logits=tokens), read)
+    rolled = run()
+
+    yield "read and score", Phase(Program(partial(_scored, load), batch, rolled), 0.0, 0.0)
+
     piece = jax.tree.map(lambda x: x[: work.prompts // pieces], (batch, rolled))
-    forward = (
-        count.prompts(work.prompts, work.prompt_len)
-        + count.answers(sequences, work.response_len, work.prompt_len)
-    ) / pieces  # fmt: skip
-    logits = count.logits(sequences * work.response_len) / pieces
+    flops = (prompt_flops + count.flops(tokens - answers, seen, logits=tokens)) / pieces
+    logits = count.logits(tokens) / pieces
     if load.reference is not None:
-        add(
-            "reference", lambda *args: _logprobs(load, *args)[0], load.reference, *piece,
-            flops=forward, bytes=count.weights + logits, times=pieces,
-        )  # fmt: skip
-    grads = add(
-        "gradient", jax.grad(partial(_loss, load)), params, *piece,
-        flops=3 * forward, bytes=3 * count.weights + 2 * logits, times=pieces,
-    )  # fmt: skip
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        run = Program(lambda *args: _logprobs(load, *args)[0], load.reference, *piece)
+        yield "reference", Phase(run, flops, count.weights + logits, pieces)
+
+    run = Program(jax.grad(partial(_loss, load)), params, *piece)
+    yield "gradient", Phase(run, 3 * flops, 3 * count.weights + 2 * logits, pieces)
+
     # Read: gradients twice (for their norm first), parameters, two moments; written: parameters and moments.
-    add("update", load.update, grads, params, load.state.opt_state, load.state.skipped, flops=0.0, bytes=8 * size)
-    return found
+    traffic = 8 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    run = Program(load.update, run(), params, load.state.opt_state, load.state.skipped)
+    yield "update", Phase(run, 0.0, traffic)
 
 
 class _Count:
@@ -104,22 +107,17 @@ class _Count:
         self._logit = 4 * shape.vocab_size  # float32
         self.weights = (self._layers + self._head) * self._itemsize
 
-    def prompts(self, number: int, length: int) -> float:
-        """Operations of running whole prompts, without logits."""
-        return number * length * (2 * self._layers + self._attention * (length + 1) / 2)
+    def flops(self, tokens: int, seen: float, logits: int = 0) -> float:
+        """Operations of running tokens that see so many positions on average, with the logits of some."""
+        return tokens * (2 * self._layers + self._attention * seen) + logits * 2 * self._head
 
-    def answers(self, number: int, length: int, prompt_len: int) -> float:
-        """Operations of running answers behind their prompts, with the logits of every token."""
-        seen = prompt_len + (length + 1) / 2
-        return number * length * (2 * (self._layers + self._head) + self._attention * seen)
+    def cache(self, tokens: int) -> float:
+        """Bytes of the tokens' keys and values."""
+        return tokens * self._kv
 
-    def cache(self, number: int, length: int) -> float:
-        """Bytes of the keys and values of `number` sequences."""
-        return number * length * self._kv
-
-    def logits(self, number: int) -> float:
+    def logits(self, tokens: int) -> float:
         """Bytes of logits, written and read."""
-        return 2 * number * self._logit
+        return 2 * tokens * self._logit
 
 
 def _scored(load: Workload, batch: Batch, rolled: Rollout) -> Any:
@@ -151,7 +149,7 @@ def _loss(load: Workload, params: Params, batch: Batch, rolled: Rollout) -> Arra
 def shares(seconds: float, phase: Phase, ceilings: dict[str, float]) -> dict[str, float]:
     """Achieved rates of a phase whose one run took `seconds`, as shares of the ceilings.
 
-    `roofline` is the share of the least time that arithmetic and traffic allow together.
+    `roofline` is the share of the least time that arithmetic and traffic allow, each by itself.
     """
     least = max(phase.flops / ceilings["flops"], phase.bytes / ceilings["bytes"])
     return {

@@ -91,7 +91,11 @@ def load(name: str, dtype: str = "float32", folder: str = "") -> tuple[PolicyCon
     path = Path(folder) if folder else _installed(name)
     if path is not None:
         return loading.load_pretrained(path, compute_dtype=dtype)
-    shape = dataclasses.replace(SHAPES[name], compute_dtype=dtype)
+    return draw(dataclasses.replace(SHAPES[name], compute_dtype=dtype))
+
+
+def draw(shape: PolicyConfig) -> tuple[PolicyConfig, Params, Tokenizer]:
+    """A policy of random parameters, with a small tokenizer."""
     texts = [wording.prompt(book.load(), "red shoes", "running shoes, red", "full")] * 2
     return shape, jax.jit(transformer.build(shape)[1])(jax.random.key(0)), train_bpe(texts, min(600, shape.vocab_size))
 
@@ -169,20 +173,15 @@ def build(
     key = jax.random.key_data(jax.random.key(0))
     reference = None if config.objective.kl == "none" else jax.tree.map(jnp.copy, params)
     state = TrainState(params, jax.jit(tx.init)(params), jnp.int32(0), key, memory, jnp.int32(0))
-    batch = _batch(rules, tokenizer, work, prompts(tokenizer, work) if tokens is None else tokens)
+    batch = _batch(rules, work, prompts(tokenizer, work) if tokens is None else tokens)
     names = tuple(step.name for step in rules.steps)
     step = make_step(policy, tables, names, update, config)
     return Workload(policy, shape, work, config, tables, update, step, state, jax.device_put(batch), reference)
 
 
-def _batch(rules: book.RuleBook, tokenizer: Tokenizer, work: Work, tokens: list[list[int]]) -> Batch:
-    """Prompts with the truth of a pair that is right in every step, its gold response cut at T tokens."""
-    steps = [0] * len(rules.steps)
-    segments = [tokenizer.encode(text) for text in wording.gold_segments(rules, rules.tier_for(steps), steps)]
-    ends = np.minimum(np.cumsum([len(segment) for segment in segments]), work.response_len)
-    gold = np.zeros(work.response_len, np.int32)
-    flat = [token for segment in segments for token in segment][: work.response_len]
-    gold[: len(flat)] = flat
+def _batch(rules: book.RuleBook, work: Work, tokens: list[list[int]]) -> Batch:
+    """Prompts with a truth that no answer will meet by chance, its gold response spread evenly over the T tokens."""
+    steps, parts = [0] * len(rules.steps), len(rules.parts)
 
     def each(value: Any) -> np.ndarray:
         return np.broadcast_to(np.asarray(value, np.int32), (work.prompts, *np.shape(value))).copy()
@@ -190,10 +189,10 @@ def _batch(rules: book.RuleBook, tokenizer: Tokenizer, work: Work, tokens: list[
     return Batch(
         prompt=np.array(tokens, np.int32),
         prompt_len=each(work.prompt_len),
-        gold=each(gold),
-        gold_len=each(len(flat)),
-        part_end=each(ends),
-        known_parts=each(len(segments)),
+        gold=each(np.resize(tokens[0], work.response_len)),
+        gold_len=each(work.response_len),
+        part_end=each(work.response_len * np.arange(1, parts + 1) // parts),
+        known_parts=each(parts),
         steps=each(steps),
         tier=each(rules.tier_for(steps)),
         row=np.arange(work.prompts, dtype=np.int32),

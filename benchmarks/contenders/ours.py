@@ -42,7 +42,7 @@ def run(task: Task, report: Report) -> None:
 
 def _parts(load: workload.Workload, repeats: int) -> dict[str, float]:
     """Seconds of each part of the step, in a program of its own."""
-    return {name: phase.times * median_time(phase.run, repeats) for name, phase in phases.of(load).items()}
+    return {name: phase.times * median_time(phase.run, repeats) for name, phase in phases.of(load)}
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ class Report:
         task = self._task
         wanted = task.prompt_len * len(task.texts), task.response_len * task.group_size * len(task.texts)
         if (prompt_tokens, answer_tokens) != wanted:
-            raise ValueError(f"{prompt_tokens} tokens of prompts and {answer_tokens} of answers, where {wanted} are due")
+            raise ValueError(f"{prompt_tokens} tokens of prompts, {answer_tokens} of answers, where {wanted} are due")
         seconds = time.monotonic() - self._began
         _say(kind="step", warm=self._steps >= task.warmup, seconds=seconds, parts=self._parts)
         self._steps += 1

@@ -1,0 +1,103 @@
+"""What adaptive guided replay costs: a step with 0%, 25% and 50% of its groups guided, over the step without guidance.
+
+    python -m benchmarks.guidance [--models=quickstart,smollm2] [--works=quickstart,A] [--repeats=3] [--out=FILE.json]
+
+Half of a guided group's answers are rolled again, behind the first part of the gold response; no answer ends early.
+All groups fail here, and which of them can be guided is a matter of data alone: so one program, compiled once, steps
+with none guided, where the replay is skipped, and up to its capacity. A program always replays as many groups as it has
+capacity for, unused places among them: so 25% is measured with a capacity of 25% and, the worst case, of 50%.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from agrl_jax.rl.guidance import GuidanceConfig, initial_state
+from agrl_jax.types import TrainState
+from benchmarks import machine, results, table, workload
+from benchmarks.options import DTYPE, OUT, REPEATS
+from benchmarks.workload import Workload
+
+_MODELS = flags.DEFINE_list("models", ["quickstart", "smollm2"], "shapes of policies, whose weights are random")
+_WORKS = flags.DEFINE_list("works", ["quickstart", "A"], "the work of each")
+
+CAPACITIES = (0.0, 0.25, 0.5)  # 0: the step without guidance
+
+
+def measure(model: str, work_name: str, repeats: int, dtype: str) -> dict[str, Any]:
+    """Seconds of steps by capacity and share guided, raw, and the number of compilations of each program."""
+    work = workload.WORKS[work_name]
+    policy = workload.draw(dataclasses.replace(workload.SHAPES[model], compute_dtype=dtype))
+    loads = {capacity: workload.build(policy, work, _config(work, capacity)) for capacity in CAPACITIES}
+    programs = {capacity: jax.jit(load.step) for capacity, load in loads.items()}
+    kinds = [(capacity, share) for capacity in CAPACITIES for share in CAPACITIES if share <= capacity]
+    seconds: dict[tuple[float, float], list[float]] = {kind: [] for kind in kinds}
+    first = loads[0.0]
+    for round_ in range(repeats + 1):
+        for capacity, share in kinds:
+            batch = _guidable(first, share)
+            state = _remembering(first.state, loads[capacity])
+            began = time.perf_counter()
+            _, metrics, _ = jax.block_until_ready(programs[capacity](state, batch, first.reference))
+            if round_:  # the first one compiled
+                seconds[capacity, share].append(time.perf_counter() - began)
+            if share != metrics.get("guide/share", 0.0):
+                raise RuntimeError(f"{metrics['guide/share']} of the groups were guided where {share} should have been")
+    plain = statistics.median(seconds[0.0, 0.0])
+    return {
+        "model": model,
+        "work": work_name,
+        **dataclasses.asdict(work),
+        "compilations": [program._cache_size() for program in programs.values()],
+        "steps": [
+            {
+                "capacity": capacity, "guided": share, "over_unguided": statistics.median(times) / plain,
+                "seconds": times,
+            }
+            for (capacity, share), times in seconds.items()
+        ],
+    }  # fmt: skip
+
+
+def _config(work: workload.Work, capacity: float) -> Any:
+    guided = GuidanceConfig(
+        threshold=0.0, capacity=capacity, replace=work.group_size // 2, source="gold", level="fixed",
+        initial_level=1.0, eta=0.0, per_family=False, cap="none",
+    )  # fmt: skip
+    return workload.step_config(work, guided=guided if capacity else None)
+
+
+def _guidable(load: Workload, share: float) -> Any:
+    """The batch, with a truth known of so many of its groups: the others fail, but there is nothing to reveal."""
+    known = jnp.arange(load.work.prompts) < round(share * load.work.prompts)
+    return load.batch.replace(known_parts=jnp.where(known, load.batch.known_parts, 0))
+
+
+def _remembering(state: TrainState, load: Workload) -> TrainState:
+    """A state with the memory of guidance that a step needs; its arrays are shared."""
+    settings = load.config.guidance
+    return state.replace(guidance=None if settings is None else initial_state(load.work.prompts, 1, settings))
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    dtype = machine.dtype_of(DTYPE.value)
+    found = {"benchmark": "guidance", "dtype": dtype, "machine": machine.describe(), "policies": []}
+    pairs = zip(_MODELS.value, _WORKS.value, strict=True)
+    for model, work in pairs:
+        found["policies"].append(measure(model, work, REPEATS.value, dtype))
+        results.write(results.path_of(OUT.value, "guidance"), found)
+    print(table.of(found))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,159 @@
+"""Time to the first step, cold and with the compilation cache warm; what the host adds to a step; tokenising.
+
+    python -m benchmarks.startup [--config=configs/quickstart.py] [--loop_steps=40] [--out=FILE.json]
+
+The training command itself is started twice, on one compilation cache that is empty the first time; it is timed to the
+first row of its log. Then the training loop runs in this process, and its steps are set against the bare compiled step
+on the same state: the difference is what the host adds and does not hide behind the device. Last, pairs are tokenised
+and batched, against the target of 100,000 a minute on two cores.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from agrl_jax import train
+from agrl_jax.data import benchmark, catalog, pipeline
+from agrl_jax.data.pairs import Pair
+from agrl_jax.policy import loading
+from agrl_jax.policy.smollm2 import NotInstalledError, find_smollm2
+from agrl_jax.policy.tokenizer import Tokenizer, train_bpe
+from agrl_jax.rulebook import book, wording
+from agrl_jax.runtime.metrics import MetricsWriter, read_jsonl
+from agrl_jax.types import Batch
+from benchmarks import machine, results, table
+from benchmarks.machine import ROOT
+from benchmarks.options import OUT
+
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py", "the run that is started")
+_STEPS = flags.DEFINE_integer("loop_steps", 40, "RL steps of the loop that is timed", lower_bound=2)
+_PAIRS = flags.DEFINE_integer("pairs", 20_000, "pairs that are tokenised", lower_bound=32)
+
+SHORT = {  # the same programs for steps, and as little as can be around them
+    "sft.steps": 2, "sft.warmup": 1, "eval.every": 0, "eval.pairs": 8, "eval.validation_pairs": 8, "eval.pass_pairs": 1,
+    "eval.bootstrap": 2, "checkpoint.every": 1_000_000, "log.samples_every": 0, "log.every": 1,
+}  # fmt: skip
+
+
+def first_steps(config: str, overrides: Sequence[str], folder: str) -> list[dict[str, Any]]:
+    """Seconds to the first step of the warm start, and of the first step of RL, by a cold cache and then a warm one.
+
+    The benchmark's pairs are in `folder` already: building them is no part of this.
+    """
+    found = []
+    for name in ("cold", "warm"):
+        workdir = Path(folder, name)
+        command = [
+            sys.executable, "-m", "agrl_jax.main", f"--config={config}", f"--workdir={workdir}",
+            f"--config.data.dir={folder}/data",
+            *(f"--config.{key}={value}" for key, value in (SHORT | {"rl.steps": 5}).items()), *overrides,
+        ]  # fmt: skip
+        cached = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled"}
+        found.append({"cache": name} | _timed_run(command, os.environ | cached, workdir / "metrics.jsonl"))
+    return found
+
+
+def _timed_run(command: Sequence[str], environment: dict[str, str], log: Path) -> dict[str, float]:
+    began = time.monotonic()
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    while not (log.exists() and log.stat().st_size):
+        if process.poll() is not None:
+            raise RuntimeError(f"exit code {process.returncode}: {' '.join(command)}")
+        time.sleep(0.01)
+    first = time.monotonic() - began
+    if process.wait():
+        raise RuntimeError(f"exit code {process.returncode}: {' '.join(command)}")
+    rows = [row["time/step_s"] for row in read_jsonl(log) if row["stage"] == "rl"]
+    return {"to_first_step": first, "first_rl_step": rows[0], "later_rl_step": statistics.median(rows[1:])}
+
+
+def host_share(config: ConfigDict, steps: int, folder: str) -> dict[str, float]:
+    """Seconds of a step in the training loop and of the bare compiled step, and what of the former the host adds."""
+    written: list[float] = []
+    bare: list[float] = []
+    original, write = train._run_stage, MetricsWriter.write
+
+    def noting(writer: MetricsWriter, stage: str, *args: Any) -> None:
+        write(writer, stage, *args)
+        if stage == "rl":
+            written.append(time.perf_counter())
+
+    def stage_then_bare(run: Any, stage: str, state: Any, step: Any, *args: Any, **more: Any) -> Any:
+        batches: Iterator[Batch] = args[1]
+        state = original(run, stage, state, step, *args, **more)
+        if stage == "rl":
+            run.checkpoints.wait()
+            batch = run.put_batch(next(batches))
+            for _ in range(steps - 1):
+                began = time.perf_counter()
+                state, *_ = jax.block_until_ready(step(state, batch))
+                bare.append(time.perf_counter() - began)
+        return state
+
+    with (
+        mock.patch.object(MetricsWriter, "write", noting),
+        mock.patch.object(train, "_run_stage", stage_then_bare),
+    ):
+        with config.unlocked():
+            config.update_from_flattened_dict(SHORT | {"rl.steps": steps, "data.dir": f"{folder}/data"})
+        train.train(config, f"{folder}/loop", say=lambda *_: None)
+    loop = statistics.median(after - before for before, after in zip(written, written[1:], strict=False))
+    device = statistics.median(bare)
+    return {"loop_step": loop, "bare_step": device, "host_share": max(0.0, 1 - device / loop)}
+
+
+def tokenising(number: int) -> list[dict[str, Any]]:
+    """Pairs a minute through `pipeline.encode` and `pipeline.batches`, by tokenizer and style of prompt."""
+    pairs = catalog.splits(0, dict.fromkeys(catalog.SIZES, number))["train"][:number]
+    rules = book.load()
+    texts = (wording.prompt(rules, pair.query, pair.title, "terse") for pair in pairs[:2000])
+    cases: list[tuple[str, str, Tokenizer, int]] = [("own BPE", "terse", train_bpe(texts, 2000), 128)]
+    try:
+        cases.append(("SmolLM2's", "chat", loading.read_tokenizer(find_smollm2()), 768))
+    except NotInstalledError:
+        print("SmolLM2 is not installed: its tokenizer is left out")
+    return [
+        {"tokenizer": name, "style": style, "pairs_per_minute": _pairs_per_minute(pairs, tokenizer, length, style)}
+        for name, style, tokenizer, length in cases
+    ]
+
+
+def _pairs_per_minute(pairs: list[Pair], tokenizer: Tokenizer, length: int, style: str) -> float:
+    began = time.perf_counter()
+    split = pipeline.encode(pairs, book.load(), tokenizer, length, 128, style)
+    for _ in zip(range(len(pairs) // 32), pipeline.batches(split, 32, seed=0), strict=False):
+        pass
+    return 60 * len(pairs) / (time.perf_counter() - began)
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    path = results.path_of(OUT.value, "startup")
+    found: dict[str, Any] = {"benchmark": "startup", "machine": machine.describe()}
+    name = config_flags.get_config_filename(flags.FLAGS["config"])
+    overrides = [word for word in sys.argv[1:] if word.startswith("--config.")]
+    with tempfile.TemporaryDirectory() as folder:
+        benchmark.load_benchmark(f"{folder}/data", _CONFIG.value.data.seed)
+        found["first_steps"] = first_steps(name, overrides, folder)
+        found["loop"] = host_share(_CONFIG.value, _STEPS.value, folder)
+    found["tokenising"] = tokenising(_PAIRS.value)
+    results.write(path, found)
+    print(table.of(found))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,131 @@
+"""The benchmarks run and say what they should, at the smallest size; nothing here depends on how fast anything is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from agrl_jax.policy import loading
+from benchmarks import growth, guidance, phases, table, workload
+from benchmarks.contenders import ours, protocol
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+ROOT = Path(__file__).parent.parent
+TINY = workload.WORKS["tiny"]
+CEILINGS = {"flops": 2e9, "bytes": 1e9, "load": 0.0}
+
+
+@pytest.fixture(scope="module")
+def model() -> tuple:
+    return workload.load("tiny")
+
+
+@pytest.fixture(scope="module")
+def load(model: tuple) -> workload.Workload:
+    return workload.build(model, TINY, workload.step_config(TINY))
+
+
+def test_our_contender_makes_whole_steps_of_the_work(
+    model: tuple, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    loading.save_pretrained(tmp_path / "model", *model)
+    tokenizer = model[2]
+    texts = [tokenizer.decode(prompt) for prompt in workload.prompts(tokenizer, TINY)]
+    task = protocol.Task(str(tmp_path / "model"), texts, 12, 2, 16, "float32", 1, 1, {"micro_batches": 2})
+    ours.run(task, protocol.Report(task))
+    said = protocol.answers(capsys.readouterr().out)
+    assert [answer["kind"] for answer in said] == ["ready", "step", "step", "end"]
+    assert [answer["warm"] for answer in said[1:3]] == [False, True]
+    assert said[-1]["compiles"] == 1 and said[-1]["peak_rss"] > 1e7
+
+
+def test_a_step_over_other_tokens_than_asked_for_is_refused() -> None:
+    task = protocol.Task("", ["a", "b"], 12, 2, 16, "float32", 1, 1, {})
+    with pytest.raises(ValueError, match=r"24 tokens of prompts, 63 of answers, where \(24, 64\) are due"):
+        protocol.Report(task).step(24, 63)
+
+
+def test_time_of_a_part_inside_another_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.0, 1.0, 4.0, 9.0])
+    monkeypatch.setattr(protocol.time, "monotonic", lambda: next(clock))
+    report = protocol.Report(protocol.Task("", [], 0, 0, 0, "float32", 0, 1, {}))
+    with report.part("outer"):  # from 0
+        with report.part("inner"):  # from 1 to 4
+            pass
+    assert report._parts == {"inner": 3.0, "outer": 6.0}
+
+
+def test_phases_cover_the_step_and_do_its_arithmetic(load: workload.Workload) -> None:
+    found = dict(phases.of(load))
+    assert list(found) == ["prefill", "decode", "read and score", "reference", "gradient", "update"]
+    # By hand: each layer has q 32x32, k and v 32x16, out 32x32, three matrices 32x64; two layers, 48 prompt tokens.
+    layers = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
+    assert found["prefill"].flops == 48 * (2 * layers + 2 * 4 * 32 * 6.5)
+    assert found["gradient"].flops == 3 * found["reference"].flops
+    assert found["update"].bytes == 8 * 4 * sum(leaf.size for leaf in jax.tree.leaves(load.state.params))
+    rolled = found["decode"].run()
+    assert rolled.valid.all() and not rolled.finished.any()  # exactly T tokens each
+
+
+def test_shares_are_of_the_ceilings() -> None:
+    phase = phases.Phase(run=None, flops=4e9, bytes=1e9)
+    shares = phases.shares(4.0, phase, CEILINGS)
+    assert (shares["of_matrix_product"], shares["of_copy"], shares["roofline"]) == (0.5, 0.25, 0.5)
+
+
+def test_growth_is_fitted_by_a_power() -> None:
+    assert growth.fit([1, 2, 4], [5.0, 20.0, 80.0]) == pytest.approx(2.0)
+    assert growth.fit([1, 2], [None, 1.0]) is None
+    shape, work = growth.grown(workload.SHAPES["tiny"], TINY, "parameters", 2)
+    assert (shape.width, shape.heads, work) == (64, 8, TINY)
+    assert growth.grown(shape, TINY, "group_size", 4)[1].group_size == 8
+
+
+def test_as_many_groups_can_be_guided_as_are_asked_for(load: workload.Workload) -> None:
+    known = guidance._guidable(load, 0.25).known_parts
+    assert (known > 0).tolist() == [True, False, False, False]
+
+
+def test_a_peer_is_set_over_ours() -> None:
+    def run(name: str, seconds: float, parts: dict[str, float]) -> dict:
+        steps = [{"warm": False, "seconds": 9.0, "parts": {}}, {"warm": True, "seconds": seconds, "parts": parts}]
+        return {"contender": name, "steps": steps, "parts": {}, "peak_rss": 2e9, "peak_device": None}
+
+    parts = {"rollout": 1.0, "reference": 0.5, "gradient": 0.25, "update": 0.125}
+    runs = [run("ours", seconds, parts) for seconds in (2.0, 3.0, 4.0)] + [run("trl", 12.0, parts)]
+    failed = {"contender": "tunix", "error": "exit code -9", "output": ""}
+    rows = table.of({"benchmark": "peers", "runs": [*runs, failed]}).splitlines()
+    assert rows[2] == "| ours | 3 | 1 | 1 | 0.5 | 0.25 | 0.125 | 6 | 2 |"
+    assert rows[3].startswith("| trl | 12 | 4 | ") and len(rows) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("peers", "--work=tiny", "--model=tiny", "--only=ours"),
+        ("limits", "--work=tiny", "--model=tiny", "--batches=4"),
+        ("guidance", "--works=tiny", "--models=tiny"),
+        ("growth", "--base_work=tiny", "--base=tiny", "--factors=1"),
+        ("startup", "--config=tests/tiny.py", "--loop_steps=3", "--pairs=64"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_command_writes_results_of_which_the_table_is_made(command: tuple[str, ...], tmp_path: Path) -> None:
+    name, *arguments = command
+    out = tmp_path / f"{name}.json"
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    words = [sys.executable, "-m", f"benchmarks.{name}", f"--out={out}", "--repeats=1", *arguments]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(out.read_text())
+    assert found["benchmark"] == name and found["machine"]["cores"] > 0
+    assert table.of(found) in done.stdout
+    assert table.draw(table.read(tmp_path), tmp_path / "plot.png") == (name == "peers")
