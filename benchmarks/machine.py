@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 from absl import app
 
+from benchmarks.options import DTYPE
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -107,8 +109,6 @@ def _commit() -> str:
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    from benchmarks.options import DTYPE  # not at the top: the options know the workloads, which need no machine
-
     dtype = dtype_of(DTYPE.value)
     print(json.dumps(describe() | {"dtype": dtype, "ceilings": ceilings(dtype)}))
 

@@ -161,7 +161,7 @@ def _run(name: str, python: str, task: protocol.Task) -> dict[str, Any]:
 def _machine(dtype: str) -> dict[str, Any]:
     """The machine as it is now, told by a process of its own, which holds no memory of a GPU afterwards."""
     command = [sys.executable, "-m", "benchmarks.machine", f"--dtype={dtype}"]
-    return json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+    return json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def _outcome(run: dict[str, Any]) -> str:
