@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from agrl_jax.rl.guidance import GuidanceConfig, initial_state
-from agrl_jax.types import TrainState
+from agrl_jax.rl.step import StepConfig
+from agrl_jax.types import Batch, TrainState
 from benchmarks import machine, results, table, workload
 from benchmarks.options import DTYPE, OUT, REPEATS
 from benchmarks.workload import Workload
@@ -67,7 +68,7 @@ def measure(model: str, work_name: str, repeats: int, dtype: str) -> dict[str, A
     }  # fmt: skip
 
 
-def _config(work: workload.Work, capacity: float) -> Any:
+def _config(work: workload.Work, capacity: float) -> StepConfig:
     guided = GuidanceConfig(
         threshold=0.0, capacity=capacity, replace=work.group_size // 2, source="gold", level="fixed",
         initial_level=1.0, eta=0.0, per_family=False, cap="none",
@@ -75,7 +76,7 @@ def _config(work: workload.Work, capacity: float) -> Any:
     return workload.step_config(work, guided=guided if capacity else None)
 
 
-def _guidable(load: Workload, share: float) -> Any:
+def _guidable(load: Workload, share: float) -> Batch:
     """The batch, with a truth known of so many of its groups: the others fail, but there is nothing to reveal."""
     known = jnp.arange(load.work.prompts) < round(share * load.work.prompts)
     return load.batch.replace(known_parts=jnp.where(known, load.batch.known_parts, 0))

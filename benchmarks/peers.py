@@ -81,9 +81,9 @@ def compare(names: Sequence[str], overrides: dict[str, Any], cache: Path, out: P
         "benchmark": "peers", "work": WORK.value, **dataclasses.asdict(work), "model": MODEL.value, "dtype": dtype,
         "weights": "pretrained" if workload.is_pretrained(MODEL.value) else "random", "machine": before, "runs": [],
     }  # fmt: skip
-    pythons = {name: _environment(CONTENDERS[name], cache, before["platform"]) for name in names}
+    pythons = {name: _environment(name, cache, before["platform"]) for name in names}
     for round_ in range(REPEATS.value):
-        for name in names:
+        for name in (name for name in names if pythons[name]):
             settings = CONTENDERS[name].settings | SETTINGS.get((name, WORK.value, before["platform"]), {})
             settings |= overrides.get(name, {})
             if name == "ours" and round_ == 0:
@@ -124,8 +124,9 @@ def _can_run(name: str, platform: str) -> bool:
     return True
 
 
-def _environment(contender: Contender, cache: Path, platform: str) -> str:
-    """The Python of a contender's virtual environment, made if it is not there yet."""
+def _environment(name: str, cache: Path, platform: str) -> str | None:
+    """The Python of a contender's virtual environment, made if it is not there yet; None where it cannot be."""
+    contender = CONTENDERS[name]
     if not contender.install:
         return sys.executable
     commands = [*contender.install, *([contender.gpu_install] if contender.gpu_install and platform == "gpu" else [])]
@@ -135,7 +136,9 @@ def _environment(contender: Contender, cache: Path, platform: str) -> str:
     if not mark.exists() or mark.read_text() != words:
         venv.create(folder, clear=True, with_pip=True)
         for packages in commands:
-            subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+            if subprocess.run([python, "-m", "pip", "install", "--quiet", *packages]).returncode:
+                print(f"{name}: left out, since {' '.join(packages)} cannot be installed here")
+                return None
         mark.write_text(words)
     return python
 

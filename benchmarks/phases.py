@@ -59,7 +59,8 @@ def of(load: Workload) -> Iterator[tuple[str, Phase]]:
     prompt_flops = count.flops(work.prompts * work.prompt_len, seen=(work.prompt_len + 1) / 2)
     seen = work.prompt_len + (work.response_len + 1) / 2
 
-    run = Program(partial(prefill, load.policy), params, batch.prompt, batch.prompt_len)
+    decoding = jax.jit(load.lay_out)(params)
+    run = Program(partial(prefill, load.policy), decoding, batch.prompt, batch.prompt_len)
     yield "prefill", Phase(run, prompt_flops, count.weights)
     prefix = run()
 
@@ -67,7 +68,7 @@ def of(load: Workload) -> Iterator[tuple[str, Phase]]:
     sample = partial(
         rollout, load.policy, length=work.response_len, temperature=config.temperature, end_token=NEVER
     )  # fmt: skip
-    run = Program(sample, params, prefix, row_keys(load.state.key, PURPOSE_ROLLOUT, 0, batch.row, work.group_size))
+    run = Program(sample, decoding, prefix, row_keys(load.state.key, PURPOSE_ROLLOUT, 0, batch.row, work.group_size))
     read_each = count.weights + count.cache(work.prompts * work.prompt_len) + count.logits(answers)
     read = work.response_len * read_each + count.cache(tokens) * (work.response_len + 1) / 2
     yield "decode", Phase(run, count.flops(tokens, seen, logits=tokens), read)
@@ -78,9 +79,8 @@ def of(load: Workload) -> Iterator[tuple[str, Phase]]:
     piece = jax.tree.map(lambda x: x[: work.prompts // pieces], (batch, rolled))
     flops = (prompt_flops + count.flops(tokens - answers, seen, logits=tokens)) / pieces
     logits = count.logits(tokens) / pieces
-    if load.reference is not None:
-        run = Program(lambda *args: _logprobs(load, *args)[0], load.reference, *piece)
-        yield "reference", Phase(run, flops, count.weights + logits, pieces)
+    run = Program(lambda *args: _logprobs(load, *args)[0], load.reference, *piece)
+    yield "reference", Phase(run, flops, count.weights + logits, pieces)
 
     run = Program(jax.grad(partial(_loss, load)), params, *piece)
     yield "gradient", Phase(run, 3 * flops, 3 * count.weights + 2 * logits, pieces)

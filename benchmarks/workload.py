@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,12 @@ class Workload:
     work: Work
     config: StepConfig
     tables: RuleTables
+    lay_out: Callable[[Params], Params]  # for decoding, as training lays them out on one device
     update: Callable[..., Any]
     step: Callable[..., Any]  # (state, batch, reference) -> (state, metrics, inspection), not yet jitted
     state: TrainState
     batch: Batch
-    reference: Params | None
+    reference: Params
 
 
 def load(name: str, dtype: str = "float32", folder: str = "") -> tuple[PolicyConfig, Params, Tokenizer]:
@@ -125,7 +127,7 @@ def prompts(tokenizer: Tokenizer, work: Work, seed: int = 0) -> list[list[int]]:
 
 
 def step_config(
-    work: Work, *, kl: bool = True, guided: GuidanceConfig | None = None, micro_batches: int = 1, logprob_chunk: int = 0
+    work: Work, *, guided: GuidanceConfig | None = None, micro_batches: int = 1, logprob_chunk: int = 0
 ) -> StepConfig:
     """GRPO as all contenders run it: one update from one rollout, no entropy bonus."""
     return StepConfig(
@@ -144,7 +146,7 @@ def step_config(
             format_weight=0.1, overlong_weight=0.1, overlong_from=work.response_len,
         ),
         objective=ObjectiveConfig(
-            loss="grpo", credit="sequence", clip_low=0.2, clip_high=0.2, kl="k3" if kl else "none", kl_weight=BETA,
+            loss="grpo", credit="sequence", clip_low=0.2, clip_high=0.2, kl="k3", kl_weight=BETA,
             entropy_weight=0.0, mask_truncated=False, treatment="shaped", gamma=0.1, imitate_weight=0.0,
             baseline="pooled", step_weight=1.0,
         ),
@@ -171,12 +173,14 @@ def build(
     if config.guidance is not None:
         memory = guidance.initial_state(work.prompts, 1, config.guidance)
     key = jax.random.key_data(jax.random.key(0))
-    reference = None if config.objective.kl == "none" else jax.tree.map(jnp.copy, params)
+    reference = jax.tree.map(jnp.copy, params)
     state = TrainState(params, jax.jit(tx.init)(params), jnp.int32(0), key, memory, jnp.int32(0))
     batch = _batch(rules, work, prompts(tokenizer, work) if tokens is None else tokens)
     names = tuple(step.name for step in rules.steps)
-    step = make_step(policy, tables, names, update, config)
-    return Workload(policy, shape, work, config, tables, update, step, state, jax.device_put(batch), reference)
+    lay_out = partial(transformer.cast_weights, shape)
+    step = make_step(policy, tables, names, update, config, lambda params: (policy, lay_out(params)))
+    batch = jax.device_put(batch)
+    return Workload(policy, shape, work, config, tables, lay_out, update, step, state, batch, reference)
 
 
 def _batch(rules: book.RuleBook, work: Work, tokens: list[list[int]]) -> Batch:
