@@ -259,7 +259,9 @@ def make_evaluator(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh) ->
         seed=config.seed,
     )
     place = partial(sharding.put, shardings=sharding.batch_sharding(mesh))
-    return Evaluator(model.policy, model.tables, model.book, model.tokenizer, settings, place)
+    return Evaluator(
+        model.policy, model.tables, model.book, model.tokenizer, settings, place, sharding.replicated(mesh)
+    )
 
 
 def encode(config: ConfigDict, model: Model, data: Data, pairs: list[Pair]) -> EncodedSplit:

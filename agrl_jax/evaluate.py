@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 
 from agrl_jax import assemble, scorecard
 from agrl_jax.data import pipeline
-from agrl_jax.runtime import sharding
+from agrl_jax.runtime import processes, sharding
 from agrl_jax.runtime.checkpoint import SFT_END
-from agrl_jax.runtime.config import exit_with, parse_flags
+from agrl_jax.runtime.config import define_distributed_flag, exit_with, parse_flags
 from agrl_jax.runtime.metrics import progress, say
 
 flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
@@ -27,6 +27,7 @@ flags.DEFINE_list("stages", ["sft_end", "rl"], "What to score: sft_end, rl (its 
 flags.DEFINE_list("splits", [], "Splits to score on; by default all that the scorecard has.")
 flags.DEFINE_integer("pairs", 0, "Pairs of each split, stratified; 0: all.", lower_bound=0)
 flags.DEFINE_string("out", None, "Where to write the scorecard.")
+define_distributed_flag()
 
 
 def evaluate(workdir: str, stages: list[str], splits: list[str], pairs: int) -> scorecard.Scorecards:
@@ -34,7 +35,8 @@ def evaluate(workdir: str, stages: list[str], splits: list[str], pairs: int) -> 
     folder = epath.Path(workdir)
     config = assemble.read_config(folder)
     rules = assemble.load_rules(config)
-    data = assemble.load_data(config, rules, folder)
+    with processes.first_alone():
+        data = assemble.load_data(config, rules, folder)
     mesh = sharding.make_mesh(*(config.mesh[axis] for axis in sharding.AXES))
     model = assemble.load_model(config, folder, mesh=mesh)
     evaluator = assemble.make_evaluator(config, model, mesh)
@@ -71,11 +73,15 @@ def main(argv: list[str]) -> None:
     parse_flags(argv)
     values = flags.FLAGS
     try:
+        processes.connect(values.distributed)
         cards = evaluate(values.workdir, values.stages, values.splits, values.pairs)
     except ValueError as error:
         exit_with(error)
+    except Exception as error:
+        processes.leave(error)
     out = epath.Path(values.out or epath.Path(values.workdir) / "scorecard_full.json")
-    scorecard.write(out, cards)
+    if jax.process_index() == 0:
+        scorecard.write(out, cards)
     say(scorecard.table(cards))
     say(f"written to {out}")
 

@@ -24,7 +24,7 @@ from agrl_jax.policy import loading
 from agrl_jax.policy.transformer import count_parameters
 from agrl_jax.rulebook import book, wording
 from agrl_jax.rulebook.book import RuleBook
-from agrl_jax.runtime import sharding
+from agrl_jax.runtime import processes, sharding
 from agrl_jax.runtime.config import exit_with, parse_flags, resolve
 from agrl_jax.runtime.metrics import say
 from agrl_jax.scorecard import ScorecardError
@@ -180,6 +180,7 @@ def main(argv: list[str]) -> None:
     parse_flags(argv)
     values: Any = flags.FLAGS
     try:
+        processes.require_one("exports")
         say(f"{export(values.workdir, values.out, values.stage, values.dtype)}: written to {values.out}")
     except USER_ERRORS as error:
         exit_with(error)

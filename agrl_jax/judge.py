@@ -51,7 +51,7 @@ from agrl_jax.data.rows import Journal, OutputError, Record, RowFile, check_outp
 from agrl_jax.judging import TierSegments, judge_prompts, tier_segments
 from agrl_jax.rulebook.book import ORDERS, RuleBook
 from agrl_jax.rulebook.wording import STYLES
-from agrl_jax.runtime import sharding
+from agrl_jax.runtime import processes, sharding
 from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
 from agrl_jax.runtime.metrics import progress, say
 from agrl_jax.trained import Settings, Trained, TrainedError
@@ -359,6 +359,7 @@ def run(values: flags.FlagValues) -> None:
     """Does what the flags ask for."""
     if bool(values.input) != bool(values.output) or not (values.input or values.fit_cuts):
         raise ConfigError("--input and --output are both needed, or --fit_cuts alone")
+    processes.require_one("judges")
     settings = Settings(
         values.rulebook, values.order, values.style, values.prompt_len, values.response_len, values.dtype
     )

@@ -41,12 +41,16 @@ class Evaluator:
     """Judges pairs with a policy. Compiled once per evaluator, whatever the parameters."""
 
     def __init__(
-        self, policy: Policy, tables: RuleTables, book: RuleBook, tokenizer: Tokenizer, cfg: EvalConfig, put: Put
+        self, policy: Policy, tables: RuleTables, book: RuleBook, tokenizer: Tokenizer, cfg: EvalConfig, put: Put,
+        whole: jax.sharding.Sharding,
     ):
+        """`whole` is the sharding of results that every process can read."""
         self._cfg, self._put, self._tables = cfg, put, tables
         segments = tier_segments(book, tokenizer)
-        self._greedy = jax.jit(partial(judge_batch, policy, tables, segments, cfg.response_len))
-        self._sample = jax.jit(partial(sample_tiers, policy, tables, cfg))
+        self._greedy = jax.jit(
+            partial(judge_batch, policy, tables, segments, cfg.response_len), out_shardings=whole
+        )
+        self._sample = jax.jit(partial(sample_tiers, policy, tables, cfg), out_shardings=whole)
 
     def judge(
         self, params: Params, split: EncodedSplit, rows: np.ndarray | None = None, sample: bool = True

@@ -7,19 +7,25 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from agrl_jax.runtime.config import exit_with, parse_flags
+from agrl_jax.runtime.config import define_distributed_flag, exit_with, parse_flags
 
 config_flags.DEFINE_config_file("config", None, "A config file, such as configs/quickstart.py:grpo.")
-flags.DEFINE_string("workdir", None, "Where everything is written; an existing one is continued.")
+flags.DEFINE_string("workdir", None, "Where everything is written, gs://... too; an existing one is continued.")
+define_distributed_flag()
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> None:
-    """Parses flags and trains. Exit codes: 2 for bad input, 1 for a run that diverged, 128 + signal if stopped."""
+    """Parses flags and trains.
+
+    Exit codes: 2 for bad input, 1 for a run that diverged or lost one of its processes, 128 + signal if stopped.
+    """
     parse_flags(argv)
     from agrl_jax import train  # after the flags: a typo is answered at once, not after JAX has started
+    from agrl_jax.runtime import processes
 
     try:
+        processes.connect(flags.FLAGS.distributed)
         train.train(flags.FLAGS.config, flags.FLAGS.workdir)
     except train.Interrupted as stop:
         print(stop, file=sys.stderr)
@@ -29,6 +35,8 @@ def main(argv: list[str]) -> None:
         raise SystemExit(1) from None
     except train.USER_ERRORS as error:
         exit_with(error)
+    except Exception as error:
+        processes.leave(error)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from agrl_jax.rl.objective import ObjectiveConfig
 from agrl_jax.rl.reward import RewardConfig
 from agrl_jax.rl.step import StepConfig
 from agrl_jax.rulebook.book import RuleBookError
-from agrl_jax.runtime import optim, sharding
+from agrl_jax.runtime import optim, processes, sharding
 from agrl_jax.runtime.checkpoint import Checkpointer, CheckpointError
 from agrl_jax.runtime.config import ConfigError, resolve, validate, validate_together
 from agrl_jax.runtime.metrics import MetricsWriter, progress, say
@@ -123,7 +123,8 @@ def train(config: ConfigDict, workdir: str, say: Callable[..., None] = say) -> d
 
     # --------------------------------------------------------------------------------------- scorecard
     say(scorecard.table(cards))
-    learning_curves(run.workdir)
+    if jax.process_index() == 0:
+        learning_curves(run.workdir)
     _say_where(run)
     return cards
 
@@ -141,13 +142,15 @@ def _set_up(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh, sa
         "versions": {name: metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
     }
     checkpoints = Checkpointer(workdir, config.checkpoint.keep, identity)
-    (workdir / "config.json").write_text(assemble.dump_config(config))
-    data = assemble.load_data(config, rules, workdir)
+    with processes.first_alone():
+        if jax.process_index() == 0:
+            (workdir / "config.json").write_text(assemble.dump_config(config))
+        data = assemble.load_data(config, rules, workdir)
+        model = assemble.load_model(config, workdir, data, mesh)
     for stage, pairs in (("sft", data.sft), ("rl", data.splits["train"])):
         if config[stage].steps and config[stage].batch_size > len(pairs):
             size = config[stage].batch_size
             raise ConfigError(f"{stage}.batch_size={size} is more than the {len(pairs)} pairs that it trains on")
-    model = assemble.load_model(config, workdir, data, mesh)
     evaluator = assemble.make_evaluator(config, model, mesh)
     at = checkpoints.newest()
     writer = MetricsWriter(workdir, resume=at)
@@ -292,12 +295,13 @@ def _run_stage(
             if done % config.log.every == 0 or done == total or extra:
                 run.writer.write(stage, done, row | extra)
             bar.update(done, {name: row[metric] for name, metric in figures.items() if metric in row})
-            if done % config.checkpoint.every == 0 or done == total or run.signum or extra:
+            signum = processes.greatest(run.signum)  # a signal to one process stops all at the same step
+            if done % config.checkpoint.every == 0 or done == total or signum or extra:
                 quality = {"macro_f1": extra["validation/macro_f1"]} if "validation/macro_f1" in extra else None
                 run.checkpoints.save(stage, done, state, data_position=done, metrics=quality)
-            if run.signum:
+            if signum:
                 run.checkpoints.wait()
-                raise Interrupted(run.signum, f"at {stage} step {done} of {total}")
+                raise Interrupted(signum, f"at {stage} step {done} of {total}")
     return state
 
 
@@ -439,7 +443,8 @@ def _scorecard(run: Run, name: str, stage: str, weights: Weights) -> dict[str, A
     """Scores of a stage on each evaluation split, kept by `name` in scorecard.json; read from there if already made."""
     path = run.workdir / "scorecard.json"
     written = scorecard.read(path).get(name) if path.exists() else None
-    if written is not None and set(written) == set(run.data.eval_splits):
+    missing = written is None or set(written) != set(run.data.eval_splits)
+    if not processes.greatest(missing):
         return written
     config, cards = run.config, {}
     params = assemble.decode_layout(config, run.model, run.mesh, stage)(*weights)
@@ -448,7 +453,8 @@ def _scorecard(run: Run, name: str, stage: str, weights: Weights) -> dict[str, A
         rows = pipeline.stratified(split, config.eval.pairs or len(split), config.data.seed)
         judged = run.evaluator.judge(params, split, rows)
         cards[part] = scorecard.score(judged, run.model.book, bootstrap=config.eval.bootstrap, seed=config.seed)
-    scorecard.write(path, {name: cards})
+    if jax.process_index() == 0:
+        scorecard.write(path, {name: cards})
     return cards
 
 

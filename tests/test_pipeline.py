@@ -181,15 +181,9 @@ class TestBatches:
         np.testing.assert_array_equal(rows(encoded, 3, batch_size, seed=seed, start=start), whole[start:])
         assert all(len(set(batch)) == batch_size for batch in whole.tolist())
 
-    def test_processes_share_each_batch(self, encoded):
-        parts = [rows(encoded, 7, 6, seed=0, process_index=i, process_count=3) for i in range(3)]
-        np.testing.assert_array_equal(np.concatenate(parts, axis=1), rows(encoded, 7, 6, seed=0))
-
     def test_refusals(self, encoded):
         with pytest.raises(ValueError, match="batch_size=24 should be from 1 to 23"):
             pipeline.batches(encoded, 24, seed=0)
-        with pytest.raises(ValueError, match="batch_size=4 cannot be split over 3 processes"):
-            pipeline.batches(encoded, 4, seed=0, process_count=3)
 
 
 class TestEvalBatches:

@@ -114,9 +114,7 @@ def part_texts(book: RuleBook, tokenizer: Tokenizer) -> PartTexts:
     return PartTexts(tokens, length)
 
 
-def batches(
-    encoded: EncodedSplit, batch_size: int, seed: int, start: int = 0, process_index: int = 0, process_count: int = 1
-) -> Iterator[Batch]:
+def batches(encoded: EncodedSplit, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
     """Training batches without end, each epoch in a new order and without its last incomplete batch.
 
     Batch k depends on the seed and k alone, so `start=k` goes on as if k batches had been taken. No row stands twice
@@ -124,27 +122,16 @@ def batches(
 
     Args:
       encoded: N pairs.
-      batch_size: B, over all processes.
+      batch_size: B.
       seed: of the order.
       start: number of the first batch.
-      process_index: which of the processes this is; it gets its equal share of each batch.
-      process_count: number of processes.
 
     Raises:
-      ValueError: the batch is larger than the split, or does not divide over the processes.
+      ValueError: the batch is larger than the split.
     """
     if not 0 < batch_size <= len(encoded):
         raise ValueError(f"batch_size={batch_size} should be from 1 to {len(encoded)}, the number of pairs")
-    if batch_size % process_count:
-        raise ValueError(f"batch_size={batch_size} cannot be split over {process_count} processes")
-    share = batch_size // process_count
-    rows = (
-        grain.MapDataset.range(len(encoded))
-        .shuffle(seed=seed)
-        .batch(batch_size, drop_remainder=True)
-        .repeat()
-        .map(lambda indices: indices[process_index * share : (process_index + 1) * share])
-    )
+    rows = grain.MapDataset.range(len(encoded)).shuffle(seed=seed).batch(batch_size, drop_remainder=True).repeat()
     return (encoded.take(rows[k]) for k in itertools.count(start))
 
 

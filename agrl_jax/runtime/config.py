@@ -473,6 +473,16 @@ def parse_flags(argv: Sequence[str], name: str = "config", positional: bool = Fa
     return rest
 
 
+def define_distributed_flag() -> None:
+    """The flag `--distributed` of the commands that may run as several processes; see `runtime/processes.py`."""
+    flags.DEFINE_bool(
+        "distributed", False,
+        "This is one of several processes, all started with the same command. On TPU pods, under Slurm, Open MPI and "
+        "Kubernetes they find each other; elsewhere set JAX_COORDINATOR_ADDRESS=HOST:PORT of the first, "
+        "JAX_NUM_PROCESSES, and JAX_PROCESS_ID from 0.",
+    )
+
+
 def exit_with(error: Exception) -> NoReturn:
     """Prints the message of `error` to stderr and ends the process with exit code 2."""
     print(f"error: {error}", file=sys.stderr)

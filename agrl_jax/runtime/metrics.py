@@ -219,7 +219,12 @@ class Progress(AbstractContextManager):
 
 def say(*objects: Any) -> None:
     """Prints text, as it is, or rich objects such as tables."""
-    rich.console.Console(file=sys.stdout).print(*objects, markup=False, highlight=False, soft_wrap=True)
+    _stdout().print(*objects, markup=False, highlight=False, soft_wrap=True)
+
+
+def _stdout() -> rich.console.Console:
+    """Standard output; nothing is shown on any process of a run but the first."""
+    return rich.console.Console(file=sys.stdout, quiet=jax.process_index() > 0)
 
 
 def progress(
@@ -232,7 +237,7 @@ def progress(
     >>> with progress("rl", total=400) as bar:
     ...     bar.update(1, {"reward": 0.61, "tok/s": 5200.0})
     """
-    return Progress(stage, total, start, every_s, console or rich.console.Console(file=sys.stdout))
+    return Progress(stage, total, start, every_s, console or _stdout())
 
 
 def console_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> rich.table.Table:

@@ -1,0 +1,102 @@
+"""Several processes as one run: how they find each other, what they agree on, and how they end.
+
+All of them run the same program on the same config, and every jitted function is run by all. Only the first one
+writes logs and scorecards and says anything (`runtime/metrics`); checkpoints are written by all.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from agrl_jax.runtime.config import ConfigError
+
+HEARTBEAT_S = 30  # a process that has been silent for so long is dead, and the others end
+_GOODBYE_S = 30  # how long one that has finished waits for the others
+
+
+def connect(distributed: bool) -> None:
+    """Joins the other processes of the run, if `distributed`; before anything is computed.
+
+    Raises ConfigError where it is not said which they are, where they cannot be reached, and where there are others
+    though `distributed` is not asked for.
+    """
+    if not distributed:
+        if jax.process_count() > 1:
+            raise ConfigError(f"this is one of {jax.process_count()} processes: start all of them with --distributed")
+        return
+    number, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM until training listens
+    try:
+        jax.distributed.initialize(
+            num_processes=None if number is None else int(number),
+            process_id=None if index is None else int(index),
+            heartbeat_timeout_seconds=HEARTBEAT_S,
+            shutdown_timeout_seconds=_GOODBYE_S,
+        )
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise ConfigError(
+            f"--distributed: the other processes of this run were not found ({reason}). On TPU pods, under Slurm, Open "
+            "MPI and Kubernetes JAX finds them by itself; elsewhere set JAX_COORDINATOR_ADDRESS=HOST:PORT of the first "
+            "one, JAX_NUM_PROCESSES, and JAX_PROCESS_ID from 0"
+        ) from error
+
+
+def require_one(what: str) -> None:
+    """Raises ConfigError among several processes, as on every worker of a TPU pod slice."""
+    if jax.process_count() > 1:
+        raise ConfigError(f"{what} in one process; this is one of {jax.process_count()}: use a machine of its own")
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """The first process does what is inside before all others do: it leaves files that they then find."""
+    others = jax.process_index() > 0
+    if others:
+        wait_for_all("first")
+    try:
+        yield
+    finally:
+        if not others:
+            wait_for_all("first")
+
+
+def wait_for_all(what: str) -> None:
+    """Returns once every process has called it, with the same word."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def greatest(value: int) -> int:
+    """The greatest of the processes' values, on each of them."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def leave(error: Exception) -> NoReturn:
+    """Ends this process on an error that only it may have met: at once and with exit code 1, for the others to notice.
+
+    Where another process is gone, JAX raises this or that; whoever reads it should look for the first one to stop.
+    With one process there is no other, and the error is raised.
+    """
+    if jax.process_count() == 1:
+        raise error
+    traceback.print_exception(error)
+    reason = (str(error) or repr(error)).splitlines()[0]
+    print(
+        f"error: process {jax.process_index()} of {jax.process_count()} stops: {reason}\n"
+        "Where this comes from another process that is gone, that one says why. Start all of them again with the same "
+        "command: they go on from the last checkpoint.",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    os._exit(1)
