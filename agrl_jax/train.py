@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -46,7 +47,7 @@ from agrl_jax.runtime.metrics import MetricsWriter, progress, say
 from agrl_jax.runtime.sharding import ShardingError
 from agrl_jax.samples import decode, render
 from agrl_jax.supervised import sft
-from agrl_jax.types import Batch, Params, Policy, TrainState
+from agrl_jax.types import Batch, GuidanceState, Params, Policy, TrainState
 
 # What a user can put right: shown as one message. Anything else is a bug, and keeps its traceback.
 USER_ERRORS = (
@@ -191,30 +192,16 @@ def _warm_start(run: Run) -> Weights:
     """Supervised training; its end is kept for good as the reference policy."""
     config = run.config
     split = assemble.encode(config, run.model, run.data, run.data.sft)
-    _, axes = assemble.trained_part(config, run.model, "sft")
-    tx = optim.make(
-        config.sft.learning_rate, config.sft.warmup, config.sft.steps,
-        weight_decay=config.sft.weight_decay, decay=optim.decay_mask(axes),
-        matrix_rate=config.sft.matrix_rate, axes=axes,
-    )
     base = assemble.load_pretrained(config, run.model, run.mesh) if assemble.adapters_of(config, "sft") else None
-    fresh, template = _fresh_state(run, "sft", tx)
-    ended = run.checkpoints.restore_sft(template.params)
+    program = sft_program(config, run.mesh, run.model, base, assemble.blanks(config, run.model, split))
+    ended = run.checkpoints.restore_sft(program.template.params)
     if ended is not None:
         return Weights(ended, base)
-    state = _restored(run, "sft", fresh, template)
+    state = _restored(run, "sft", program)
     run.say(f"policy: {_sizes(state.params, base)}; warm start on {len(split):,} pairs")
-
-    def make(policy: Policy, sampler: Any) -> Callable[..., Any]:
-        return sft.make_step(
-            policy, _updater(tx), config.sft.prompt_weight, _chunk(config, run.mesh),
-            assemble.blanks(config, run.model, split),
-        )
-
-    compiled = _jit(run, "sft", make, template, base)
     batches = pipeline.batches(split, config.sft.batch_size, config.seed, start=int(state.step))
     state = _run_stage(
-        run, "sft", state, lambda state, batch: (*compiled(state, batch, base), None), compiled, batches,
+        run, "sft", state, lambda state, batch: (*program.step(state, batch, base), None), program.step, batches,
         config.sft.steps,
         figures={"loss": "policy/loss", "gold probability": "policy/gold_probability", "tok/s": "time/tokens_per_s"},
     )
@@ -228,28 +215,9 @@ def _reinforce(run: Run, reference: Weights) -> Weights:
     split = assemble.encode(config, run.model, run.data, run.data.splits["train"])
     validation = assemble.encode(config, run.model, run.data, run.data.splits["validation"])
     _say_encoding(run, split)
-    fresh_adapters = reference.base is None and assemble.adapters_of(config, "rl") is not None
-    base = reference.trained if fresh_adapters else reference.base
-    start = None if fresh_adapters else reference.trained
-    _, axes = assemble.trained_part(config, run.model, "rl")
-    updates = config.rl.steps * config.rl.epochs * config.rl.minibatches
-    tx = optim.make(
-        config.rl.learning_rate, config.rl.warmup, updates, config.rl.schedule,
-        weight_decay=config.rl.weight_decay, decay=optim.decay_mask(axes),
-        matrix_rate=config.rl.matrix_rate, axes=axes,
-    )
-    fresh, template = _fresh_state(run, "rl", tx, start, rows=len(split))
-    state = _restored(run, "rl", fresh, template)
-    # Of fresh adapters, the reference is the base itself: no adapters at all.
-    compared = None if config.objective.kl == "none" else {} if fresh_adapters else start
-    names = tuple(step.name for step in run.model.book.steps)
-
-    def make(policy: Policy, sampler: rl_step.SamplerFn) -> Callable[..., Any]:
-        return rl_step.make_step(
-            policy, run.model.tables, names, _updater(tx), step_config(config, run.mesh), sampler
-        )
-
-    compiled = _jit(run, "rl", make, template, base, compared)
+    program = rl_program(config, run.mesh, run.model, reference, len(split), len(run.data.families))
+    state = _restored(run, "rl", program)
+    base, compared = program.more
     lay_out = assemble.decode_layout(config, run.model, run.mesh, "rl")
     rows = pipeline.stratified(validation, config.eval.validation_pairs, config.data.seed)
 
@@ -267,7 +235,7 @@ def _reinforce(run: Run, reference: Weights) -> Weights:
 
     batches = pipeline.batches(split, config.rl.batch_size, config.seed, start=int(state.step))
     state = _run_stage(
-        run, "rl", state, lambda state, batch: compiled(state, batch, base, compared), compiled, batches,
+        run, "rl", state, lambda state, batch: program.step(state, batch, base, compared), program.step, batches,
         config.rl.steps,
         figures={
             "reward": "reward/total", "tier": "reward/tier_accuracy", "guided": "guide/share",
@@ -337,16 +305,75 @@ def _chunk(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:
     return config.objective.logprob_chunk * sharding.data_shards(mesh)
 
 
+class Program(NamedTuple):
+    """A stage's step, compiled by its first call, and what it takes: `step(state, batch, *more)`."""
+
+    step: Any  # a jitted function: shardings fixed at its borders, its state donated
+    template: TrainState  # shapes, dtypes and shardings
+    more: tuple[Params | None, ...]  # besides state and batch: the base of adapters, and in RL the reference policy
+    fresh: Callable[[], TrainState]  # makes the state at step 0
+
+
+def sft_program(
+    config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, base: Params | None, blanks: Any = None
+) -> Program:
+    """The program of the warm start, over `base` where it trains adapters; `blanks` as in `sft.make_step`.
+
+    Here and in `rl_program` arrays may be abstract, shapes with shardings: the step can then be compiled, not called.
+    """
+    _, axes = assemble.trained_part(config, model, "sft")
+    tx = optim.make(
+        config.sft.learning_rate, config.sft.warmup, config.sft.steps,
+        weight_decay=config.sft.weight_decay, decay=optim.decay_mask(axes),
+        matrix_rate=config.sft.matrix_rate, axes=axes,
+    )
+
+    def make(policy: Policy, sampler: Any) -> Callable[..., Any]:
+        return sft.make_step(policy, _updater(tx), config.sft.prompt_weight, _chunk(config, mesh), blanks)
+
+    fresh, template = _fresh_state(config, mesh, model, "sft", tx)
+    return Program(_jit(config, mesh, model, "sft", make, template, base), template, (base,), fresh)
+
+
+def rl_program(
+    config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, reference: Weights, rows: int, families: int
+) -> Program:
+    """The program of reinforcement learning from the end of the warm start; guidance remembers `rows` training pairs
+    and has levels for the `families` of queries."""
+    fresh_adapters = reference.base is None and assemble.adapters_of(config, "rl") is not None
+    base = reference.trained if fresh_adapters else reference.base
+    start = None if fresh_adapters else reference.trained
+    # Of fresh adapters, the reference is the base itself: no adapters at all.
+    compared = None if config.objective.kl == "none" else {} if fresh_adapters else start
+    _, axes = assemble.trained_part(config, model, "rl")
+    updates = config.rl.steps * config.rl.epochs * config.rl.minibatches
+    tx = optim.make(
+        config.rl.learning_rate, config.rl.warmup, updates, config.rl.schedule,
+        weight_decay=config.rl.weight_decay, decay=optim.decay_mask(axes),
+        matrix_rate=config.rl.matrix_rate, axes=axes,
+    )
+    cfg, names = step_config(config, mesh), tuple(step.name for step in model.book.steps)
+
+    def make(policy: Policy, sampler: rl_step.SamplerFn) -> Callable[..., Any]:
+        return rl_step.make_step(policy, model.tables, names, _updater(tx), cfg, sampler)
+
+    memory = None if cfg.guidance is None else partial(guidance.initial_state, rows, families, cfg.guidance)
+    fresh, template = _fresh_state(config, mesh, model, "rl", tx, start, memory)
+    return Program(
+        _jit(config, mesh, model, "rl", make, template, base, compared), template, (base, compared), fresh
+    )
+
+
 def _fresh_state(
-    run: Run, stage: str, tx: Any, start: Params | None = None, rows: int = 0
+    config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, stage: str, tx: Any, start: Params | None = None,
+    memory: Callable[[], GuidanceState] | None = None,
 ) -> tuple[Callable[[], TrainState], TrainState]:
     """A function that makes the state at step 0 on the mesh, and the state's shapes, dtypes and shardings.
 
     Starts from a copy of `start`, since the step donates its state; without, from the weights of the
-    pretrained model, or from a random draw. `rows` is the number of training pairs that guidance remembers.
+    pretrained model, or from a random draw. `memory` makes what guidance remembers.
     """
-    config = run.config
-    init, axes = assemble.trained_part(config, run.model, stage)
+    init, axes = assemble.trained_part(config, model, stage)
     adapters = assemble.adapters_of(config, stage)
     pretrained = start is None and adapters is None and bool(config.policy.get("pretrained"))
 
@@ -355,19 +382,15 @@ def _fresh_state(
             params = init(jax.random.key(config.seed))
         elif not pretrained:
             params = jax.tree.map(jnp.copy, params)
-        memory = None
-        if stage == "rl" and config.guidance.enabled:
-            settings = step_config(config, run.mesh).guidance
-            memory = guidance.initial_state(rows, len(run.data.families), settings)
         key = jax.random.key_data(jax.random.key(config.seed))
-        return TrainState(params, tx.init(params), jnp.int32(0), key, memory, jnp.int32(0))
+        return TrainState(params, tx.init(params), jnp.int32(0), key, memory and memory(), jnp.int32(0))
 
     shapes = jax.eval_shape(make, start)
-    shardings = sharding.state_shardings(run.mesh, shapes, sharding.param_shardings(run.mesh, axes, shapes.params))
+    shardings = sharding.state_shardings(mesh, shapes, sharding.param_shardings(mesh, axes, shapes.params))
     compiled = jax.jit(make, out_shardings=shardings, donate_argnums=(0,) if pretrained else ())
 
     def fresh() -> TrainState:
-        return compiled(assemble.load_pretrained(config, run.model, run.mesh) if pretrained else start)
+        return compiled(assemble.load_pretrained(config, model, mesh) if pretrained else start)
 
     template = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
@@ -375,15 +398,15 @@ def _fresh_state(
     return fresh, template
 
 
-def _restored(run: Run, stage: str, fresh: Callable[[], TrainState], template: TrainState) -> TrainState:
+def _restored(run: Run, stage: str, program: Program) -> TrainState:
     """The newest state of a stage, or a fresh one."""
-    found = run.checkpoints.restore(template, stage=stage)
-    return fresh() if found is None else found.state
+    found = run.checkpoints.restore(program.template, stage=stage)
+    return program.fresh() if found is None else found.state
 
 
 def _jit(
-    run: Run, stage: str, make: Callable[[Policy, rl_step.SamplerFn], Callable[..., Any]], state: TrainState,
-    base: Params | None, *more: Any,
+    config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, stage: str,
+    make: Callable[[Policy, rl_step.SamplerFn], Callable[..., Any]], state: TrainState, base: Params | None, *more: Any,
 ) -> Any:
     """`step(state, batch, base, *more)`, jitted with shardings fixed at its borders and its state donated, so that it
     compiles once.
@@ -391,9 +414,9 @@ def _jit(
     `make` gives the step of a policy and its sampler, here those of the whole policy or of adapters over `base`.
     `state` and `more` have the shardings of the step's arguments but for the batch.
     """
-    adapters, model = assemble.adapters_of(run.config, stage), run.model
-    load = build_expert_load(model.shape, sharding.placing(run.mesh)) if model.shape.experts else None
-    lay_out = assemble.decode_layout(run.config, model, run.mesh, stage)
+    adapters = assemble.adapters_of(config, stage)
+    load = build_expert_load(model.shape, sharding.placing(mesh)) if model.shape.experts else None
+    lay_out = assemble.decode_layout(config, model, mesh, stage)
 
     def step(state: TrainState, batch: Batch, base: Params | None, *more: Any) -> Any:
         policy = model.policy if adapters is None else lora.over(base, model.policy, adapters)
@@ -405,7 +428,7 @@ def _jit(
         return after, metrics, *seen
 
     state, base, more = jax.tree.map(lambda leaf: leaf.sharding, (state, base, more))
-    batch, whole = sharding.batch_sharding(run.mesh), sharding.replicated(run.mesh)
+    batch, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     outputs = (state, whole) if stage == "sft" else (state, whole, whole)
     return jax.jit(step, in_shardings=(state, batch, base, *more), out_shardings=outputs, donate_argnums=0)
 

@@ -15,7 +15,8 @@ How it departs from textbook GRPO: the prompt goes through the network once per 
 in the loss; components are centred one by one; equal rewards give advantage 0 rather than 0 / epsilon;
 there is no KL term unless one is asked for.
 
-The step is a pure function of (state, batch, reference) and is compiled once for a whole run.
+The step is a pure function of (state, batch, reference) and is compiled once for a whole run. Its parts stand in named
+scopes (PHASES), by which profiles and `preflight` tell them apart.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ from agrl_jax.rl.rollout import (
     row_keys,
 )
 from agrl_jax.types import Array, Batch, Params, Policy, Prefix, Reading, Rollout, RuleTables, TrainState
+
+PHASES = ("lay_out", "prefill", "decode", "replay", "reference", "loss", "update")
 
 Metrics = dict[str, Array]
 SamplerFn = Callable[[Params], tuple[Policy, Params]]  # the policy that samples, and its parameters
@@ -109,19 +112,23 @@ def make_step(
         state: TrainState, batch: Batch, reference: Params | None
     ) -> tuple[TrainState, Metrics, Inspection]:
         # ------------------------------------------------------------------------------------- roll
-        decoding = (policy, state.params) if sampler is None else sampler(state.params)
+        with jax.named_scope("lay_out"):
+            decoding = (policy, state.params) if sampler is None else sampler(state.params)
         sample = partial(
             rollout, *decoding, length=cfg.response_len, temperature=cfg.temperature, end_token=tables.end_token
         )
-        prefix = prefill(*decoding, batch.prompt, batch.prompt_len)
-        rolled = sample(prefix, row_keys(state.key, PURPOSE_ROLLOUT, state.step, batch.row, cfg.group_size))
+        with jax.named_scope("prefill"):
+            prefix = prefill(*decoding, batch.prompt, batch.prompt_len)
+        with jax.named_scope("decode"):
+            rolled = sample(prefix, row_keys(state.key, PURPOSE_ROLLOUT, state.step, batch.row, cfg.group_size))
         reading, scored = judge(rolled, batch)
         metrics = _rollout_metrics(rolled, scored, step_names)
 
         # ----------------------------------------------------------------------------------- replay
         guided, memory = jnp.zeros((batch.row.shape[0], cfg.group_size), bool), state.guidance
         if cfg.guidance is not None:
-            rolled, guided, memory, figures = _replay(state, batch, prefix, rolled, reading, scored, sample, judge)
+            with jax.named_scope("replay"):
+                rolled, guided, memory, figures = _replay(state, batch, prefix, rolled, reading, scored, sample, judge)
             reading, scored = judge(rolled, batch)
             metrics |= figures
 
@@ -132,7 +139,8 @@ def make_step(
         # ----------------------------------------------------------------------------------- update
         examples = _Example(batch.prompt, batch.prompt_len, rolled, advantage, None)
         if cfg.objective.kl != "none":
-            examples = examples.replace(reference_logp=_reference_logp(reference, examples))
+            with jax.named_scope("reference"):
+                examples = examples.replace(reference_logp=_reference_logp(reference, examples))
         params, opt_state, skipped, figures = _updates(state, examples)
         metrics |= figures | _token_counts(batch, rolled, cfg)
         state = TrainState(params, opt_state, state.step + 1, state.key, memory, skipped)
@@ -245,11 +253,13 @@ def make_step(
         def minibatch(carry: tuple[Params, Any, Array], examples: _Example) -> tuple[Any, Metrics]:
             params, opt_state, skipped = carry
             weights = objective.token_weights(examples.rolled, cfg.objective)
-            grads, sums = _accumulate(
-                partial(jax.value_and_grad(_loss, has_aux=True), params),
-                (_split(examples, cfg.micro_batches), _split(weights, cfg.micro_batches)),
-            )
-            params, opt_state, skipped, figures = update(grads, params, opt_state, skipped)
+            with jax.named_scope("loss"):
+                grads, sums = _accumulate(
+                    partial(jax.value_and_grad(_loss, has_aux=True), params),
+                    (_split(examples, cfg.micro_batches), _split(weights, cfg.micro_batches)),
+                )
+            with jax.named_scope("update"):
+                params, opt_state, skipped, figures = update(grads, params, opt_state, skipped)
             return (params, opt_state, skipped), _loss_metrics(sums, examples.rolled) | figures
 
         def epoch(carry: tuple[Params, Any, Array], _: None) -> tuple[Any, Metrics]:
