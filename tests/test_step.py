@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
-import tempfile
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -16,16 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import RESPONSE_LEN, make_small
+from conftest import RESPONSE_LEN
 
-from agrl_jax.policy.transformer import build
 from agrl_jax.rl import guidance, objective, reader
 from agrl_jax.rl.guidance import GuidanceConfig
 from agrl_jax.rl.objective import ObjectiveConfig
 from agrl_jax.rl.reward import RewardConfig
 from agrl_jax.rl.rollout import PURPOSE_ROLLOUT, prefill, rollout, row_keys
 from agrl_jax.rl.step import StepConfig, make_step
-from agrl_jax.runtime import optim, sharding
+from agrl_jax.runtime import optim
 from agrl_jax.types import Batch, Rollout, TrainState
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -331,58 +325,3 @@ def test_equal_rewards_leave_the_policy_where_it_is_and_broken_ones_are_skipped(
     jax.tree.map(np.testing.assert_array_equal, after.params, broken)
     assert metrics["optim/finite"] == 0 and after.skipped == 5 and after.step == 1
     assert step._cache_size() == 1
-
-
-# -------------------------------------------------------------------------------------------- many devices
-
-
-def on_a_mesh(small, mesh, batch, reference):
-    """One step of CONFIG with each shard's capacity, its borders pinned as training pins them."""
-    cfg = dataclasses.replace(CONFIG, shards=4)
-    _, _, axes = build(small.config)
-    start = fresh_state(small.params, cfg)
-    params = sharding.param_shardings(mesh, axes, small.params)
-    places, whole = sharding.state_shardings(mesh, start, params), sharding.replicated(mesh)
-    by_batch = sharding.batch_sharding(mesh)
-    step = jax.jit(
-        make_step(small.policy, small.tables, ("fit", "brand"), descend, cfg),
-        in_shardings=(places, by_batch, params), out_shardings=(places, whole, whole), donate_argnums=0,
-    )
-    state, reference = sharding.put(start, places), sharding.put(reference, params)
-    results = []
-    for _ in range(2):
-        state, metrics, seen = step(state, sharding.put(batch, by_batch), reference)
-        results.append(jax.device_get((state.params, state.guidance, metrics, seen)))
-    assert step._cache_size() == 1
-    return results
-
-
-def compare_meshes() -> None:
-    """Run by a process of eight devices: two steps on each mesh are those on one device."""
-    assert jax.device_count() == 8
-    with tempfile.TemporaryDirectory() as folder:
-        small = make_small(Path(folder))
-    small = small._replace(params=jax.device_get(small.params))
-    reference = jax.tree.map(lambda x: 0.9 * x, small.params)
-    batch = small.batch([(0, 0), (1, 0), (2, 1), (2, 0)] * 2, rows=range(B))
-    expected = on_a_mesh(small, sharding.make_mesh(1, 1, 1, jax.devices()[:1]), batch, reference)
-    assert expected[0][2]["guide/share"] > 0
-    for sizes in ((4, 1, 2), (2, 2, 2)):
-        found = on_a_mesh(small, sharding.make_mesh(*sizes), batch, reference)
-        for (_, _, _, seen), (_, _, _, by_one) in zip(found, expected, strict=True):
-            np.testing.assert_array_equal(seen.rolled.tokens, by_one.rolled.tokens)
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), found, expected)
-
-
-@pytest.mark.slow
-def test_eight_devices_take_the_same_step_as_one():
-    eight = "--xla_force_host_platform_device_count=8"
-    environment = {
-        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": eight, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"
-    }
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
-
-
-if __name__ == "__main__":
-    compare_meshes()

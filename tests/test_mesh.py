@@ -1,0 +1,367 @@
+"""The step on many devices: the same numbers as on one, every large array split, and nothing gathered in vain.
+
+Each test starts processes of their own, with eight CPU devices between them, that run one of the functions below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import END, RESPONSE_LEN, VOCABULARY, Small, make_small
+
+from agrl_jax import assemble, train
+from agrl_jax.policy import transformer
+from agrl_jax.rl import guidance
+from agrl_jax.rl.objective import token_logprobs
+from agrl_jax.rl.rollout import PURPOSE_ROLLOUT, predicting_hidden, prefill, row_keys
+from agrl_jax.rl.step import make_step
+from agrl_jax.rulebook.automaton import compile_tables
+from agrl_jax.runtime import processes, sharding
+from agrl_jax.types import Batch, TrainState
+from configs import common
+
+MESHES = ("8x1x1", "1x8x1", "2x2x2", "1x2x4")
+
+
+def run_on_eight(function: str, *args: str, number: int = 1, fast: bool = True) -> str:
+    """Runs a function of this file in `number` processes of eight devices in all; what they printed."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // number}",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(fast)), "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": str(number),
+    }  # fmt: skip
+    started = [
+        subprocess.Popen(
+            [sys.executable, __file__, function, *args], env=environment | {"JAX_PROCESS_ID": str(index)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for index in range(number)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=550)[0] for process in started]
+    assert not any(process.returncode for process in started), "\n".join(said)
+    return "\n".join(said)
+
+
+def mesh_of(sizes: str) -> jax.sharding.Mesh:
+    return sharding.make_mesh(*map(int, sizes.split("x")))
+
+
+# ---------------------------------------------------------------------------------------- the same as on one
+
+
+@pytest.mark.slow
+def test_eight_devices_take_the_same_steps_as_one():
+    assert "compared: 8x1x1 1x8x1 2x2x2 1x2x4; flipped tokens: 0" in run_on_eight("compare", *MESHES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "sizes"), [(2, "1x2x4"), (4, "2x2x2")])
+def test_so_do_several_processes(number, sizes):
+    said = run_on_eight("compare", sizes, number=number)
+    assert said.count(f"compared: {sizes}; flipped tokens: 0") == number
+
+
+RATE = 0.5  # of plain gradient descent
+EXAMPLES, GROUP = 8, 4
+
+
+class Found(NamedTuple):
+    """What is compared, on the host."""
+
+    draws: np.ndarray  # [B, G, T] uniform numbers of the first rollout
+    steps: list[Any]  # of each step: parameters, gradient, guidance state, metrics, rollout
+    logp: np.ndarray  # [B, G, T] of the expected tokens
+
+
+def descend(grads, params, opt_state, skipped):
+    """Plain gradient descent, which leaves the gradient where an optimiser keeps its state."""
+    return jax.tree.map(lambda p, g: p - RATE * g, params, grads), grads, skipped, {}
+
+
+def take_steps(small: Small, mesh: jax.sharding.Mesh, tokens: np.ndarray | None = None) -> Found:
+    """Three steps on a mesh, its borders pinned as training pins them; `tokens` [B, G, T] to be teacher-forced."""
+    from test_step import CONFIG, KEY
+
+    cfg = dataclasses.replace(CONFIG, shards=EXAMPLES)  # all failing groups are guided, however the batch is split
+    policy, _, axes = transformer.build(small.config, sharding.placing(mesh))
+    memory = guidance.initial_state(40, 2, cfg.guidance)
+    start = TrainState(
+        small.params, jax.tree.map(np.zeros_like, small.params), np.int32(0), KEY, jax.device_get(memory), np.int32(0)
+    )
+    params = sharding.param_shardings(mesh, axes, small.params)
+    places, whole = sharding.state_shardings(mesh, start, params), sharding.replicated(mesh)
+    by_batch = sharding.batch_sharding(mesh)
+
+    def sampler(params):
+        return policy, sharding.gathered(mesh, axes, params)
+
+    step = jax.jit(
+        make_step(policy, small.tables, ("fit", "brand"), descend, cfg, sampler),
+        in_shardings=(places, by_batch, params), out_shardings=(places, whole, whole), donate_argnums=0,
+    )
+    to_host = jax.jit(lambda x: x, out_shardings=whole)
+    batch = sharding.put(small.batch([(0, 0), (1, 0), (2, 1), (2, 0)] * 2, rows=range(EXAMPLES)), by_batch)
+    state = sharding.put(start, places)
+    reference = sharding.put(jax.tree.map(lambda x: 0.9 * x, small.params), params)
+
+    @partial(jax.jit, out_shardings=whole)
+    def draw(row):
+        keys = row_keys(KEY, PURPOSE_ROLLOUT, 0, row, GROUP)
+        at = jax.vmap(jax.vmap(lambda k: jax.vmap(partial(jax.random.fold_in, k))(jnp.arange(RESPONSE_LEN))))(keys)
+        return jax.vmap(jax.vmap(jax.vmap(jax.random.uniform)))(at)
+
+    @partial(jax.jit, out_shardings=whole)
+    def logprobs(params, batch, tokens):
+        prefix = prefill(policy, params, batch.prompt, batch.prompt_len)
+        hidden = predicting_hidden(policy, params, prefix, tokens)
+        return token_logprobs(partial(policy.unembed, params), hidden, tokens, cfg.temperature, 16)[0]
+
+    taken = []
+    for _ in range(3):
+        state, metrics, seen = step(state, batch, reference)
+        kept = to_host((state.params, state.opt_state, state.guidance))
+        taken.append(jax.device_get((*kept, metrics, seen.rolled)))
+    assert step._cache_size() == 1
+    tokens = taken[0][-1].tokens if tokens is None else tokens
+    given = sharding.put((small.params, tokens), (params, by_batch))
+    return Found(*jax.device_get((draw(batch.row), None)), None)._replace(
+        steps=taken, logp=jax.device_get(logprobs(given[0], batch, given[1]))
+    )
+
+
+def compare(*meshes: str) -> None:
+    """Three steps on each mesh are those on one device."""
+    processes.connect(os.environ["JAX_NUM_PROCESSES"] != "1")
+    assert jax.device_count() == 8
+    with tempfile.TemporaryDirectory() as folder:
+        small = make_small(Path(folder))
+    small = small._replace(params=jax.device_get(small.params))
+    expected = take_steps(small, sharding.make_mesh(1, 1, 1, jax.local_devices()[:1]))
+    assert expected.steps[0][3]["guide/share"] > 0
+    flipped = 0
+    for sizes in meshes:
+        found = take_steps(small, mesh_of(sizes), expected.steps[0][-1].tokens)
+        np.testing.assert_array_equal(found.draws, expected.draws)
+        np.testing.assert_allclose(found.logp, expected.logp, atol=1e-4)
+        for (*numbers, rolled), (*by_one, rolled_by_one) in zip(found.steps, expected.steps, strict=True):
+            flipped += int(np.sum(rolled.tokens != rolled_by_one.tokens))
+            for params, other in zip(numbers[:2], by_one[:2], strict=True):  # parameters and gradients
+                jax.tree_util.tree_map_with_path(partial(close, sizes), params, other)
+            jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), numbers[2:], by_one[2:])
+    print(f"compared: {' '.join(meshes)}; flipped tokens: {flipped}")
+
+
+def close(sizes: str, path: Any, found: np.ndarray, expected: np.ndarray) -> None:
+    distance = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert distance <= 1e-5, f"{sizes} {jax.tree_util.keystr(path)}: {distance}"
+
+
+# ------------------------------------------------------------------------- what the compiler makes of it
+
+
+class Sizes(NamedTuple):
+    """Of the step that is compiled; those of arrays, where they are large, differ."""
+
+    batch: int = 64
+    group: int = 4
+    prompt: int = 24
+    response: int = 12
+    vocab: int = 640
+    width: int = 96
+    layers: int = 3
+    heads: int = 8
+    kv_heads: int = 4
+    head_dim: int = 24
+    mlp: int = 160
+    chunk: int = 16  # positions of one device whose logits are held at once
+    experts: int = 0
+
+
+def compile_step(mesh: jax.sharding.Mesh, sizes: Sizes, **lora: Any) -> jax.stages.Compiled:
+    """The program of reinforcement learning that training would run, with two micro-batches and a KL term."""
+    config = common.base()
+    config.rl.update(batch_size=sizes.batch, group_size=sizes.group, micro_batches=2, matrix_rate=0.0)
+    config.data.update(prompt_len=sizes.prompt, response_len=sizes.response)
+    config.objective.update(logprob_chunk=sizes.chunk, kl="k3", kl_weight=0.1)
+    config.log.samples = 1
+    config.mesh.update(mesh.shape)
+    config.lora.update(lora)
+    with tempfile.TemporaryDirectory() as folder:
+        small = make_small(Path(folder))
+    words = [*VOCABULARY[:END], *(b"w%d" % i for i in range(sizes.vocab - len(VOCABULARY))), None]
+    tables = jax.tree.map(np.asarray, compile_tables(small.book, words, sizes.vocab - 1))
+    shape = transformer.PolicyConfig(
+        vocab_size=sizes.vocab, width=sizes.width, layers=sizes.layers, heads=sizes.heads, kv_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim, mlp=sizes.mlp, tied=False, remat=True, experts=sizes.experts,
+        experts_per_token=2 if sizes.experts else 0,
+    )  # fmt: skip
+    policy, init, axes = transformer.build(shape, sharding.placing(mesh))
+    model = assemble.Model(small.book, None, tables, shape, policy, init, axes)
+    start = assemble.param_shapes(init, axes, mesh)
+    program = train.rl_program(config, mesh, model, train.Weights(start), rows=1000, families=2)
+    example = small.batch([(0, 0)])
+    widths = {"prompt": sizes.prompt, "gold": sizes.response}
+
+    def of_batch(name: str) -> jax.ShapeDtypeStruct:
+        rest = (widths[name],) if name in widths else getattr(example, name).shape[1:]
+        return jax.ShapeDtypeStruct((sizes.batch, *rest), jnp.int32, sharding=sharding.batch_sharding(mesh))
+
+    batch = Batch(**{field.name: of_batch(field.name) for field in dataclasses.fields(Batch)})
+    return program.step.lower(program.template, batch, *program.more).compile()
+
+
+class Operation(NamedTuple):
+    """One line of a compiled module; shapes are those of one device."""
+
+    kind: str
+    scope: str  # where in the program it comes from
+    shapes: list[tuple[str, tuple[int, ...]]]  # dtype and dimensions of its results
+    line: str
+
+    @property
+    def bytes(self) -> int:
+        """Of its largest result."""
+        return max((_BYTES[dtype] * int(np.prod(dims)) for dtype, dims in self.shapes), default=0)
+
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def operations(compiled: jax.stages.Compiled) -> Iterator[Operation]:
+    for line in compiled.as_text().splitlines():
+        found = re.match(r"\s+(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([\w-]+)\(", line)
+        if found:
+            shapes = [
+                (dtype, tuple(int(size) for size in dims.split(",") if size))
+                for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", found[1]) if dtype in _BYTES
+            ]
+            scope = re.search(r'op_name="([^"]*)"', line)
+            yield Operation(found[2].removesuffix("-start"), scope[1] if scope else "", shapes, line.strip()[:300])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", ["1x8x1", "2x2x2"])
+def test_decoding_gathers_no_weights(sizes):
+    run_on_eight("look_at_decoding", sizes)
+
+
+def look_at_decoding(sizes: str) -> None:
+    """Weights are gathered once, before the loop, and every gather inside is of the rows of this device's own batch."""
+    mesh, shape = mesh_of(sizes), Sizes()
+    found = list(operations(compile_step(mesh, shape)))
+    rows = shape.batch // sharding.data_shards(mesh)
+    for scope in ("decode", "replay"):
+        inside = [op for op in found if re.search(rf"/{scope}/.*while/body", op.scope)]
+        assert any(op.kind in ("dot", "fusion", "custom-call") for op in inside)
+        for op in inside:
+            if op.kind in ("all-gather", "all-to-all", "collective-permute"):
+                assert all(dims[0] <= rows for _, dims in op.shapes), op
+                assert op.bytes <= rows * shape.group * shape.vocab * 4, op
+    gathered = [dims for op in found if op.kind == "all-gather" and "/lay_out/" in op.scope for _, dims in op.shapes]
+    assert sorted(dims for dims in gathered if shape.width in dims), "no weights were gathered before the loop"
+
+
+@pytest.mark.slow
+def test_no_rollout_crosses_the_data_axis():
+    run_on_eight("look_at_the_data_axis")
+
+
+def look_at_the_data_axis() -> None:
+    """Between data shards go gradients, figures, the examples that are shown, and of guided replay ids and passes."""
+    mesh, shape = mesh_of("8x1x1"), Sizes()
+    compiled = compile_step(mesh, shape)
+    _, init, _ = transformer.build(transformer.PolicyConfig(
+        vocab_size=shape.vocab, width=shape.width, layers=1, heads=shape.heads, kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim, mlp=shape.mlp, tied=False,
+    ))  # fmt: skip
+    weights = {int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(jax.eval_shape(init, jax.random.key(0)))}
+    weights |= {shape.layers * size for size in weights}
+    shown = shape.group * max(shape.response, 12) * 4  # bytes of the largest array of one example
+    crossing = [op for op in operations(compiled) if op.kind in _COLLECTIVES]
+    for op in crossing:
+        for dtype, dims in op.shapes:
+            size = int(np.prod(dims))
+            gradient = op.kind in ("all-reduce", "reduce-scatter") and dtype == "f32" and size in weights
+            assert gradient or size * _BYTES[dtype] <= max(shown, shape.batch * 4), op
+    # Whether any group is replayed is decided by all devices together.
+    deciding = [op for op in crossing if op.shapes == [("pred", ())] and "reduce_or" in op.scope]
+    assert deciding and all(_group_size(op.line) == 8 for op in deciding), deciding
+
+
+def _group_size(line: str) -> int:
+    """Devices that take part together in a collective over one axis."""
+    found = re.search(r"replica_groups=(?:\[\d+,(\d+)\]|mesh\['axis_0'=(\d+)|\{\{([\d,]+)\})", line)
+    return len(found[3].split(",")) if found[3] else int(found[1] or found[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sizes", "kv_heads"), [("8x1x1", 4), ("1x8x1", 4), ("2x2x2", 4), ("2x2x2", 3), ("1x2x4", 4)])
+def test_every_large_array_is_split(sizes, kv_heads):
+    run_on_eight("look_at_arrays", sizes, str(kv_heads))
+
+
+def look_at_arrays(sizes: str, kv_heads: str) -> None:
+    """No array on a device is larger than the largest that it should hold, all of which are split."""
+    mesh, shape = mesh_of(sizes), Sizes(kv_heads=int(kv_heads), heads=2 * int(kv_heads))
+    compiled = compile_step(mesh, shape)
+    rows, tensor = shape.batch // sharding.data_shards(mesh), mesh.shape["tensor"]
+    heads, kv = (size // tensor if size % tensor == 0 else size for size in (shape.heads, shape.kv_heads))
+    expected = {
+        "weights gathered, of one matrix in all layers": shape.layers * shape.width * max(
+            shape.mlp // tensor, heads * shape.head_dim),
+        "embedding gathered": shape.vocab // tensor * shape.width,
+        "hidden states": rows * max(shape.prompt, shape.group * shape.response) * shape.width,
+        "cache": shape.layers * rows * shape.group * shape.response * kv * shape.head_dim,
+        "keys of the prompts": shape.layers * rows * shape.prompt * kv * shape.head_dim,
+        "attention": rows * heads * max(
+            shape.prompt**2, shape.group * shape.response * (shape.prompt + shape.response)),
+        "feed-forward": rows * max(shape.prompt, shape.group * shape.response) * shape.mlp // tensor,
+        "logits of a step of decoding": rows * shape.group * shape.vocab,
+        "logits of a chunk": max(shape.chunk, rows) * shape.vocab // tensor,
+    }  # fmt: skip
+    limit = 4 * max(expected.values())
+    whole_batch = 4 * shape.batch * shape.group * shape.response * shape.width
+    assert limit < whole_batch or sharding.data_shards(mesh) < 4, "a replicated batch would go unnoticed"
+    large = sorted({(op.bytes, op.kind, str(op.shapes), op.scope) for op in operations(compiled)
+                    if op.kind not in ("tuple", "while", "conditional", "parameter")}, reverse=True)  # fmt: skip
+    listed = "\n".join(map(str, large[:25]))
+    print(f"{sizes}: at most {limit:,} bytes\n{listed}")
+    assert large[0][0] <= limit, listed
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_vocabulary_times_length():
+    """The logits of a whole batch are never held: twice the vocabulary and twice the length add up, and no more."""
+    small = Sizes(batch=8, layers=1, vocab=2000, response=16)
+    large = small._replace(vocab=4000, response=32)
+
+    def peak(sizes: Sizes) -> int:
+        return compile_step(sharding.make_mesh(1, 1, 1), sizes).memory_analysis().temp_size_in_bytes
+
+    both = peak(large)
+    more = both - peak(large._replace(vocab=small.vocab)) - peak(large._replace(response=small.response)) + peak(small)
+    logits = 4 * small.batch * small.group * small.response * small.vocab // 2  # of a micro-batch
+    assert abs(more) < 0.2 * logits
+    assert peak(large._replace(chunk=0)) > both + logits
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
