@@ -223,6 +223,37 @@ def paired_difference(
     return {"value": _number(value), "low": low, "high": high}
 
 
+def over_seeds(
+    judged: Sequence[Judgements], book: RuleBook, bootstrap: int = 1000, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Every metric of `score` over several runs: [1 + bootstrap], the mean over the runs and its resamples.
+
+    The bootstrap is hierarchical: runs are drawn with replacement, then queries, the same ones for all of them. With
+    the same `seed`, as many runs and the same queries, two calls draw the same, so that the difference of their
+    results is a paired one.
+
+    Raises:
+      ScorecardError: the runs did not judge the same pairs.
+    """
+    first = judged[0]
+    if any(list(other.query) != list(first.query) or not np.array_equal(other.tier, first.tier) for other in judged):
+        raise ScorecardError("runs to be averaged need judgements of the same pairs in the same order")
+    estimators = [_Estimator(each, book) for each in judged]
+    runs, queries = len(judged), estimators[0].queries
+    drawn = np.random.default_rng(seed).integers(runs, size=(bootstrap, runs))
+    times = (drawn[:, :, None] == np.arange(runs)).sum(axis=1)  # [bootstrap, runs]
+    share = np.concatenate([np.ones((1, runs)), times]) / runs
+    weights = [np.ones((1, queries)), *_resamples(queries, len(first), bootstrap, seed)]
+    values = [[estimator(some) for some in weights] for estimator in estimators]  # by run, then by piece
+    return {
+        metric: sum(
+            share[: len(whole), run] * whole
+            for run, whole in enumerate(np.concatenate([piece[metric].value for piece in of]) for of in values)
+        )
+        for metric in values[0][0]
+    }
+
+
 class _Estimate(NamedTuple):
     value: np.ndarray  # [W] one for each weighting, NaN where undefined
     n: np.ndarray  # [W] support

@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from agrl_jax import assemble, scorecard
+from agrl_jax import assemble, judgements, scorecard
 from agrl_jax.assemble import Data, Model
 from agrl_jax.data import pipeline
 from agrl_jax.data.pairs import PairsError
@@ -469,15 +469,16 @@ def _scorecard(run: Run, name: str, stage: str, weights: Weights) -> dict[str, A
     missing = written is None or set(written) != set(run.data.eval_splits)
     if not processes.greatest(missing):
         return written
-    config, cards = run.config, {}
+    config, cards, kept = run.config, {}, {}
     params = assemble.decode_layout(config, run.model, run.mesh, stage)(*weights)
     for part in run.data.eval_splits:
         split = assemble.encode(config, run.model, run.data, run.data.splits[part])
         rows = pipeline.stratified(split, config.eval.pairs or len(split), config.data.seed)
-        judged = run.evaluator.judge(params, split, rows)
+        kept[part] = judged = run.evaluator.judge(params, split, rows)
         cards[part] = scorecard.score(judged, run.model.book, bootstrap=config.eval.bootstrap, seed=config.seed)
     if jax.process_index() == 0:
-        scorecard.write(path, {name: cards})
+        judgements.write(run.workdir / judgements.FILE, name, kept, run.model.book)
+        scorecard.write(path, {name: cards})  # last: it says that the stage is done
     return cards
 
 
@@ -508,6 +509,7 @@ def _say_where(run: Run) -> None:
     for name, what in (
         ("config.json", "every field of the run"),
         ("scorecard.json", "the scorecard"),
+        (judgements.FILE, "what the policy said of every pair of the scorecard"),
         ("metrics.jsonl", "one row per step; the same in tensorboard/"),
         ("samples.jsonl", "decoded rollouts"),
         ("curves.png", "learning curves"),

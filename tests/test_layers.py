@@ -22,7 +22,7 @@ GROUND = {
     "rl": {"types"},
     "data": {"types", "rulebook", "policy.tokenizer"},
 }
-ABOVE_RL = {"supervised", "judging", "scorecard", "samples", "plots", "cuts"}
+ABOVE_RL = {"supervised", "judging", "scorecard", "samples", "plots", "cuts", "judgements"}
 MAY_IMPORT = GROUND | {name: GROUND.keys() | ABOVE_RL for name in ABOVE_RL}
 MAY_IMPORT["assemble"] = GROUND.keys() | ABOVE_RL
 MAY_IMPORT["trained"] = GROUND.keys() | ABOVE_RL | {"assemble"}
