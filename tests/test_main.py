@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from agrl_jax import judgements
 from agrl_jax.runtime.metrics import read_jsonl
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +73,10 @@ def test_writes_everything_it_promises(whole: tuple[Path, str]) -> None:
     assert [row["step"] for row in rows if row["stage"] == "rl"] == list(range(1, 13))
     assert list((workdir / "tensorboard" / "rl").glob("events*"))
     assert json.loads((workdir / "config.json").read_text())["rl"]["group_size"] == 4
+    frame = judgements.read(workdir / "judgements.parquet")  # accuracy follows from it
+    mine = frame.filter(stage="agrl", split="b_eval")
+    assert (mine["tier"] == mine["judged_tier"]).sum() / 24 == card["agrl"]["b_eval"]["accuracy"]["value"]
+    assert frame.group_by("stage", "split").len()["len"].to_list() == [24] * 4
     assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "macro" in output and str(workdir / "scorecard.json") in output
 
@@ -105,7 +110,8 @@ def test_killed_at_any_moment_and_resumed_it_leaves_the_same_logs(
     finish(start(tmp_path, data_dir, cache_dir))
     assert without_times(metrics) == without_times(whole[0] / "metrics.jsonl")
     assert (tmp_path / "samples.jsonl").read_bytes() == (whole[0] / "samples.jsonl").read_bytes()
-    assert (tmp_path / "scorecard.json").read_bytes() == (whole[0] / "scorecard.json").read_bytes()
+    for name in ("scorecard.json", "judgements.parquet"):
+        assert (tmp_path / name).read_bytes() == (whole[0] / name).read_bytes()
 
 
 @pytest.mark.slow
