@@ -155,10 +155,11 @@ def _run(name: str, python: str, task: protocol.Task) -> dict[str, Any]:
     if done.returncode or not ends:
         return {"error": f"exit code {done.returncode}", "output": done.stderr[-2000:]}
     parts = next((answer["parts"] for answer in answers if answer["kind"] == "parts"), {})
-    steps = [
-        {key: answer[key] for key in ("warm", "seconds", "parts")} for answer in answers if answer["kind"] == "step"
-    ]
-    return {key: value for key, value in ends[0].items() if key != "kind"} | {"steps": steps, "parts": parts}
+    end, *steps = (
+        {key: value for key, value in answer.items() if key != "kind"}
+        for answer in (*ends, *(answer for answer in answers if answer["kind"] == "step"))
+    )
+    return end | {"steps": steps, "parts": parts}
 
 
 def _machine(dtype: str) -> dict[str, Any]:

@@ -108,6 +108,7 @@ def summary(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
         }
         table[name] = {
             "seconds": seconds,
+            "cpu_seconds": statistics.median(step["cpu_seconds"] for step in steps),
             "spread": max(step["seconds"] for step in steps) - min(step["seconds"] for step in steps),
             "parts": parts,
             "warm_up": first - seconds,
@@ -118,22 +119,31 @@ def summary(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _peers(found: dict[str, Any]) -> str:
-    """The summary in Markdown, with each peer's time and memory over ours."""
+    """The summary in Markdown, with each peer's time over ours."""
     table = summary(found)
-    ours = table.get("ours")
-    columns = ["", "s a step", "over ours", "rollout", "reference", "gradient", "update", "warm-up s", "peak GB"]
+    columns = ["", "s a step", "over ours", "CPU time over ours", *PARTS[:4], "warm-up s", "peak GB"]
     rows = []
     for name, row in table.items():
-        parts = dict(row["parts"])
-        rollout = parts.pop("rollout", None) or parts.pop("prefill") + parts.pop("decode")
-        gradient = parts.get("gradient", parts.get("gradient and update"))
-        update = None if "gradient and update" in parts else parts["update"]
-        peak = _gigabytes(row["peak_device"] or row["peak_rss"])
-        ratio = row["seconds"] / ours["seconds"] if ours else None
+        over = [row[key] / table["ours"][key] if "ours" in table else None for key in ("seconds", "cpu_seconds")]
+        parts = [_part(row["parts"], part) or None for part in PARTS[:4]]
         rows.append(
-            [name, row["seconds"], ratio, rollout, parts["reference"], gradient, update, row["warm_up"], peak]
+            [name, row["seconds"], *over, *parts, row["warm_up"], _gigabytes(row["peak_device"] or row["peak_rss"])]
         )
-    return _markdown(columns, rows)
+    return f"{_markdown(columns, rows)}\n\n{_around(found)}"
+
+
+def _around(found: dict[str, Any]) -> str:
+    """What the machine reached before and after the contenders' runs, and how much else ran on it."""
+    measured = [each for run in found["runs"] for each in run["ceilings"]]
+
+    def span(key: str, unit: float) -> str:
+        values = [each[key] / unit for each in measured]
+        return f"{min(values):.3g} to {max(values):.3g}"
+
+    return (
+        f"Around these runs a large matrix product reached {span('flops', 1e9)} GFLOP/s, a large copy "
+        f"{span('bytes', 1e9)} GB/s, and the load average was {span('load', 1)}."
+    )
 
 
 def _limits(found: dict[str, Any]) -> str:

@@ -95,15 +95,18 @@ def test_as_many_groups_can_be_guided_as_are_asked_for(load: workload.Workload) 
 
 def test_a_peer_is_set_over_ours() -> None:
     def run(name: str, seconds: float, parts: dict[str, float]) -> dict:
-        steps = [{"warm": False, "seconds": 9.0, "parts": {}}, {"warm": True, "seconds": seconds, "parts": parts}]
-        return {"contender": name, "steps": steps, "parts": {}, "peak_rss": 2e9, "peak_device": None}
+        warm_up = {"warm": False, "seconds": 9.0, "cpu_seconds": 0.0, "parts": {}}
+        steps = [warm_up, {"warm": True, "seconds": seconds, "cpu_seconds": 2 * seconds, "parts": parts}]
+        figures = {"steps": steps, "parts": {}, "peak_rss": 2e9, "peak_device": None}
+        return {"contender": name, "ceilings": [CEILINGS, CEILINGS], **figures}
 
     parts = {"rollout": 1.0, "reference": 0.5, "gradient": 0.25, "update": 0.125}
     runs = [run("ours", seconds, parts) for seconds in (2.0, 3.0, 4.0)] + [run("trl", 12.0, parts)]
-    failed = {"contender": "tunix", "error": "exit code -9", "output": ""}
+    failed = {"contender": "tunix", "error": "exit code -9", "output": "", "ceilings": [CEILINGS | {"flops": 3e9}]}
     rows = table.of({"benchmark": "peers", "runs": [*runs, failed]}).splitlines()
-    assert rows[2] == "| ours | 3 | 1 | 1 | 0.5 | 0.25 | 0.125 | 6 | 2 |"
-    assert rows[3].startswith("| trl | 12 | 4 | ") and len(rows) == 4
+    assert rows[2] == "| ours | 3 | 1 | 1 | 1 | 0.5 | 0.25 | 0.125 | 6 | 2 |"
+    assert rows[3].startswith("| trl | 12 | 4 | 4 | ") and rows[4] == ""
+    assert "reached 2 to 3 GFLOP/s" in rows[5]
 
 
 @pytest.mark.slow

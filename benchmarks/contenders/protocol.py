@@ -51,7 +51,7 @@ class Report:
 
     def begin(self) -> None:
         """A step begins now; those after it begin where the one before ended."""
-        self._began = time.monotonic()
+        self._began, self._cpu = time.monotonic(), time.process_time()
         if not self._steps:
             _say(kind="ready", seconds=self._began - self._birth)
 
@@ -81,8 +81,8 @@ class Report:
         wanted = task.prompt_len * len(task.texts), task.response_len * task.group_size * len(task.texts)
         if (prompt_tokens, answer_tokens) != wanted:
             raise ValueError(f"{prompt_tokens} tokens of prompts, {answer_tokens} of answers, where {wanted} are due")
-        seconds = time.monotonic() - self._began
-        _say(kind="step", warm=self._steps >= task.warmup, seconds=seconds, parts=self._parts)
+        seconds, cpu = time.monotonic() - self._began, time.process_time() - self._cpu
+        _say(kind="step", warm=self._steps >= task.warmup, seconds=seconds, cpu_seconds=cpu, parts=self._parts)
         self._steps += 1
         self._parts = {}
         self.begin()
