@@ -207,6 +207,18 @@ def test_a_stage_may_not_shrink_and_one_that_is_over_may_not_grow(saved):
         Checkpointer(saved, identity=changed(config__sft__steps=20))
 
 
+def test_what_comes_after_a_warm_start_may_change_until_it_has_begun(saved):
+    other = changed(config__rl__group_size=16, config__rl__steps=50)
+    with Checkpointer(saved, identity=IDENTITY) as checkpoints:
+        checkpoints.save_sft({"x": jnp.int32(1)})
+    with pytest.raises(CheckpointMismatch, match="rulebook"):
+        Checkpointer(saved, identity={**other, "rulebook": "xyz"})
+    with Checkpointer(saved, identity=other) as checkpoints:
+        checkpoints.save("rl", 1, make_state(1))
+    with pytest.raises(CheckpointMismatch, match="rl.group_size: 16 -> 8"):
+        Checkpointer(saved, identity=IDENTITY)
+
+
 # ---------------------------------------------------------------------------------------- what goes wrong
 
 

@@ -34,6 +34,9 @@ MAY_CHANGE = ("config.eval", "config.log", "config.checkpoint", "config.mesh", "
 # And the length of a stage that is not over may grow; the learning rate follows the new length from there.
 MAY_GROW = {"sft": "config.sft.steps", "rl": "config.rl.steps"}
 
+# And all that the warm start does not depend on, while nothing has come after it: several runs can share one.
+AHEAD = ("config.method", "config.rl", "config.dpo", "config.reward", "config.objective", "config.guidance")
+
 
 class CheckpointError(ValueError):
     """A checkpoint that could not be written or read."""
@@ -250,6 +253,7 @@ class Checkpointer:
     def _check_identity(self) -> None:
         """Refuses to go on under a config or rule book other than that of the newest checkpoint."""
         stage, step = self.newest()
+        ahead = AHEAD if self.sft_ended and stage == "sft" else ()
         if self._managers[stage].latest_step() is None:
             stage = SFT_END
         before = flatten(self.record(stage, step)["identity"] or {})
@@ -259,7 +263,7 @@ class Checkpointer:
 
         def may_differ(field: str) -> bool:
             grows = field in growing and field in before and field in now and before[field] <= now[field]
-            return grows or matches(field, MAY_CHANGE)
+            return grows or matches(field, (*MAY_CHANGE, *ahead))
 
         differences = diff(
             {field: value for field, value in before.items() if not may_differ(field)},
