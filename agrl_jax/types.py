@@ -124,8 +124,21 @@ class Rollout:
         return self.valid & ~self.sampled
 
 
-# Lays an array over the devices, given a name or None for each of its axes: (array, logical axes) -> array.
-Place = Callable[[Array, tuple[str | None, ...]], Array]
+Axes = tuple[str | None, ...]  # a logical name, or None, for each axis of an array
+
+
+class Layout(NamedTuple):
+    """How arrays lie over the devices, by their logical axes. By default that is left to the compiler."""
+
+    place: Callable[[Array, Axes], Array] = lambda x, axes: x  # holds an array to its place
+    # (function, axes of its arguments, axes of its result) -> the function of whole arrays that runs it on each
+    # device's part of them. An axis of the result is split where an argument's axis of that name is.
+    split: Callable[[Callable[..., Array], tuple[Axes, ...], Axes], Callable[..., Array]] = (
+        lambda function, inputs, output: function
+    )
+
+
+ANYWHERE = Layout()
 
 
 class ApplyFn(Protocol):

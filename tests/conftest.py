@@ -88,14 +88,13 @@ def _int32(values) -> np.ndarray:
     return np.array(list(values), np.int32)
 
 
-def make_small(folder: Path) -> Small:
-    """Writes the rule book to `folder`, and draws the policy."""
+def make_small(folder: Path, **shape: int) -> Small:
+    """Writes the rule book to `folder`, and draws the policy; `shape` are fields of its config."""
     path = folder / "tiny.yaml"
     path.write_text(BOOK)
     book = load(path)
-    config = PolicyConfig(
-        vocab_size=len(VOCABULARY), width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=48, tied=True
-    )
+    fields = {"width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 48} | shape
+    config = PolicyConfig(vocab_size=len(VOCABULARY), tied=True, **fields)
     policy, init, _ = build(config)
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(init, jax.random.key(0))

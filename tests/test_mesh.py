@@ -78,6 +78,11 @@ def test_so_do_several_processes(number, sizes):
     assert said.count(f"compared: {sizes}; flipped tokens: 0") == number
 
 
+@pytest.mark.slow
+def test_so_do_experts_that_are_spread_over_devices():
+    assert "compared: 2x2x2 1x2x4; flipped tokens: 0" in run_on_eight("compare_experts", "2x2x2", "1x2x4")
+
+
 RATE = 0.5  # of plain gradient descent
 EXAMPLES, GROUP = 8, 4
 
@@ -146,12 +151,12 @@ def take_steps(small: Small, mesh: jax.sharding.Mesh, tokens: np.ndarray | None 
     )
 
 
-def compare(*meshes: str) -> None:
+def compare(*meshes: str, **shape: int) -> None:
     """Three steps on each mesh are those on one device."""
     processes.connect(os.environ["JAX_NUM_PROCESSES"] != "1")
     assert jax.device_count() == 8
     with tempfile.TemporaryDirectory() as folder:
-        small = make_small(Path(folder))
+        small = make_small(Path(folder), **shape)
     small = small._replace(params=jax.device_get(small.params))
     expected = take_steps(small, sharding.make_mesh(1, 1, 1, jax.local_devices()[:1]))
     assert expected.steps[0][3]["guide/share"] > 0
@@ -166,6 +171,10 @@ def compare(*meshes: str) -> None:
                 jax.tree_util.tree_map_with_path(partial(close, sizes), params, other)
             jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), numbers[2:], by_one[2:])
     print(f"compared: {' '.join(meshes)}; flipped tokens: {flipped}")
+
+
+def compare_experts(*meshes: str) -> None:
+    compare(*meshes, experts=4, experts_per_token=2)
 
 
 def close(sizes: str, path: Any, found: np.ndarray, expected: np.ndarray) -> None:

@@ -24,9 +24,13 @@ import numpy as np
 from flax import nnx
 
 from agrl_jax.policy.lora import Adapted
-from agrl_jax.types import Array, Cache, Params, Place, Policy, Prefix
+from agrl_jax.types import ANYWHERE, Array, Cache, Layout, Params, Policy, Prefix
 
 _UNROLLED = 8  # stacks up to this deep are unrolled: a quarter off the gradient's time on a CPU, for more to compile
+# Logical axes of activations.
+_HIDDEN = ("batch", None, None, None)  # [B, G, n, D]
+_QUERIES = ("batch", None, None, "heads", None)  # [B, G, n, H, head_dim]
+_KEYS = ("batch", None, None, "kv_heads", None)  # [B, G, n, K, head_dim], and values
 _MASKED = -1e30  # finite, so that a query which may see nothing yields a mean, never a NaN
 
 
@@ -236,7 +240,7 @@ class FeedForward(nnx.Module):
         self.up = _param(rngs, (d, m), ("embed", "mlp"), d**-0.5, dtype)
         self.down = _param(rngs, (m, d), ("mlp", "embed"), m**-0.5 * (2 * cfg.layers) ** -0.5, dtype)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, layout: Layout) -> Array:
         gate, up, down = (_cast(weight, x.dtype) for weight in (self.gate, self.up, self.down))
         return linear(jax.nn.silu(linear(x, gate)) * linear(x, up), down)
 
@@ -256,27 +260,42 @@ class MixtureOfExperts(nnx.Module):
         self.up = _param(rngs, (e, d, m), into, d**-0.5, dtype)
         self.down = _param(rngs, (e, m, d), out, m**-0.5 * (2 * cfg.layers) ** -0.5, dtype)
 
-    def route(self, x: Array) -> tuple[Array, Array, Array]:
+    def route(self, x: Array, router: Array) -> tuple[Array, Array, Array]:
         """For x [..., D]: the router's probabilities [..., experts], and weights and indices [..., k] of those chosen.
 
         In float32, so that rounding does not change the choice.
         """
-        probability = jax.nn.softmax(x.astype(jnp.float32) @ self.router[...].astype(jnp.float32))
+        probability = jax.nn.softmax(x.astype(jnp.float32) @ router.astype(jnp.float32))
         weight, chosen = jax.lax.top_k(probability, self.cfg.experts_per_token)
         if self.cfg.renormalise_experts:
             weight /= weight.sum(axis=-1, keepdims=True)
         return probability, weight, chosen
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, layout: Layout) -> Array:
+        """Each device has its own experts answer its own tokens; what they say of a token is added up."""
+        experts = jnp.arange(self.cfg.experts)
+        whole = ("experts", None, None)
+        answer = layout.split(self._answer, (_HIDDEN, (None, None), whole, whole, whole, ("experts",)),
+                              ("experts", *_HIDDEN))  # fmt: skip
+        weights = (weight[...].astype(x.dtype) for weight in (self.gate, self.up, self.down))
+        return answer(x, self.router[...], *weights, experts).sum(axis=0)
+
+    def _answer(self, x: Array, router: Array, gate: Array, up: Array, down: Array, experts: Array) -> Array:
+        """[1, B, G, n, D]: the weighted answers of these consecutive `experts`; 0 of a token that chose others."""
         rows, k = x.reshape(-1, x.shape[-1]), self.cfg.experts_per_token
-        _, weight, chosen = self.route(rows)
+        _, weight, chosen = self.route(rows, router)
+        chosen = jnp.where((chosen >= experts[0]) & (chosen <= experts[-1]), chosen - experts[0], len(experts))
         order = jnp.argsort(chosen.reshape(-1))  # stable: the copy of row i for its j-th expert stands at i * k + j
-        sizes = jnp.bincount(chosen.reshape(-1), length=self.cfg.experts).astype(jnp.int32)
-        gate, up, down = (weights[...].astype(x.dtype) for weights in (self.gate, self.up, self.down))
+        sizes = jnp.bincount(chosen.reshape(-1), length=len(experts)).astype(jnp.int32)
+        ours = (jnp.arange(len(order)) < sizes.sum())[:, None]  # rows of other devices' experts are sorted last
+
+        def product(rows: Array, weights: Array) -> Array:
+            return jnp.where(ours, jax.lax.ragged_dot(rows, weights, sizes), 0)
+
         ordered = rows[order // k]
-        hidden = jax.nn.silu(jax.lax.ragged_dot(ordered, gate, sizes)) * jax.lax.ragged_dot(ordered, up, sizes)
-        answers = jax.lax.ragged_dot(hidden, down, sizes)[jnp.argsort(order)].reshape(-1, k, x.shape[-1])
-        return jnp.einsum("nkd,nk->nd", answers, weight.astype(x.dtype)).reshape(x.shape)
+        hidden = jax.nn.silu(product(ordered, gate)) * product(ordered, up)
+        answers = product(hidden, down)[jnp.argsort(order)].reshape(-1, k, x.shape[-1])
+        return jnp.einsum("nkd,nk->nd", answers, weight.astype(x.dtype)).reshape(1, *x.shape)
 
 
 class Block(nnx.Module):
@@ -320,15 +339,10 @@ class _LayerPrefix:
 
 Observe = Callable[[Any, Array], Any]
 
-# Logical axes of activations, for `Place`.
-_HIDDEN = ("batch", None, None, None)  # [B, G, n, D]
-_QUERIES = ("batch", None, None, "heads", None)  # [B, G, n, H, head_dim]
-_KEYS = ("batch", None, None, "kv_heads", None)  # [B, G, n, K, head_dim], and values
-
 
 def _run_block(
     block: Block, x: Array, positions: Array, offset: Array | int, prefix: _LayerPrefix | None,
-    remember: Callable[[Array, Array], tuple[Array, Array]], place: Place, observe: Observe,
+    remember: Callable[[Array, Array], tuple[Array, Array]], layout: Layout, observe: Observe,
 ) -> tuple[Array, Any]:
     """One layer; `remember` stores the new keys and values and returns those to attend to.
 
@@ -336,20 +350,20 @@ def _run_block(
     """
     eps = block.cfg.norm_eps
     q, k, v = block.attention.project(rms_norm(x, block.attention_norm[...], eps), positions)
-    q, k, v = place(q, _QUERIES), place(k, _KEYS), place(v, _KEYS)
-    x = place(x + block.attention(q, *remember(k, v), offset, prefix), _HIDDEN)
+    q, k, v = layout.place(q, _QUERIES), layout.place(k, _KEYS), layout.place(v, _KEYS)
+    x = layout.place(x + block.attention(q, *remember(k, v), offset, prefix), _HIDDEN)
     y = rms_norm(x, block.mlp_norm[...], eps)
-    return place(x + block.mlp(y), _HIDDEN), observe(block.mlp, y)
+    return layout.place(x + block.mlp(y, layout), _HIDDEN), observe(block.mlp, y)
 
 
 def _forward(
     cfg: PolicyConfig, model: Transformer, tokens: Array, offset: Array | int, prefix: Prefix | None,
-    cache: Cache | None, place: Place, observe: Observe = lambda mlp, x: None,
+    cache: Cache | None, layout: Layout, observe: Observe = lambda mlp, x: None,
 ) -> tuple[Array, Cache, Any]:
     """The layers as one scan; see `build` for the contract. Also returns what `observe` saw, stacked by layer."""
     dtype = jnp.dtype(cfg.compute_dtype)
-    table = place(model.embedding[...], ("vocab", None))  # of one split along D, every device would look up all rows
-    x = place(table[tokens].astype(dtype), _HIDDEN)
+    table = layout.place(model.embedding[...], ("vocab", None))  # split along D, every device would look up all rows
+    x = layout.place(table[tokens].astype(dtype), _HIDDEN)
     start = 0 if prefix is None else prefix.length[:, None, None]
     positions = start + offset + jnp.broadcast_to(jnp.arange(tokens.shape[2]), (tokens.shape[0], 1, tokens.shape[2]))
     graph, weights = nnx.split(model.blocks)
@@ -372,7 +386,7 @@ def _forward(
         layer_prefix = None if prefix_kv is None else _LayerPrefix(*prefix_kv, prefix.length)
         block = nnx.merge(graph, block_weights)
         first = 0 if cache_k is None else offset  # slot of the first query among the keys
-        x, seen = _run_block(block, x, positions, first, layer_prefix, remember, place, observe)
+        x, seen = _run_block(block, x, positions, first, layer_prefix, remember, layout, observe)
         return ((x, (None, None)), (tuple(fresh), seen)) if cache_k is None else ((x, tuple(fresh)), (None, seen))
 
     prefix_kv = None if prefix is None else (prefix.k, prefix.v)
@@ -396,13 +410,8 @@ def _structure(cfg: PolicyConfig) -> tuple[nnx.State, Callable[[Params], Transfo
     return template, merge
 
 
-def _anywhere(x: Array, axes: tuple[str | None, ...]) -> Array:
-    """A `Place` that leaves it to the compiler where an array lies."""
-    return x
-
-
-def build(cfg: PolicyConfig, place: Place = _anywhere) -> tuple[Policy, Callable[[Array], Params], Params]:
-    """The pure functions of a policy of this shape; `place` lays their activations over the devices.
+def build(cfg: PolicyConfig, layout: Layout = ANYWHERE) -> tuple[Policy, Callable[[Array], Params], Params]:
+    """The pure functions of a policy of this shape; `layout` lays their activations over the devices.
 
     Returns `(policy, init, axes)`: `init(key)` draws parameters, a nested dict of arrays; `axes` is a
     dict of the same structure with the logical axis names of each (a leading "layers" where stacked).
@@ -427,18 +436,18 @@ def build(cfg: PolicyConfig, place: Place = _anywhere) -> tuple[Policy, Callable
         params: Params, tokens: Array, *, offset: Array | int = 0, prefix: Prefix | None = None,
         cache: Cache | None = None,
     ) -> tuple[Array, Cache]:
-        return _forward(cfg, merge(params), tokens, offset, prefix, cache, place)[:2]
+        return _forward(cfg, merge(params), tokens, offset, prefix, cache, layout)[:2]
 
     def unembed(params: Params, hidden: Array) -> Array:
         """Logits [B, ..., V] in float32 from hidden states [B, ..., D]."""
         model = merge(params)
         head = model.embedding[...].T if cfg.tied else model.head[...]
         logits = jnp.einsum("...d,dv->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        return place(logits, ("batch", *[None] * (logits.ndim - 2), "vocab"))
+        return layout.place(logits, ("batch", *[None] * (logits.ndim - 2), "vocab"))
 
     def init_cache(batch: int, group: int, length: int) -> Cache:
         shape = (cfg.layers, batch, group, length, cfg.kv_heads, cfg.head_dim)
-        empty = place(jnp.zeros(shape, cfg.compute_dtype), ("layers", *_KEYS))
+        empty = layout.place(jnp.zeros(shape, cfg.compute_dtype), ("layers", *_KEYS))
         return Cache(k=empty, v=empty)
 
     return Policy(apply, unembed, init_cache), init, axes
@@ -461,10 +470,10 @@ class ExpertLoad(NamedTuple):
         }
 
 
-def build_expert_load(cfg: PolicyConfig, place: Place = _anywhere) -> Callable[[Params, Array, Array], ExpertLoad]:
-    """The pure function `(params, tokens [B, n], valid [B, n] bool) -> ExpertLoad` over the valid tokens; `place` as in
-    `build`.
+def build_expert_load(cfg: PolicyConfig, layout: Layout = ANYWHERE) -> Callable[[Params, Array, Array], ExpertLoad]:
+    """The pure function `(params, tokens [B, n], valid [B, n] bool) -> ExpertLoad` over the valid tokens.
 
+    `layout` as in `build`.
     Raises ValueError where the policy has no experts.
     """
     if not cfg.experts:
@@ -475,11 +484,11 @@ def build_expert_load(cfg: PolicyConfig, place: Place = _anywhere) -> Callable[[
         weight = valid.astype(jnp.float32) / jnp.maximum(valid.sum(), 1)
 
         def observe(mlp: MixtureOfExperts, x: Array) -> ExpertLoad:
-            probability, _, chosen = mlp.route(x[:, 0])
+            probability, _, chosen = mlp.route(x[:, 0], mlp.router[...])
             counts = jax.nn.one_hot(chosen, cfg.experts).sum(axis=2) / cfg.experts_per_token
             return ExpertLoad(*(jnp.einsum("bne,bn->e", y, weight) for y in (counts, probability)))
 
-        return _forward(cfg, merge(params), tokens[:, None], 0, None, None, place, observe)[2]
+        return _forward(cfg, merge(params), tokens[:, None], 0, None, None, layout, observe)[2]
 
     return expert_load
 

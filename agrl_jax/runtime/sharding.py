@@ -7,6 +7,7 @@ device, where all three have size 1, and on a pod.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from agrl_jax.types import Axes, Layout
 
 AXES = ("data", "fsdp", "tensor")
 _AUTO = (jax.sharding.AxisType.Auto,) * 3  # the compiler fills in what the borders of a jit leave open
@@ -88,23 +91,33 @@ def spec(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> Partit
     return PartitionSpec(*entries)
 
 
-def placing(mesh: Mesh) -> Callable[[jax.Array, Sequence[str | None]], jax.Array]:
-    """The function that holds an array inside a jitted function to its place: (array, logical axes) -> array.
+def placing(mesh: Mesh) -> Layout:
+    """How the arrays inside a jitted function lie on a mesh.
 
     Without it the compiler is free to split the activations like the parameters and to repeat the batch on every
     device, and on meshes with `fsdp` it does.
     """
 
-    def place(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    def place(x: jax.Array, axes: Axes) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(mesh, axes, x.shape)))
 
-    return place
+    def split(function: Callable[..., jax.Array], inputs: Sequence[Axes], output: Axes) -> Callable[..., jax.Array]:
+        def whole(*arrays: jax.Array) -> jax.Array:
+            specs = tuple(spec(mesh, axes, x.shape) for axes, x in zip(inputs, arrays, strict=True))
+            names = itertools.chain.from_iterable(inputs)
+            taken = dict(zip(names, itertools.chain.from_iterable(specs), strict=True))
+            result = PartitionSpec(*(None if name is None else taken[name] for name in output))
+            return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=result, check_vma=False)(*arrays)
+
+        return whole
+
+    return Layout(place, split)
 
 
 def gathered(mesh: Mesh, axes: Any, params: Any) -> Any:
     """`params` inside a jitted function, whole along `fsdp` and still split over `tensor`; `axes` as in
     `param_shardings`."""
-    place = placing(mesh)
+    place = placing(mesh).place
 
     def gather(names: Sequence[str | None], leaf: jax.Array) -> jax.Array:
         return place(leaf, tuple(None if "fsdp" in RULES.get(name, ()) else name for name in names))
