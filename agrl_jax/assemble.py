@@ -33,6 +33,7 @@ from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.runtime import sharding
 from agrl_jax.runtime.checkpoint import SFT_END, Checkpointer
 from agrl_jax.runtime.config import ConfigError, resolve
+from agrl_jax.runtime.metrics import is_remote
 from agrl_jax.types import UNKNOWN, Array, Params, Policy, RuleTables
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -169,7 +170,8 @@ def load_data(config: ConfigDict, rules: RuleBook, workdir: epath.Path) -> Data:
     mine: PairsFile | None = None
     if config.data.source == "pairs":  # read first: a bad file is refused at once
         mine = read_pairs(config.data.path, rules, seed=config.data.seed)
-    bundled = benchmark.load_benchmark(config.data.dir or str(workdir / "data"), config.data.seed)
+    kept = epath.Path("~/.cache/agrl_jax").expanduser() if is_remote(workdir) else workdir / "data"
+    bundled = benchmark.load_benchmark(config.data.dir or str(kept), config.data.seed)
     names = ("train", "validation", "b_eval", "w_eval")
     splits = {name: bundled[name] for name in names} if mine is None else mine.splits
     warm = {"benchmark": bundled["sft"], "train": splits["train"], "both": [*bundled["sft"], *splits["train"]]}

@@ -266,6 +266,7 @@ def _run_stage(
             signum = processes.greatest(run.signum)  # a signal to one process stops all at the same step
             if done % config.checkpoint.every == 0 or done == total or signum or extra:
                 quality = {"macro_f1": extra["validation/macro_f1"]} if "validation/macro_f1" in extra else None
+                run.writer.sync()
                 run.checkpoints.save(stage, done, state, data_position=done, metrics=quality)
             if signum:
                 run.checkpoints.wait()

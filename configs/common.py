@@ -32,7 +32,7 @@ def base() -> ConfigDict:
     c.data = ConfigDict()
     c.data.source = "benchmark"  # or pairs: train and evaluate on the file `path`
     c.data.path = ""  # CSV, Parquet or JSON lines of labelled pairs
-    c.data.dir = ""  # where the benchmark is kept once built; empty: WORKDIR/data
+    c.data.dir = ""  # where the benchmark is kept; empty: WORKDIR/data, or ~/.cache/agrl_jax of a bucket
     c.data.seed = 0  # of the benchmark, and of the split of a file without a `split` column
     c.data.prompt_len = 40  # S, tokens; longer item texts are shortened
     c.data.response_len = 17  # T, tokens

@@ -4,15 +4,19 @@ import io
 import json
 import struct
 
+import fsspec
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import rich.console
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event
 
 from agrl_jax.runtime import metrics
+from agrl_jax.runtime.checkpoint import Checkpointer
 from agrl_jax.runtime.metrics import MetricsWriter, console_table, progress, read_jsonl
 
 
@@ -176,3 +180,33 @@ def test_table_shows_numbers_short_and_brackets_as_text():
     rich.console.Console(file=out, width=80).print(table)
     text = out.getvalue()
     assert "Scores" in text and "F1 [4]" in text and "0.512" in text and "51,234" in text and "-" in text
+
+
+class Bucket(MemoryFileSystem):
+    """In memory, in place of Google's buckets."""
+
+    protocol, store, pseudo_dirs = "gcs", {}, [""]
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        path = str(path).removeprefix("gs://").strip("/")
+        return f"/{path}" if path else ""
+
+
+def test_logs_of_a_bucket_are_copied_there_and_resume_from_there():
+    fsspec.register_implementation("gcs", Bucket, clobber=True)
+    workdir = epath.Path("gs://bucket/run")
+    with MetricsWriter(workdir) as writer:
+        writer.write("sft", 1, {"a": 1.0})
+        writer.sync()
+        assert (workdir / "metrics.jsonl").read_text() == '{"step": 1, "stage": "sft", "a": 1.0}\n'
+        writer.write("rl", 2, {"a": 2.0})
+    assert [row["step"] for row in read_jsonl(workdir / "metrics.jsonl")] == [1, 2]
+    with MetricsWriter(workdir, resume=("rl", 1)) as writer:
+        writer.write("rl", 2, {"a": 3.0})
+    assert [row["a"] for row in read_jsonl(workdir / "metrics.jsonl")] == [1.0, 3.0]
+    with MetricsWriter(workdir):
+        pass  # another run: nothing is left of the first
+    assert read_jsonl(workdir / "metrics.jsonl") == [] and not (workdir / "tensorboard").exists()
+    with Checkpointer(workdir) as checkpoints:
+        assert str(checkpoints.directory) == "gs://bucket/run/checkpoints" and checkpoints.newest() is None

@@ -24,6 +24,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from agrl_jax.runtime.config import diff, flatten, matches
+from agrl_jax.runtime.metrics import is_remote
 
 STAGES = ("sft", "rl")  # in the order in which a run goes through them
 SFT_END = "sft_end"
@@ -72,7 +73,8 @@ class Checkpointer:
         identity: Mapping[str, Any] | None = None,
         best: str = "macro_f1",
     ) -> None:
-        self.directory = epath.Path(workdir).resolve() / "checkpoints"
+        folder = epath.Path(workdir)
+        self.directory = (folder if is_remote(folder) else folder.resolve()) / "checkpoints"
         self._identity = None if identity is None else _plain(identity)
         self._best = best
         self._writing: tuple[str, int] | None = None

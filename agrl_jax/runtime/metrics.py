@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -35,7 +38,8 @@ class MetricsWriter:
 
     `resume` is the stage and step of the checkpoint that the run continues from: rows past it, and a
     torn last line, are cut. Without it the logs start empty. On a run of several processes only the
-    first one writes. The directory may be local or remote; a remote file system must support appending.
+    first one writes. Buckets (gs://...) cannot append: logs of a remote directory are written on this
+    machine, and `sync` copies them there.
 
     Files: `metrics.jsonl`, `samples.jsonl`, and `tensorboard/STAGE/` with the scalars of each stage
     (the stages count their steps apart, so each is a TensorBoard run of its own).
@@ -43,6 +47,7 @@ class MetricsWriter:
 
     def __init__(self, workdir: epath.PathLike, resume: tuple[str, int] | None = None) -> None:
         self._dir = epath.Path(workdir)
+        self._written = Path(tempfile.mkdtemp()) if is_remote(workdir) else self._dir
         self._active = jax.process_index() == 0
         self._resume = resume
         self._boards: dict[str, SummaryWriter] = {}
@@ -53,7 +58,9 @@ class MetricsWriter:
             self._metrics, self._samples = (self._open(name) for name in ("metrics.jsonl", "samples.jsonl"))
 
     def _open(self, name: str) -> Any:
-        path = self._dir / name
+        path, before = self._written / name, self._dir / name
+        if path != before and before.exists():
+            path.write_bytes(before.read_bytes())
         cut_rows(path, self._resume)
         return path.open("a")
 
@@ -87,21 +94,39 @@ class MetricsWriter:
             if self._resume is not None:
                 resumed_stage, resumed_step = self._resume
                 purge = resumed_step + 1 if stage == resumed_stage else 0
-            directory = self._dir / "tensorboard" / stage
+            directory = self._written / "tensorboard" / stage
             self._boards[stage] = SummaryWriter(str(directory), purge_step=purge, flush_secs=10)
         return self._boards[stage]
 
+    def sync(self) -> None:
+        """Copies the logs to a remote directory; to be called before a checkpoint is saved there."""
+        if self._written == self._dir or not self._active:
+            return
+        for board in self._boards.values():
+            board.flush()
+        for path in self._written.rglob("*"):
+            if path.is_file():
+                copy = self._dir / path.relative_to(self._written)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(path.read_bytes())
+
     def close(self) -> None:
-        """Flushes and closes all files."""
+        """Closes all files, and copies them to a remote directory."""
         if self._active:
             for file in (self._metrics, self._samples, *self._boards.values()):
                 file.close()
+            self.sync()
 
     def __enter__(self) -> MetricsWriter:
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether a path is a bucket's, such as gs://bucket/runs."""
+    return "://" in os.fspath(epath.Path(path))
 
 
 def read_jsonl(path: epath.PathLike) -> list[dict[str, Any]]:

@@ -11,15 +11,18 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from agrl_jax.runtime.config import ConfigError
 
 HEARTBEAT_S = 30  # a process that has been silent for so long is dead, and the others end
+_PATIENCE_S = 3600  # while the first process prepares data or reads a model
 _GOODBYE_S = 30  # how long one that has finished waits for the others
 
 
@@ -60,20 +63,17 @@ def require_one(what: str) -> None:
 @contextmanager
 def first_alone() -> Iterator[None]:
     """The first process does what is inside before all others do: it leaves files that they then find."""
+    # Not by a collective of the devices: those give up on a process that is minutes late.
+    everyone = set(range(jax.process_count()))
+    wait = partial(multihost.sync_global_processes, "first alone", timeout=_PATIENCE_S, processes=everyone)
     others = jax.process_index() > 0
     if others:
-        wait_for_all("first")
+        wait()
     try:
         yield
     finally:
         if not others:
-            wait_for_all("first")
-
-
-def wait_for_all(what: str) -> None:
-    """Returns once every process has called it, with the same word."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+            wait()
 
 
 def greatest(value: int) -> int:
