@@ -10,9 +10,11 @@ from pathlib import Path
 
 import jax
 import pytest
+from tiny import get_config
 
+from agrl_jax.data import benchmark, catalog
 from agrl_jax.policy import loading
-from benchmarks import growth, guidance, phases, table, workload
+from benchmarks import growth, guidance, phases, startup, table, workload
 from benchmarks.contenders import ours, protocol
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -109,6 +111,30 @@ def test_a_peer_is_set_over_ours() -> None:
     assert "reached 2 to 3 GFLOP/s" in rows[5]
 
 
+def test_a_run_is_timed_to_the_first_row_of_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    rows = [("sft", 9.0), ("rl", 5.0), ("rl", 1.0), ("rl", 2.0), ("rl", 3.0)]
+    text = "".join(json.dumps({"stage": stage, "time/step_s": seconds}) + "\n" for stage, seconds in rows)
+    writes = f"import pathlib; pathlib.Path({str(log)!r}).write_text({text!r})"
+    found = startup._timed_run([sys.executable, "-c", writes], dict(os.environ), log)
+    assert found["to_first_step"] > 0 and (found["first_rl_step"], found["later_rl_step"]) == (5.0, 2.0)
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        startup._timed_run([sys.executable, "-c", "raise SystemExit(3)"], dict(os.environ), tmp_path / "none")
+
+
+@pytest.mark.slow
+def test_pairs_are_tokenised() -> None:
+    assert all(row["pairs_per_minute"] > 0 for row in startup.tokenising(64))
+
+
+@pytest.mark.slow
+def test_the_training_loop_is_set_against_its_bare_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = catalog.splits(0, dict.fromkeys(catalog.SIZES, 64))
+    monkeypatch.setattr(benchmark, "load_benchmark", lambda *_: few)
+    found = startup.host_share(get_config("benchmark"), 4, str(tmp_path))
+    assert found["loop_step"] > 0 and found["bare_step"] > 0 and 0 <= found["host_share"] < 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
@@ -117,7 +143,6 @@ def test_a_peer_is_set_over_ours() -> None:
         ("limits", "--work=tiny", "--model=tiny", "--batches=4"),
         ("guidance", "--works=tiny", "--models=tiny"),
         ("growth", "--base_work=tiny", "--base=tiny", "--factors=1"),
-        ("startup", "--config=tests/tiny.py", "--loop_steps=3", "--pairs=64"),
     ],
     ids=lambda command: command[0],
 )
