@@ -7,6 +7,7 @@ before the checkpoint of its step, and rows past the checkpoint are cut on resum
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -197,13 +198,14 @@ def _warm_start(run: Run) -> Weights:
     ended = run.checkpoints.restore_sft(program.template.params)
     if ended is not None:
         return Weights(ended, base)
-    state = _restored(run, "sft", program)
+    state, spent = _restored(run, "sft", program)
     run.say(f"policy: {_sizes(state.params, base)}; warm start on {len(split):,} pairs")
     batches = pipeline.batches(split, config.sft.batch_size, config.seed, start=int(state.step))
     state = _run_stage(
         run, "sft", state, lambda state, batch: (*program.step(state, batch, base), None), program.step, batches,
         config.sft.steps,
         figures={"loss": "policy/loss", "gold probability": "policy/gold_probability", "tok/s": "time/tokens_per_s"},
+        spent=spent,
     )
     run.checkpoints.save_sft(state.params)
     return Weights(state.params, base)
@@ -216,17 +218,19 @@ def _reinforce(run: Run, reference: Weights) -> Weights:
     validation = assemble.encode(config, run.model, run.data, run.data.splits["validation"])
     _say_encoding(run, split)
     program = rl_program(config, run.mesh, run.model, reference, len(split), len(run.data.families))
-    state = _restored(run, "rl", program)
+    state, spent = _restored(run, "rl", program)
     base, compared = program.more
     lay_out = assemble.decode_layout(config, run.model, run.mesh, "rl")
     rows = pipeline.stratified(validation, config.eval.validation_pairs, config.data.seed)
 
-    def after(done: int, state: TrainState, seen: rl_step.Inspection, say: Callable[..., None]) -> dict[str, float]:
+    def after(
+        done: int, last: bool, state: TrainState, seen: rl_step.Inspection, say: Callable[..., None]
+    ) -> dict[str, float]:
         if config.log.samples_every and (done % config.log.samples_every == 0 or done == 1):
             samples = decode(jax.device_get(seen), run.model.book, run.model.tokenizer, split.pairs)
             run.writer.write_samples("rl", done, samples)
             say(render(done, samples))
-        if not (done == config.rl.steps or config.eval.every and done % config.eval.every == 0):
+        if not (last or config.eval.every and done % config.eval.every == 0):
             return {}
         judged = run.evaluator.judge(lay_out(state.params, base), validation, rows, sample=False)
         scores = scorecard.score(judged, run.model.book, bootstrap=0)
@@ -242,6 +246,7 @@ def _reinforce(run: Run, reference: Weights) -> Weights:
             "level": "guide/level", "tok/s": "time/tokens_per_s",
         },
         after=after,
+        spent=spent,
     )
     return Weights(state.params, base)
 
@@ -249,25 +254,35 @@ def _reinforce(run: Run, reference: Weights) -> Weights:
 def _run_stage(
     run: Run, stage: str, state: TrainState, step: Callable[..., Any], compiled: Any, batches: Iterator[Batch],
     total: int, figures: Mapping[str, str], after: Callable[..., dict[str, float]] | None = None,
+    spent: int = 0,
 ) -> TrainState:
-    """The loop of a stage: step, log, validate, save; `figures` names the metrics beside the progress bar."""
+    """The loop of a stage: step, log, validate, save; `figures` names the metrics beside the progress bar.
+
+    Ends after `total` steps, or with the one that brings the tokens `spent` to the stage's budget, if it has one.
+    """
     config = run.config
+    budget = (stage == "rl" and config.rl.budget) or math.inf
     with progress(stage, total, int(state.step)) as bar:
         for done in range(int(state.step) + 1, total + 1):
+            if spent >= budget:
+                break
             began = time.monotonic()
             state, metrics, seen = step(state, run.put_batch(next(batches)))
             row = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            row |= _time_figures(row, time.monotonic() - began) | {"compiles": compiled._cache_size()}
+            spent += round(row["budget/tokens"])
+            last = done == total or spent >= budget
+            row |= _time_figures(row, time.monotonic() - began)
+            row |= {"budget/spent": spent, "compiles": compiled._cache_size()}
             _check_divergence(config, stage, done, int(state.skipped), row, bar.print)
-            extra = after(done, state, seen, bar.print) if after else {}
-            if done % config.log.every == 0 or done == total or extra:
+            extra = after(done, last, state, seen, bar.print) if after else {}
+            if done % config.log.every == 0 or last or extra:
                 run.writer.write(stage, done, row | extra)
             bar.update(done, {name: row[metric] for name, metric in figures.items() if metric in row})
             signum = processes.greatest(run.signum)  # a signal to one process stops all at the same step
-            if done % config.checkpoint.every == 0 or done == total or signum or extra:
+            if done % config.checkpoint.every == 0 or last or signum or extra:
                 quality = {"macro_f1": extra["validation/macro_f1"]} if "validation/macro_f1" in extra else None
                 run.writer.sync()
-                run.checkpoints.save(stage, done, state, data_position=done, metrics=quality)
+                run.checkpoints.save(stage, done, state, data_position=done, metrics=quality, spent=spent)
             if signum:
                 run.checkpoints.wait()
                 raise Interrupted(signum, f"at {stage} step {done} of {total}")
@@ -399,10 +414,10 @@ def _fresh_state(
     return fresh, template
 
 
-def _restored(run: Run, stage: str, program: Program) -> TrainState:
-    """The newest state of a stage, or a fresh one."""
+def _restored(run: Run, stage: str, program: Program) -> tuple[TrainState, int]:
+    """The newest state of a stage and the tokens spent on it, or a fresh one and none."""
     found = run.checkpoints.restore(program.template, stage=stage)
-    return program.fresh() if found is None else found.state
+    return (program.fresh(), 0) if found is None else (found.state, found.spent)
 
 
 def _jit(

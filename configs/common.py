@@ -76,6 +76,7 @@ def base() -> ConfigDict:
 
     c.rl = ConfigDict()
     c.rl.steps = 400
+    c.rl.budget = 0  # forward-equivalent tokens (`budget/spent`) after which the stage ends, if sooner; 0: no limit
     c.rl.batch_size = 64  # B, examples
     c.rl.group_size = 4  # G, answers to each
     c.rl.temperature = 1.0

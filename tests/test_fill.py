@@ -13,7 +13,7 @@ from conftest import END, RESPONSE_LEN, WORDS
 from agrl_jax.data.pipeline import PartTexts
 from agrl_jax.rl.rollout import prefill
 from agrl_jax.supervised import sft
-from agrl_jax.supervised.fill import filled_responses
+from agrl_jax.supervised.fill import filled_responses, tokens_scored
 from agrl_jax.types import UNKNOWN
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -41,6 +41,10 @@ def filled(small, batch):
         return filled_responses(small.policy, params, small.tables, TEXTS, prefix, batch)
 
     return [np.asarray(x) for x in fill(small.params, batch)]
+
+
+def test_the_texts_of_all_values_of_an_unknown_step_are_scored(small, batch):
+    assert tokens_scored(small.tables, TEXTS, batch) == 3 + 2 + 2 + 3 + 2  # three fits or two brands, a token each
 
 
 def own_choice(small, batch, row):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import signal
@@ -86,6 +87,14 @@ def test_the_step_compiles_once_with_guided_and_unguided_steps(whole: tuple[Path
     assert {row["compiles"] for row in rows} == {1}
 
 
+def test_the_budget_spent_is_the_sum_over_the_steps_of_a_stage(whole: tuple[Path, str]) -> None:
+    rows = read_jsonl(whole[0] / "metrics.jsonl")
+    for stage in ("sft", "rl"):
+        mine = [row for row in rows if row["stage"] == stage]
+        tokens, spent = ([row[f"budget/{name}"] for row in mine] for name in ("tokens", "spent"))
+        assert min(tokens) > 0 and spent == list(itertools.accumulate(tokens))
+
+
 def test_samples_show_forced_tokens_and_parts(whole: tuple[Path, str]) -> None:
     samples = read_jsonl(whole[0] / "samples.jsonl")
     guided = [row for row in samples if row["guided"]]
@@ -112,6 +121,21 @@ def test_killed_at_any_moment_and_resumed_it_leaves_the_same_logs(
     assert (tmp_path / "samples.jsonl").read_bytes() == (whole[0] / "samples.jsonl").read_bytes()
     for name in ("scorecard.json", "judgements.parquet"):
         assert (tmp_path / name).read_bytes() == (whole[0] / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_stage_ends_with_the_step_that_reaches_the_budget_and_goes_on_if_it_grows(
+    whole: tuple[Path, str], tmp_path: Path, data_dir: Path, cache_dir: Path
+) -> None:
+    rows = without_times(whole[0] / "metrics.jsonl")
+    spent = [row["budget/spent"] for row in rows if row["stage"] == "rl"]
+    for _ in range(2):  # the second has nothing left to do
+        finish(start(tmp_path, data_dir, cache_dir, f"--config.rl.budget={spent[4] - 1:.0f}"))
+        found = without_times(tmp_path / "metrics.jsonl")
+        assert found[:-1] == rows[:16] and found[-1]["budget/spent"] == spent[4]
+        assert "validation/macro_f1" in found[-1] and "agrl" in json.loads((tmp_path / "scorecard.json").read_text())
+    finish(start(tmp_path, data_dir, cache_dir, f"--config.rl.budget={spent[6]:.0f}"))
+    assert without_times(tmp_path / "metrics.jsonl")[-1]["budget/spent"] == spent[6]
 
 
 @pytest.mark.slow

@@ -46,6 +46,7 @@ def test_the_loss_by_hand(batch):
     entropy = -np.sum(probability * np.log(probability))
     np.testing.assert_allclose(metrics["policy/entropy"], entropy, rtol=1e-5)
     assert metrics["tokens/trained"] == batch.prompt_len.sum() + 5
+    assert metrics["budget/tokens"] == 3 * metrics["tokens/trained"]
 
 
 @pytest.fixture(scope="module")

@@ -290,6 +290,19 @@ def test_what_a_step_leaves_behind(step, truths):
     np.testing.assert_allclose(metrics["policy/truncated"], 1 - truths.plain.finished.mean(), rtol=1e-6)
 
 
+def test_the_budget_counts_what_is_sampled_replayed_scored_and_trained(step, truths):
+    prompt = truths.easy.prompt_len.sum()
+    _, plain, seen = step(truths.easy)
+    once = prompt + seen.rolled.valid.sum()
+    assert plain["budget/tokens"] == once + once + 3 * once  # sampled; scored by the reference; trained
+    assert plain["tokens/replayed"] == 0
+    _, guided, seen = step(truths.hard)  # the first two answers of each group are sampled twice, their prompts once
+    again = seen.rolled.valid[:, :2].sum()
+    assert guided["tokens/replayed"] == again and guided["tokens/rolled"] == truths.plain.valid.sum()
+    once = prompt + seen.rolled.valid.sum()
+    assert guided["budget/tokens"] == prompt + truths.plain.valid.sum() + again + once + 3 * once
+
+
 def test_without_guidance_there_is_nothing_to_remember(small, truths):
     cfg = dataclasses.replace(
         CONFIG, guidance=None, inspect=2, objective=dataclasses.replace(CONFIG.objective, kl="none")

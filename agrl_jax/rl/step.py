@@ -15,6 +15,9 @@ How it departs from textbook GRPO: the prompt goes through the network once per 
 in the loss; components are centred one by one; equal rewards give advantage 0 rather than 0 / epsilon;
 there is no KL term unless one is asked for.
 
+What a step costs is counted in forward-equivalent tokens, `budget/tokens`: a token sampled, forced or scored is one, a
+token trained on is three, and the prompt of a group counts once in each pass.
+
 The step is a pure function of (state, batch, reference) and is compiled once for a whole run. Its parts stand in named
 scopes (PHASES), by which profiles and `preflight` tell them apart.
 """
@@ -143,6 +146,7 @@ def make_step(
                 examples = examples.replace(reference_logp=_reference_logp(reference, examples))
         params, opt_state, skipped, figures = _updates(state, examples)
         metrics |= figures | _token_counts(batch, rolled, cfg)
+        metrics["budget/tokens"] = _budget(metrics, cfg)
         state = TrainState(params, opt_state, state.step + 1, state.key, memory, skipped)
         mean_advantage = jnp.mean(advantage, axis=-1, where=rolled.valid)
         seen = Inspection(batch.row, rolled, reading, scored, mean_advantage)
@@ -166,19 +170,22 @@ def make_step(
         )
         selection = guidance.select(plain_pass, guidable, cfg.guidance, cfg.shards)
 
-        def replayed() -> tuple[Rollout, Array, Array, Array]:
+        def replayed() -> tuple[Rollout, Array, Array, Array, Array]:
             again = _roll_guided(batch, prefix, forced, forced_len, selection, sample, state)
             _, scored = judge(again, guidance.gather(batch, selection))
             merged = guidance.replace_answers(rolled, again, passed_before, selection)
             guided_pass = guidance.scatter(jnp.zeros_like(plain_pass), jnp.mean(scored.passed, axis=1), selection)
-            return merged, guided_pass, *_pass_steps(scored, selection)
+            tokens = jnp.sum(again.valid & selection.chosen.reshape(-1, 1, 1))
+            return merged, guided_pass, tokens, *_pass_steps(scored, selection)
 
-        def untouched() -> tuple[Rollout, Array, Array, Array]:
-            return rolled, jnp.zeros_like(plain_pass), jnp.float32(0), jnp.float32(0)
+        def untouched() -> tuple[Rollout, Array, Array, Array, Array]:
+            return rolled, jnp.zeros_like(plain_pass), jnp.int32(0), jnp.float32(0), jnp.float32(0)
 
         passed_before = scored.passed
         chosen = guidance.scatter(jnp.zeros(plain_pass.shape, bool), selection.chosen.reshape(-1), selection)
-        merged, guided_pass, step_passes, step_number = jax.lax.cond(jnp.any(selection.chosen), replayed, untouched)
+        merged, guided_pass, tokens, step_passes, step_number = jax.lax.cond(
+            jnp.any(selection.chosen), replayed, untouched
+        )
         # A level of 0 reveals nothing: the answers are new, but they are the policy's own.
         guided = jnp.any(merged.forced, axis=-1)
         gap, met = guidance.transfer_gap(state.guidance, batch, plain_pass)
@@ -195,6 +202,7 @@ def make_step(
             "guide/unguidable": jnp.mean(selection.unguidable),
             "guide/transfer_gap": gap / jnp.maximum(met, 1),
             "guide/met_again": met,
+            "tokens/replayed": tokens,
         }
         return merged, guided, memory, figures
 
@@ -359,3 +367,11 @@ def _token_counts(batch: Batch, rolled: Rollout, cfg: StepConfig) -> Metrics:
     """Tokens of the step; a prompt counts once for its group."""
     prompt = jnp.sum(batch.prompt_len)
     return {"tokens/prompt": prompt, "tokens/trained": (prompt + jnp.sum(rolled.valid)) * cfg.epochs}
+
+
+def _budget(counts: Metrics, cfg: StepConfig) -> Array:
+    """Forward-equivalent tokens of the step, from its counts."""
+    once = counts["tokens/trained"] // cfg.epochs  # one pass over what is learnt from, as the reference makes
+    scored = 0 if cfg.objective.kl == "none" else once
+    sampled = counts["tokens/prompt"] + counts["tokens/rolled"] + counts.get("tokens/replayed", 0)
+    return sampled + scored + 3 * counts["tokens/trained"]

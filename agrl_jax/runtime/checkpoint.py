@@ -33,7 +33,7 @@ SFT_END = "sft_end"
 # libraries (the continuation is then exact up to rounding only).
 MAY_CHANGE = ("config.eval", "config.log", "config.checkpoint", "config.mesh", "config.workdir", "versions")
 # And the length of a stage that is not over may grow; the learning rate follows the new length from there.
-MAY_GROW = {"sft": "config.sft.steps", "rl": "config.rl.steps"}
+MAY_GROW = {"sft": ("config.sft.steps",), "rl": ("config.rl.steps", "config.rl.budget")}
 
 # And all that the warm start does not depend on, while nothing has come after it: several runs can share one.
 AHEAD = ("config.method", "config.rl", "config.dpo", "config.reward", "config.objective", "config.guidance")
@@ -54,6 +54,7 @@ class Restored(NamedTuple):
     step: int
     state: Any
     data_position: Any
+    spent: int  # tokens of the stage's budget
 
 
 class Checkpointer:
@@ -111,17 +112,20 @@ class Checkpointer:
         state: Any,
         data_position: Any = 0,
         metrics: Mapping[str, float] | None = None,
+        spent: int = 0,
     ) -> None:
         """Starts saving; returns once the state is copied, so that its buffers may be donated.
 
-        `data_position` is anything JSON can hold. A step that is there already is left as it is. Raises
-        CheckpointError if this save, or the one before it, failed; the checkpoints before are untouched.
+        `data_position` is anything JSON can hold, `spent` the tokens that the stage has used of its budget. A step
+        that is there already is left as it is. Raises CheckpointError if this save, or the one before it, failed;
+        the checkpoints before are untouched.
         """
         manager = self._managers[stage]
         step = int(step)
         if step == manager.latest_step():
             return
-        record = {"stage": stage, "step": step, "data_position": data_position, "identity": self._identity}
+        record = {"stage": stage, "step": step, "data_position": data_position, "spent": spent}
+        record["identity"] = self._identity
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(_plain(record)))
         score = float((metrics or {}).get(self._best, math.nan))
         self.wait()
@@ -205,7 +209,7 @@ class Checkpointer:
         return self._managers[stage].best_step()
 
     def record(self, stage: str, step: int) -> dict[str, Any]:
-        """What a checkpoint says of itself: `stage`, `step`, `data_position`, `identity`."""
+        """What a checkpoint says of itself: `stage`, `step`, `data_position`, `spent`, `identity`."""
         restored = self._restore(stage, step, record=ocp.args.JsonRestore())
         return restored.record
 
@@ -220,7 +224,8 @@ class Checkpointer:
         step = self._managers[stage].latest_step() if step is None else step
         if step is None:
             return None
-        return Restored(stage, step, self._state(stage, step, template), self.record(stage, step)["data_position"])
+        state, record = self._state(stage, step, template), self.record(stage, step)
+        return Restored(stage, step, state, record["data_position"], record.get("spent", 0))
 
     def restore_sft(self, template: Any) -> Any | None:
         """What `save_sft` saved; None if the supervised stage has not ended."""
@@ -261,7 +266,7 @@ class Checkpointer:
         before = flatten(self.record(stage, step)["identity"] or {})
         now = flatten(self._identity)
         open_stages = STAGES[1:] if self.sft_ended else STAGES
-        growing = {MAY_GROW[stage] for stage in open_stages}
+        growing = {field for stage in open_stages for field in MAY_GROW[stage]}
 
         def may_differ(field: str) -> bool:
             grows = field in growing and field in before and field in now and before[field] <= now[field]

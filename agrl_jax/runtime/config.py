@@ -226,6 +226,7 @@ RULES: Mapping[str, Rule] = {
     "sft.prompt_weight": _WEIGHT,
     # Reinforcement learning.
     "rl.steps": _COUNT,
+    "rl.budget": _COUNT,
     "rl.batch_size": _SIZE,
     "rl.group_size": _whole(2),
     "rl.temperature": _POSITIVE,

@@ -49,6 +49,12 @@ def filled_responses(
     return tokens, known | (jnp.arange(length) == at[:, None])
 
 
+def tokens_scored(tables: RuleTables, texts: PartTexts, batch: Batch) -> Array:
+    """How many tokens [] are scored to fill in the unknown steps: the texts of all values of each."""
+    sizes = jnp.asarray(texts.length.sum(axis=1))[jnp.argsort(jnp.asarray(tables.order))]  # of each part
+    return jnp.sum((batch.steps == UNKNOWN) * sizes[: tables.num_steps])
+
+
 def _possible(tables: RuleTables, steps: Array, tier: Array) -> Array:
     """[B, values of step 0, ..., values of step R - 1] bool: combinations that agree with what is known."""
     possible = jnp.asarray(tables.tier_of).reshape(tables.num_values) == jnp.expand_dims(

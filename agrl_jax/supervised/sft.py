@@ -12,7 +12,7 @@ from agrl_jax.data.pipeline import PartTexts
 from agrl_jax.rl.objective import token_logprobs
 from agrl_jax.rl.rollout import predicting_hidden, run_prompt
 from agrl_jax.rl.step import UpdateFn
-from agrl_jax.supervised.fill import filled_responses
+from agrl_jax.supervised.fill import filled_responses, tokens_scored
 from agrl_jax.types import Array, Batch, Params, Policy, RuleTables, TrainState
 
 
@@ -29,10 +29,12 @@ def gold_loss(
     the two. Leave it at 0 for a pretrained one.
     """
     tokens, known = batch.gold, jnp.arange(batch.gold.shape[1]) < batch.gold_len[:, None]
+    scored = 0
     prefix, prompt_hidden = run_prompt(policy, params, batch.prompt, batch.prompt_len)
     if blanks is not None:
         fixed = jax.lax.stop_gradient((params, prefix))
         tokens, known = filled_responses(policy, fixed[0], *blanks, fixed[1], batch)
+        scored = tokens_scored(*blanks, batch)
     tokens, weight = tokens[:, None], known[:, None].astype(jnp.float32)
     hidden = predicting_hidden(policy, params, prefix, tokens)
     unembed = partial(policy.unembed, params)
@@ -45,11 +47,13 @@ def gold_loss(
         prompt_logp, _ = token_logprobs(unembed, prompt_hidden[:, :-1], following, 1.0, chunk)
         loss += prompt_weight * -jnp.sum(prompt_logp * inside) / jnp.sum(inside)
     whole = jnp.sum(logp * weight, axis=-1)  # log-probability of each whole response
+    trained = jnp.sum(batch.prompt_len) + jnp.sum(jnp.max(known * jnp.arange(1, known.shape[1] + 1), axis=-1))
     return loss, {
         "policy/loss": response_loss,
         "policy/entropy": jnp.sum(entropy * weight) / number,
         "policy/gold_probability": jnp.mean(jnp.exp(whole)),
-        "tokens/trained": jnp.sum(batch.prompt_len) + jnp.sum(weight),
+        "tokens/trained": trained,
+        "budget/tokens": scored + 3 * trained,  # forward-equivalent, as in `rl.step`
     }
 
 
