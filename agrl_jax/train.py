@@ -1,4 +1,4 @@
-"""Training, read from top to bottom: set up, warm start, reinforcement learning, scorecard.
+"""Training, read from top to bottom: set up, warm start, reinforcement learning or DPO, scorecard.
 
 `train` is the whole run. Each stage is the same loop (`_run_stage`) around a step that is compiled once.
 Whatever stops a run, starting it again with the same workdir continues it: a row of the logs is written
@@ -47,7 +47,8 @@ from agrl_jax.runtime.config import ConfigError, resolve, validate, validate_tog
 from agrl_jax.runtime.metrics import MetricsWriter, progress, say
 from agrl_jax.runtime.sharding import ShardingError
 from agrl_jax.samples import decode, render
-from agrl_jax.supervised import sft
+from agrl_jax.supervised import dpo, sft
+from agrl_jax.supervised.dpo import Preferences
 from agrl_jax.types import Batch, GuidanceState, Params, Policy, TrainState
 
 # What a user can put right: shown as one message. Anything else is a bug, and keeps its traceback.
@@ -92,7 +93,7 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)  # of each stage, in this process
     signum: int = 0  # of the signal that asked to stop
 
-    def put_batch(self, batch: Batch) -> Batch:
+    def put_batch(self, batch: Any) -> Any:
         return sharding.put(batch, sharding.batch_sharding(self.mesh))
 
 
@@ -116,10 +117,11 @@ def train(config: ConfigDict, workdir: str, say: Callable[..., None] = say) -> d
         reference = _timed(run, "warm start", lambda: _warm_start(run))
         cards = {"sft": _timed(run, "evaluate sft", lambda: _scorecard(run, "sft", "sft", reference))}
 
-        # -------------------------------------------------------------------- reinforcement learning
-        if config.rl.steps:
-            weights = _timed(run, config.method, lambda: _reinforce(run, reference))
-            del reference  # the RL stage owns the parameters now
+        # ------------------------------------------ reinforcement learning, or preferences in its place
+        if config[_branch(config, "rl")].steps:
+            learn = _prefer if config.method == "dpo" else _reinforce
+            weights = _timed(run, config.method, lambda: learn(run, reference))
+            del reference  # this stage owns the parameters now
             name = config.method if config.method != "sft" else "rl"
             cards[name] = _timed(run, f"evaluate {name}", lambda: _scorecard(run, name, "rl", weights))
 
@@ -150,9 +152,10 @@ def _set_up(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh, sa
         data = assemble.load_data(config, rules, workdir)
         model = assemble.load_model(config, workdir, data, mesh)
     for stage, pairs in (("sft", data.sft), ("rl", data.splits["train"])):
-        if config[stage].steps and config[stage].batch_size > len(pairs):
-            size = config[stage].batch_size
-            raise ConfigError(f"{stage}.batch_size={size} is more than the {len(pairs)} pairs that it trains on")
+        branch = _branch(config, stage)
+        size = config[branch].batch_size
+        if config[branch].steps and size > len(pairs):
+            raise ConfigError(f"{branch}.batch_size={size} is more than the {len(pairs)} pairs that it trains on")
     evaluator = assemble.make_evaluator(config, model, mesh)
     at = checkpoints.newest()
     writer = MetricsWriter(workdir, resume=at)
@@ -202,7 +205,7 @@ def _warm_start(run: Run) -> Weights:
     run.say(f"policy: {_sizes(state.params, base)}; warm start on {len(split):,} pairs")
     batches = pipeline.batches(split, config.sft.batch_size, config.seed, start=int(state.step))
     state = _run_stage(
-        run, "sft", state, lambda state, batch: (*program.step(state, batch, base), None), program.step, batches,
+        run, "sft", state, lambda state, batch: program.step(state, batch, base), program.step, batches,
         config.sft.steps,
         figures={"loss": "policy/loss", "gold probability": "policy/gold_probability", "tok/s": "time/tokens_per_s"},
         spent=spent,
@@ -215,13 +218,11 @@ def _reinforce(run: Run, reference: Weights) -> Weights:
     """Reinforcement learning from the end of the warm start."""
     config = run.config
     split = assemble.encode(config, run.model, run.data, run.data.splits["train"])
-    validation = assemble.encode(config, run.model, run.data, run.data.splits["validation"])
     _say_encoding(run, split)
     program = rl_program(config, run.mesh, run.model, reference, len(split), len(run.data.families))
     state, spent = _restored(run, "rl", program)
     base, compared = program.more
-    lay_out = assemble.decode_layout(config, run.model, run.mesh, "rl")
-    rows = pipeline.stratified(validation, config.eval.validation_pairs, config.data.seed)
+    validate = _validator(run, base)
 
     def after(
         done: int, last: bool, state: TrainState, seen: rl_step.Inspection, say: Callable[..., None]
@@ -230,12 +231,7 @@ def _reinforce(run: Run, reference: Weights) -> Weights:
             samples = decode(jax.device_get(seen), run.model.book, run.model.tokenizer, split.pairs)
             run.writer.write_samples("rl", done, samples)
             say(render(done, samples))
-        if not (last or config.eval.every and done % config.eval.every == 0):
-            return {}
-        judged = run.evaluator.judge(lay_out(state.params, base), validation, rows, sample=False)
-        scores = scorecard.score(judged, run.model.book, bootstrap=0)
-        shown = ("accuracy", "macro_f1", "step_accuracy", "adherence", "format")
-        return {f"validation/{name}": scores[name]["value"] for name in shown if scores[name]["value"] is not None}
+        return validate(done, last, state)
 
     batches = pipeline.batches(split, config.rl.batch_size, config.seed, start=int(state.step))
     state = _run_stage(
@@ -251,8 +247,81 @@ def _reinforce(run: Run, reference: Weights) -> Weights:
     return Weights(state.params, base)
 
 
+def _prefer(run: Run, reference: Weights) -> Weights:
+    """Preferences in place of reinforcement learning: mined with the end of the warm start, then DPO from there."""
+    config = run.config
+    split = assemble.encode(config, run.model, run.data, run.data.splits["train"])
+    _say_encoding(run, split)
+    pairs, mined = _mine(run, split, reference)
+    program = dpo_program(config, run.mesh, run.model, reference)
+    state, spent = _restored(run, "rl", program)
+    base, validate = program.more[0], _validator(run, program.more[0])
+    batches = pipeline.batches(pairs, config.dpo.batch_size, config.seed, start=int(state.step))
+    state = _run_stage(
+        run, "rl", state, lambda state, batch: program.step(state, batch, base), program.step, batches,
+        config.dpo.steps,
+        figures={
+            "loss": "policy/loss", "preferred": "dpo/accuracy", "margin": "dpo/margin", "tok/s": "time/tokens_per_s"
+        },
+        after=lambda done, last, state, *_: validate(done, last, state),
+        spent=max(spent, mined),  # mining is paid once
+    )
+    return Weights(state.params, base)
+
+
+def _mine(run: Run, split: EncodedSplit, reference: Weights) -> tuple[Preferences, int]:
+    """Preference pairs of the host, and the tokens sampled to find them. The same again in a run that is resumed."""
+    config, found, spent = run.config, [], 0
+    params = assemble.decode_layout(config, run.model, run.mesh, "sft")(*reference)
+    sample = jax.jit(
+        partial(
+            dpo.sample_answers, run.model.policy, run.model.tables, number=config.dpo.samples,
+            length=config.data.response_len, temperature=config.rl.temperature,
+        ),
+        out_shardings=sharding.replicated(run.mesh),
+    )
+    key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
+    rows = pipeline.stratified(split, config.dpo.mined or len(split), config.seed)
+    with progress("mining", len(rows)) as bar:
+        for batch, mask in pipeline.eval_batches(split, config.eval.batch_size, rows):
+            answers = jax.device_get(sample(params, key, run.put_batch(batch)))
+            batch, answers = jax.tree.map(lambda x, mask=mask: x[mask], (batch, answers))
+            spent += int(np.sum(batch.prompt_len) + np.sum(answers.valid))
+            found.append(dpo.preferences(batch, answers, config.dpo.pairs))
+            bar.update(min(len(found) * config.eval.batch_size, len(rows)))
+            if signum := processes.greatest(run.signum):
+                raise Interrupted(signum, "while preferences were mined")
+    pairs = jax.tree.map(lambda *pieces: np.concatenate(pieces), *found)
+    run.say(f"preferences: {len(pairs):,} from {len(rows):,} pairs x {config.dpo.samples} answers, {spent:,} tokens")
+    if len(pairs) < config.dpo.batch_size:
+        raise ConfigError(f"dpo.batch_size={config.dpo.batch_size} is more than the {len(pairs)} preferences mined; "
+                          "raise dpo.mined, dpo.samples or dpo.pairs")
+    if 0 < config.rl.budget <= spent:
+        raise ConfigError(f"rl.budget={config.rl.budget} is spent by mining alone, which took {spent}; "
+                          "lower dpo.mined or dpo.samples")
+    return pairs, spent
+
+
+def _validator(run: Run, base: Params | None) -> Callable[[int, bool, TrainState], dict[str, float]]:
+    """The function that scores a state on the validation split where it is time: every so often, and at the end."""
+    config = run.config
+    split = assemble.encode(config, run.model, run.data, run.data.splits["validation"])
+    rows = pipeline.stratified(split, config.eval.validation_pairs, config.data.seed)
+    lay_out = assemble.decode_layout(config, run.model, run.mesh, "rl")
+
+    def validate(done: int, last: bool, state: TrainState) -> dict[str, float]:
+        if not (last or config.eval.every and done % config.eval.every == 0):
+            return {}
+        judged = run.evaluator.judge(lay_out(state.params, base), split, rows, sample=False)
+        scores = scorecard.score(judged, run.model.book, bootstrap=0)
+        shown = ("accuracy", "macro_f1", "step_accuracy", "adherence", "format")
+        return {f"validation/{name}": scores[name]["value"] for name in shown if scores[name]["value"] is not None}
+
+    return validate
+
+
 def _run_stage(
-    run: Run, stage: str, state: TrainState, step: Callable[..., Any], compiled: Any, batches: Iterator[Batch],
+    run: Run, stage: str, state: TrainState, step: Callable[..., Any], compiled: Any, batches: Iterator[Any],
     total: int, figures: Mapping[str, str], after: Callable[..., dict[str, float]] | None = None,
     spent: int = 0,
 ) -> TrainState:
@@ -316,6 +385,11 @@ def step_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> StepConfig:
     )
 
 
+def _branch(config: ConfigDict, stage: str) -> str:
+    """The branch of the config that a stage follows: DPO takes the place of reinforcement learning."""
+    return "dpo" if stage == "rl" and config.method == "dpo" else stage
+
+
 def _chunk(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:
     """Positions of a batch whose logits are held at once: the config counts those of one device."""
     return config.objective.logprob_chunk * sharding.data_shards(mesh)
@@ -356,11 +430,9 @@ def rl_program(
 ) -> Program:
     """The program of reinforcement learning from the end of the warm start; guidance remembers `rows` training pairs
     and has levels for the `families` of queries."""
-    fresh_adapters = reference.base is None and assemble.adapters_of(config, "rl") is not None
-    base = reference.trained if fresh_adapters else reference.base
-    start = None if fresh_adapters else reference.trained
+    base, start = _from_reference(config, reference)
     # Of fresh adapters, the reference is the base itself: no adapters at all.
-    compared = None if config.objective.kl == "none" else {} if fresh_adapters else start
+    compared = None if config.objective.kl == "none" else {} if start is None else start
     _, axes = assemble.trained_part(config, model, "rl")
     updates = config.rl.steps * config.rl.epochs * config.rl.minibatches
     tx = optim.make(
@@ -378,6 +450,28 @@ def rl_program(
     return Program(
         _jit(config, mesh, model, "rl", make, template, base, compared), template, (base, compared), fresh
     )
+
+
+def dpo_program(config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, reference: Weights) -> Program:
+    """The program of preference optimisation from the end of the warm start."""
+    base, start = _from_reference(config, reference)
+    _, axes = assemble.trained_part(config, model, "rl")
+    tx = optim.make(
+        config.dpo.learning_rate, config.dpo.warmup, config.dpo.steps, matrix_rate=config.dpo.matrix_rate, axes=axes
+    )
+
+    def make(policy: Policy, sampler: Any) -> Callable[..., Any]:
+        return dpo.make_step(policy, _updater(tx), config.dpo.beta, config.rl.temperature, _chunk(config, mesh))
+
+    fresh, template = _fresh_state(config, mesh, model, "rl", tx, start)
+    return Program(_jit(config, mesh, model, "rl", make, template, base), template, (base,), fresh)
+
+
+def _from_reference(config: ConfigDict, reference: Weights) -> tuple[Params | None, Params | None]:
+    """What the stage after the warm start trains over, and what it starts from: None, and None for fresh adapters."""
+    if reference.base is None and assemble.adapters_of(config, "rl") is not None:
+        return reference.trained, None
+    return reference.base, reference.trained
 
 
 def _fresh_state(
@@ -425,7 +519,7 @@ def _jit(
     make: Callable[[Policy, rl_step.SamplerFn], Callable[..., Any]], state: TrainState, base: Params | None, *more: Any,
 ) -> Any:
     """`step(state, batch, base, *more)`, jitted with shardings fixed at its borders and its state donated, so that it
-    compiles once.
+    compiles once. It returns state, metrics, and in RL the inspection, else None.
 
     `make` gives the step of a policy and its sampler, here those of the whole policy or of adapters over `base`.
     `state` and `more` have the shardings of the step's arguments but for the batch.
@@ -441,12 +535,12 @@ def _jit(
             params = state.params if adapters is None else lora.attach(base, state.params, adapters)
             inside = jnp.arange(batch.prompt.shape[1]) < batch.prompt_len[:, None]
             metrics |= load(params, batch.prompt, inside).metrics()
-        return after, metrics, *seen
+        return after, metrics, seen[0] if seen else None
 
     state, base, more = jax.tree.map(lambda leaf: leaf.sharding, (state, base, more))
     batch, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    outputs = (state, whole) if stage == "sft" else (state, whole, whole)
-    return jax.jit(step, in_shardings=(state, batch, base, *more), out_shardings=outputs, donate_argnums=0)
+    shardings = {"in_shardings": (state, batch, base, *more), "out_shardings": (state, whole, whole)}
+    return jax.jit(step, **shardings, donate_argnums=0)
 
 
 def _updater(tx: Any) -> rl_step.UpdateFn:
@@ -470,11 +564,12 @@ def _check_divergence(
         return
     say(f"{stage} step {done}: loss or gradient not finite, update skipped ({in_a_row} in a row)")
     if in_a_row >= config.rl.max_skipped:
-        rate = config[stage].learning_rate
+        branch = _branch(config, stage)
+        rate = config[branch].learning_rate
         raise Diverged(
             f"{stage} step {done}: {in_a_row} updates in a row were not finite (loss {row['policy/loss']}, gradient "
             f"norm {row['optim/grad_norm']}). The parameters are those of the last finite update. Try a lower "
-            f"{stage}.learning_rate (now {rate}), float32 in policy.compute_dtype, or a longer {stage}.warmup."
+            f"{branch}.learning_rate (now {rate}), float32 in policy.compute_dtype, or a longer {branch}.warmup."
         )
 
 

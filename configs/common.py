@@ -15,6 +15,7 @@ METHODS: dict[str, dict[str, object]] = {
     "agr": {"reward.composition": "terminal"},  # adaptive guided replay alone
     "grpo_pr": {"guidance.enabled": False, "reward.composition": "sum"},  # step rewards added up, no gate
     "grpo": {"guidance.enabled": False, "reward.composition": "terminal"},  # the tier alone
+    "dpo": {},  # preferences mined from the warm start, in place of RL
     "sft": {"rl.steps": 0},  # the warm start alone
 }
 
@@ -89,6 +90,17 @@ def base() -> ConfigDict:
     c.rl.warmup = 20
     c.rl.weight_decay = 0.0
     c.rl.max_skipped = 10  # updates in a row skipped as not finite before the run stops
+
+    c.dpo = ConfigDict()  # in place of rl where the method is dpo; see agrl_jax/supervised/dpo.py
+    c.dpo.samples = 8  # answers to each training pair, right against wrong; sampled at rl.temperature
+    c.dpo.mined = 12_800  # training pairs sampled from, stratified; 0: all
+    c.dpo.pairs = 1  # preferences taken from one training pair at most
+    c.dpo.beta = 0.1  # how strongly the policy is held to the reference
+    c.dpo.steps = 400
+    c.dpo.batch_size = 64  # preferences
+    c.dpo.learning_rate = 3e-4  # peak; cosine decay to 0
+    c.dpo.matrix_rate = 0.002  # as in sft
+    c.dpo.warmup = 20
 
     c.reward = ConfigDict()  # see agrl_jax/rl/reward.py
     c.reward.composition = "gated"  # terminal, sum, gated, gated_tier

@@ -23,9 +23,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.policy.compute_dtype = "float32"  # small enough, and CPUs are slow in bfloat16
     c.sft.learning_rate = 5e-5  # a small model bears larger steps
     c.rl.learning_rate = 2e-6
+    c.dpo.learning_rate = 2e-6
     if args.cpu:
         c.sft.update(steps=40, batch_size=4, warmup=5)
         c.rl.update(steps=10, batch_size=4, group_size=4, micro_batches=2, warmup=2)
+        c.dpo.update(mined=40, steps=10, batch_size=4, warmup=2)
         c.guidance.replace = 2  # of 4
         c.eval.update(every=0, pairs=32, validation_pairs=32, pass_k=4, pass_pairs=8, batch_size=4)
         c.checkpoint.every = 10  # steps take about a minute

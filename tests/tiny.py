@@ -16,6 +16,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.data.update(prompt_len=96, response_len=40)
     c.sft.update(steps=12, batch_size=16)
     c.rl.update(steps=12, batch_size=8, group_size=4)
+    c.dpo.update(samples=4, mined=60, pairs=2, steps=12, batch_size=8)
     c.guidance.update(capacity=0.5, replace=2, threshold=0.5)
     c.reward.overlong_from = 32
     c.eval.update(every=6, pairs=24, validation_pairs=24, pass_k=2, pass_pairs=8, batch_size=8, bootstrap=50)

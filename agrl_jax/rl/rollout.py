@@ -21,7 +21,7 @@ from agrl_jax.rl import reader
 from agrl_jax.types import Array, Cache, Params, Policy, Prefix, Rollout, RuleTables
 
 # Purposes for which random numbers are drawn; no two may share a number.
-PURPOSE_ROLLOUT, PURPOSE_REPLAY, PURPOSE_EVALUATE, PURPOSE_JUDGE = range(4)
+PURPOSE_ROLLOUT, PURPOSE_REPLAY, PURPOSE_EVALUATE, PURPOSE_JUDGE, PURPOSE_MINE = range(5)
 
 _NEVER = -1e30  # logit of a token the grammar forbids
 

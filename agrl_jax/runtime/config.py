@@ -239,6 +239,16 @@ RULES: Mapping[str, Rule] = {
     "rl.warmup": _COUNT,
     "rl.weight_decay": _WEIGHT,
     "rl.max_skipped": _SIZE,
+    # Preferences.
+    "dpo.samples": _whole(2),
+    "dpo.mined": _COUNT,
+    "dpo.pairs": _SIZE,
+    "dpo.beta": _POSITIVE,
+    "dpo.steps": _COUNT,
+    "dpo.batch_size": _SIZE,
+    "dpo.learning_rate": _POSITIVE,
+    "dpo.matrix_rate": _WEIGHT,
+    "dpo.warmup": _COUNT,
     # Reward.
     "reward.composition": _one_of("terminal", "sum", "gated", "gated_tier"),
     "reward.tier_kind": _one_of("exact", "ordinal"),
@@ -356,7 +366,8 @@ def _lora_problems(config: ConfigDict) -> Iterator[str]:
     if lora.stages == "both" and not config.policy.pretrained:
         yield ("lora.stages=both without policy.pretrained: a policy from scratch first has to learn all its weights; "
                "use lora.stages=rl")
-    for stage in ("sft", "rl") if lora.stages == "both" else ("rl",):
+    last = "dpo" if config.method == "dpo" else "rl"
+    for stage in ("sft", last) if lora.stages == "both" else (last,):
         if config[stage].matrix_rate:
             yield (f"{stage}.matrix_rate={config[stage].matrix_rate} with lora.rank={lora.rank}: Muon is for whole "
                    f"matrices; use {stage}.matrix_rate=0")
@@ -369,7 +380,8 @@ def _batch_problems(config: ConfigDict, data_shards: int) -> Iterator[str]:
         yield (f"rl.batch_size={rl.batch_size} cannot be split into {data_shards} data shards x "
                f"rl.minibatches={rl.minibatches} x rl.micro_batches={rl.micro_batches} equal pieces; "
                f"nearest: {_multiple(rl.batch_size, pieces)}")
-    for name, size in (("sft.batch_size", config.sft.batch_size), ("eval.batch_size", config.eval.batch_size)):
+    branches = ("sft", "eval", "dpo") if config.method == "dpo" else ("sft", "eval")
+    for name, size in ((f"{branch}.batch_size", config[branch].batch_size) for branch in branches):
         if size % data_shards:
             yield (f"{name}={size} cannot be split over {data_shards} data shards; "
                    f"nearest: {_multiple(size, data_shards)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,10 +63,16 @@ def make_step(
     blanks: tuple[RuleTables, PartTexts] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Returns the pure function `step(state, batch) -> (state, metrics)`; metrics are float32 scalars."""
+    return descending(partial(gold_loss, policy, prompt_weight=prompt_weight, chunk=chunk, blanks=blanks), update)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        loss = partial(gold_loss, policy, batch=batch, prompt_weight=prompt_weight, chunk=chunk, blanks=blanks)
-        (_, metrics), grads = jax.value_and_grad(lambda params: loss(params=params), has_aux=True)(state.params)
+
+def descending(
+    loss: Callable[[Params, Any], tuple[Array, dict[str, Array]]], update: UpdateFn
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
+    """The step `(state, batch) -> (state, metrics)` that goes down `loss(params, batch) -> loss, metrics`."""
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch)
         params, opt_state, skipped, figures = update(grads, state.params, state.opt_state, state.skipped)
         state = state.replace(params=params, opt_state=opt_state, skipped=skipped, step=state.step + 1)
         return state, {name: jnp.asarray(value, jnp.float32) for name, value in (metrics | figures).items()}

@@ -1,0 +1,119 @@
+"""Direct preference optimisation (DPO, arXiv 2305.18290), on pairs of right and wrong answers mined once.
+
+Mining samples N answers to each training pair with the policy that the warm start leaves, and puts a right answer
+against a wrong one to the same prompt. A right answer states the true tier and is well-formed; a wrong one does not
+state the true tier. That policy is also the reference, so the sampler's log-probabilities are the reference's: no
+other pass is needed. The loss of a preference pair is
+
+    -log sigmoid(margin),   margin = beta * ((chosen - its reference) - (rejected - its reference))
+
+with the log-probabilities of whole answers under the distribution sampled from, temperature included, as everywhere.
+The prompt goes through the network once for both answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from agrl_jax.rl import reader
+from agrl_jax.rl.objective import token_logprobs
+from agrl_jax.rl.rollout import PURPOSE_MINE, predicting_hidden, prefill, rollout, row_keys
+from agrl_jax.rl.step import UpdateFn
+from agrl_jax.supervised.sft import descending
+from agrl_jax.types import Array, Batch, Params, Policy, RuleTables, TrainState
+
+
+@struct.dataclass
+class Answers:
+    """Answers sampled to mine preferences from, N to each of B pairs."""
+
+    tokens: Array  # [B, N, T] int32
+    valid: Array  # [B, N, T] bool
+    logp: Array  # [B, N] float32 log-probability of each whole answer
+    right: Array  # [B, N] bool
+    wrong: Array  # [B, N] bool
+
+
+@struct.dataclass
+class Preferences:
+    """Preference pairs: a chosen and a rejected answer to the same prompt, in this order. M of them, or a batch."""
+
+    prompt: Array  # [M, S] int32
+    prompt_len: Array  # [M] int32
+    tokens: Array  # [M, 2, T] int32
+    valid: Array  # [M, 2, T] bool
+    reference: Array  # [M, 2] float32 log-probability of each answer under the reference policy
+
+    def __len__(self) -> int:
+        return len(self.prompt_len)
+
+    def take(self, indices: np.ndarray) -> Preferences:
+        """The pairs at `indices`, in that order."""
+        return jax.tree.map(lambda rows: rows[indices], self)
+
+
+def sample_answers(
+    policy: Policy, tables: RuleTables, params: Params, key: Array, batch: Batch, *, number: int, length: int,
+    temperature: float,
+) -> Answers:
+    """`number` answers to each pair; the draws depend on `key` [2] uint32 and the pair's row alone."""
+    prefix = prefill(policy, params, batch.prompt, batch.prompt_len)
+    rolled = rollout(
+        policy, params, prefix, row_keys(key, PURPOSE_MINE, 0, batch.row, number),
+        length=length, temperature=temperature, end_token=tables.end_token,
+    )
+    reading = reader.read(tables, rolled.tokens, rolled.valid)
+    true = reading.value[..., -1] == batch.tier[:, None]
+    return Answers(rolled.tokens, rolled.valid, jnp.sum(rolled.logp, axis=-1), true & reading.well_formed, ~true)
+
+
+def preferences(batch: Batch, answers: Answers, most: int) -> Preferences:
+    """Up to `most` pairs from each example, its k-th right answer against its k-th wrong one. Arrays of the host."""
+    rows, chosen, rejected = [], [], []
+    for row, (right, wrong) in enumerate(zip(answers.right, answers.wrong, strict=True)):
+        for better, worse in list(zip(np.flatnonzero(right), np.flatnonzero(wrong), strict=False))[:most]:
+            rows.append(row)
+            chosen.append(better)
+            rejected.append(worse)
+    at = np.array(rows, int)[:, None], np.array([chosen, rejected], int).T
+    return Preferences(
+        batch.prompt[at[0][:, 0]], batch.prompt_len[at[0][:, 0]], answers.tokens[at], answers.valid[at],
+        answers.logp[at],
+    )
+
+
+def preference_loss(
+    policy: Policy, params: Params, batch: Preferences, beta: float, temperature: float = 1.0, chunk: int = 0
+) -> tuple[Array, dict[str, Array]]:
+    """The mean loss of the preference pairs, and figures."""
+    prefix = prefill(policy, params, batch.prompt, batch.prompt_len)
+    hidden = predicting_hidden(policy, params, prefix, batch.tokens)
+    logp, entropy = token_logprobs(partial(policy.unembed, params), hidden, batch.tokens, temperature, chunk)
+    change = jnp.sum(jnp.where(batch.valid, logp, 0.0), axis=-1) - batch.reference  # [B, 2]
+    margin = beta * (change[:, 0] - change[:, 1])
+    loss = jnp.mean(jax.nn.softplus(-margin))
+    tokens = jnp.sum(batch.prompt_len) + jnp.sum(batch.valid)
+    return loss, {
+        "policy/loss": loss,
+        "policy/entropy": jnp.sum(jnp.where(batch.valid, entropy, 0.0)) / jnp.maximum(jnp.sum(batch.valid), 1),
+        "dpo/accuracy": jnp.mean(margin > 0),
+        "dpo/margin": jnp.mean(margin),
+        "dpo/chosen": beta * jnp.mean(change[:, 0]),  # implicit rewards: both may fall while the margin grows
+        "dpo/rejected": beta * jnp.mean(change[:, 1]),
+        "tokens/trained": tokens,
+        "budget/tokens": 3 * tokens,  # forward-equivalent, as in `rl.step`
+    }
+
+
+def make_step(
+    policy: Policy, update: UpdateFn, beta: float, temperature: float = 1.0, chunk: int = 0
+) -> Callable[[TrainState, Preferences], tuple[TrainState, dict[str, Array]]]:
+    """Returns the pure function `step(state, batch) -> (state, metrics)`; metrics are float32 scalars."""
+    loss = partial(preference_loss, policy, beta=beta, temperature=temperature, chunk=chunk)
+    return descending(loss, update)
