@@ -233,7 +233,7 @@ def _reinforce(run: Run, reference: Weights) -> Weights:
             say(render(done, samples))
         return validate(done, last, state)
 
-    batches = pipeline.batches(split, config.rl.batch_size, config.seed, start=int(state.step))
+    batches = pipeline.batches(split, config.rl.batch_size * config.rl.candidates, config.seed, start=int(state.step))
     state = _run_stage(
         run, "rl", state, lambda state, batch: program.step(state, batch, base, compared), program.step, batches,
         config.rl.steps,
@@ -382,6 +382,7 @@ def step_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> StepConfig:
         reward=RewardConfig(**config.reward.to_dict()),
         objective=ObjectiveConfig(**objective, **loss, step_weight=config.reward.step_weight),
         guidance=GuidanceConfig(**guide) if enabled else None,
+        candidates=config.rl.candidates,
     )
 
 

@@ -8,15 +8,32 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-# What a method is: the fields in which it differs from AGRL. `--config=configs/quickstart.py:grpo`.
+
+def with_rl_compute(c: ConfigDict) -> int:
+    """Steps of a warm start that cost as many forward-equivalent tokens as warm start and RL do together.
+
+    Counted at full lengths and without replays: a step of RL samples and scores (1 each) and trains (3) on B prompts
+    with G answers each; one of the warm start trains on prompts with one answer.
+    """
+    s, t = c.data.prompt_len, c.data.response_len
+    passes = 1 + (c.objective.kl != "none") + 3 * c.rl.epochs
+    rl = passes * c.rl.batch_size * (s + c.rl.group_size * t)
+    return c.sft.steps + round(c.rl.steps * rl / (3 * c.sft.batch_size * (s + t)))
+
+
+# What a method is: the fields in which it differs from AGRL, or functions of the config that give them.
+# `--config=configs/quickstart.py:grpo`.
 METHODS: dict[str, dict[str, object]] = {
     "agrl": {},  # rule-aware reward shaping and adaptive guided replay
     "rrs": {"guidance.enabled": False},  # rule-aware reward shaping alone
     "agr": {"reward.composition": "terminal"},  # adaptive guided replay alone
     "grpo_pr": {"guidance.enabled": False, "reward.composition": "sum"},  # step rewards added up, no gate
     "grpo": {"guidance.enabled": False, "reward.composition": "terminal"},  # the tier alone
+    "grpo_ds": {"guidance.enabled": False, "reward.composition": "terminal", "rl.candidates": 4},  # and refill
     "dpo": {},  # preferences mined from the warm start, in place of RL
     "sft": {"rl.steps": 0},  # the warm start alone
+    "sft_more": {"rl.steps": 0, "sft.steps": with_rl_compute},  # a warm start that costs what RL would
+    "sft_all": {"rl.steps": 0, "sft.steps": with_rl_compute, "sft.source": "both"},  # also on the labels that RL sees
 }
 
 
@@ -80,6 +97,7 @@ def base() -> ConfigDict:
     c.rl.budget = 0  # forward-equivalent tokens (`budget/spent`) after which the stage ends, if sooner; 0: no limit
     c.rl.batch_size = 64  # B, examples
     c.rl.group_size = 4  # G, answers to each
+    c.rl.candidates = 1  # up to so many times B examples, in place of groups with equal rewards; see rl/refill.py
     c.rl.temperature = 1.0
     c.rl.epochs = 1  # passes over each rollout
     c.rl.minibatches = 1  # updates in each pass
@@ -169,5 +187,6 @@ def with_method(config: ConfigDict, method: str) -> ConfigDict:
     """`config` changed to one of METHODS."""
     config.method = method
     with config.unlocked():
-        config.update_from_flattened_dict(METHODS[method])
+        fields = {name: value(config) if callable(value) else value for name, value in METHODS[method].items()}
+        config.update_from_flattened_dict(fields)
     return config

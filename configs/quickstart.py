@@ -3,7 +3,7 @@
     python -m agrl_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 The argument names another method on the same data, warm start and budget:
-`--config=configs/quickstart.py:grpo` (agrl, rrs, agr, grpo_pr, grpo, sft).
+`--config=configs/quickstart.py:grpo` (agrl, rrs, agr, grpo_pr, grpo, grpo_ds, dpo, sft, sft_more, sft_all).
 """
 
 from __future__ import annotations

@@ -161,6 +161,8 @@ def test_check_known_names_the_nearest_fields():
          "guidance.enabled=False"),
         ({"rl.group_size": 8, "guidance.replace": 9}, 1, "guidance.replace=9 is more than rl.group_size=8"),
         ({"rulebook.order": "respond_then_think", "guidance.treatment": "mask"}, 1, "the tier would be forced"),
+        ({"rl.candidates": 2}, 1, "rl.candidates=2 with guidance.enabled=True: groups are either refilled or guided"),
+        ({"method": "dpo", "dpo.batch_size": 30}, 4, "dpo.batch_size=30 cannot be split over 4 data shards"),
         ({"policy.heads": 3}, 1, "policy.kv_heads=2 must divide policy.heads=3"),
         ({"policy.head_dim": 7}, 1, "policy.head_dim=7 must be even"),
         ({"data.source": "pairs"}, 1, "data.source=pairs needs data.path"),

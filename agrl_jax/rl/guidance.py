@@ -47,7 +47,7 @@ class Selection:
 
     index: Array  # [shards, X / shards] int32 position of the group within its shard
     chosen: Array  # [shards, X / shards] bool the slot is in use
-    unguidable: Array  # [B] bool the group fails, and there is nothing to reveal to it
+    unguidable: Array | None = None  # [B] bool the group fails, and there is nothing to reveal to it
 
 
 def initial_state(num_rows: int, num_families: int, cfg: GuidanceConfig) -> GuidanceState:

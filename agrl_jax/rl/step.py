@@ -1,7 +1,8 @@
 """The one jitted training step of AGRL.
 
     1. Roll G answers to each of B prompts with the current policy.
-    2. Read them on the device and score them by components (rule-aware reward shaping).
+    2. Read them on the device and score them by components (rule-aware reward shaping). If asked to, roll
+       other examples in place of groups with equal rewards (dynamic sampling, `refill`).
     3. Find the groups that fail; roll `replace` of their answers again behind a forced prefix of the
        ground truth (adaptive guided replay). Where no group fails anywhere, `lax.cond` skips this.
     4. Turn scores into group-relative advantages, per answer or per reasoning step.
@@ -33,9 +34,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from agrl_jax.rl import guidance, objective, reader
+from agrl_jax.rl import guidance, objective, reader, refill
 from agrl_jax.rl.guidance import GuidanceConfig, Selection
 from agrl_jax.rl.objective import ObjectiveConfig, Weights
+from agrl_jax.rl.refill import Groups
 from agrl_jax.rl.reward import RewardConfig, Score, component_names, is_consistent, score
 from agrl_jax.rl.rollout import (
     PURPOSE_REPLAY,
@@ -72,6 +74,7 @@ class StepConfig:
     reward: RewardConfig
     objective: ObjectiveConfig
     guidance: GuidanceConfig | None  # None: no replay
+    candidates: int = 1  # the step is given this many times B examples, to refill groups of equal rewards from
 
 
 @struct.dataclass
@@ -120,12 +123,30 @@ def make_step(
         sample = partial(
             rollout, *decoding, length=cfg.response_len, temperature=cfg.temperature, end_token=tables.end_token
         )
-        with jax.named_scope("prefill"):
-            prefix = prefill(*decoding, batch.prompt, batch.prompt_len)
-        with jax.named_scope("decode"):
-            rolled = sample(prefix, row_keys(state.key, PURPOSE_ROLLOUT, state.step, batch.row, cfg.group_size))
-        reading, scored = judge(rolled, batch)
-        metrics = _rollout_metrics(rolled, scored, step_names)
+
+        def roll(batch: Batch) -> tuple[Prefix, Rollout, Reading, Score]:
+            with jax.named_scope("prefill"):
+                prefix = prefill(*decoding, batch.prompt, batch.prompt_len)
+            with jax.named_scope("decode"):
+                rolled = sample(prefix, row_keys(state.key, PURPOSE_ROLLOUT, state.step, batch.row, cfg.group_size))
+            return prefix, rolled, *judge(rolled, batch)
+
+        rounds = _split(batch, cfg.candidates)
+        batch = jax.tree.map(lambda x: x[0], rounds)
+        prefix, rolled, reading, scored = roll(batch)
+        metrics = _rollout_metrics(batch, rolled, scored, step_names)
+
+        # ----------------------------------------------------------------------------------- refill
+        if cfg.candidates > 1:
+
+            def roll_again(batch: Batch) -> Groups:
+                _, rolled, _, scored = roll(batch)
+                return Groups(batch, rolled, ~_equal(scored))
+
+            groups, figures = refill.refill(Groups(batch, rolled, ~_equal(scored)), rounds, roll_again, cfg.shards)
+            batch, rolled = groups.batch, groups.rolled
+            reading, scored = judge(rolled, batch)
+            metrics |= figures
 
         # ----------------------------------------------------------------------------------- replay
         guided, memory = jnp.zeros((batch.row.shape[0], cfg.group_size), bool), state.guidance
@@ -145,8 +166,7 @@ def make_step(
             with jax.named_scope("reference"):
                 examples = examples.replace(reference_logp=_reference_logp(reference, examples))
         params, opt_state, skipped, figures = _updates(state, examples)
-        metrics |= figures | _token_counts(batch, rolled, cfg)
-        metrics["budget/tokens"] = _budget(metrics, cfg)
+        metrics |= figures | _token_counts(batch, rolled, metrics, cfg)
         state = TrainState(params, opt_state, state.step + 1, state.key, memory, skipped)
         mean_advantage = jnp.mean(advantage, axis=-1, where=rolled.valid)
         seen = Inspection(batch.row, rolled, reading, scored, mean_advantage)
@@ -323,16 +343,22 @@ def _pass_steps(scored: Score, selection: Selection) -> tuple[Array, Array]:
 # ------------------------------------------------------------------------------------------- metrics
 
 
-def _rollout_metrics(rolled: Rollout, scored: Score, step_names: tuple[str, ...]) -> Metrics:
-    """Figures of the unguided rollout: the policy as it is."""
+def _equal(scored: Score) -> Array:
+    """[B] bool: the rewards of the group are alike."""
+    return jnp.std(scored.total, axis=1) < objective.MIN_SPREAD
+
+
+def _rollout_metrics(batch: Batch, rolled: Rollout, scored: Score, step_names: tuple[str, ...]) -> Metrics:
+    """Figures of the first rollout, before refill and guidance: the policy as it is."""
     total = scored.total
     metrics = {
         "reward/total": jnp.mean(total),
         "reward/total_spread": jnp.mean(jnp.std(total, axis=1)),
         "reward/tier_accuracy": jnp.mean(scored.passed),
-        "reward/equal_groups": jnp.mean(jnp.std(total, axis=1) < objective.MIN_SPREAD),
+        "reward/equal_groups": jnp.mean(_equal(scored)),
         "policy/length": jnp.mean(jnp.sum(rolled.valid, axis=-1)),
         "policy/truncated": 1 - jnp.mean(rolled.finished),
+        "tokens/prompt": jnp.sum(batch.prompt_len),  # once for its group
         "tokens/rolled": jnp.sum(rolled.valid),
     }
     for index, name in enumerate(component_names(step_names)):
@@ -343,10 +369,10 @@ def _rollout_metrics(rolled: Rollout, scored: Score, step_names: tuple[str, ...]
 
 
 def _reward_metrics(scored: Score) -> Metrics:
-    """Figures of what is learnt from: the rollout after guided answers have replaced some."""
+    """Figures of what is learnt from: the rollout after others have replaced some."""
     return {
         "reward/learnt_from": jnp.mean(scored.total),
-        "reward/equal_groups_after": jnp.mean(jnp.std(scored.total, axis=1) < objective.MIN_SPREAD),
+        "reward/equal_groups_after": jnp.mean(_equal(scored)),
     }
 
 
@@ -363,15 +389,9 @@ def _loss_metrics(sums: Metrics, rolled: Rollout) -> Metrics:
     return metrics | ({"policy/kl": sums["kl"]} if "kl" in sums else {})
 
 
-def _token_counts(batch: Batch, rolled: Rollout, cfg: StepConfig) -> Metrics:
-    """Tokens of the step; a prompt counts once for its group."""
-    prompt = jnp.sum(batch.prompt_len)
-    return {"tokens/prompt": prompt, "tokens/trained": (prompt + jnp.sum(rolled.valid)) * cfg.epochs}
-
-
-def _budget(counts: Metrics, cfg: StepConfig) -> Array:
-    """Forward-equivalent tokens of the step, from its counts."""
-    once = counts["tokens/trained"] // cfg.epochs  # one pass over what is learnt from, as the reference makes
+def _token_counts(batch: Batch, rolled: Rollout, counts: Metrics, cfg: StepConfig) -> Metrics:
+    """Tokens trained on, and the forward-equivalent tokens of the step, given what else was counted."""
+    once = jnp.sum(batch.prompt_len) + jnp.sum(rolled.valid)  # a pass over what is learnt from, as the reference makes
+    sampled = sum(counts.get(f"tokens/{name}", 0) for name in ("prompt", "rolled", "refilled", "replayed"))
     scored = 0 if cfg.objective.kl == "none" else once
-    sampled = counts["tokens/prompt"] + counts["tokens/rolled"] + counts.get("tokens/replayed", 0)
-    return sampled + scored + 3 * counts["tokens/trained"]
+    return {"tokens/trained": once * cfg.epochs, "budget/tokens": sampled + scored + 3 * once * cfg.epochs}

@@ -229,6 +229,7 @@ RULES: Mapping[str, Rule] = {
     "rl.budget": _COUNT,
     "rl.batch_size": _SIZE,
     "rl.group_size": _whole(2),
+    "rl.candidates": _SIZE,
     "rl.temperature": _POSITIVE,
     "rl.epochs": _SIZE,
     "rl.minibatches": _SIZE,
@@ -387,6 +388,9 @@ def _batch_problems(config: ConfigDict, data_shards: int) -> Iterator[str]:
                    f"nearest: {_multiple(size, data_shards)}")
     if not guidance.enabled:
         return
+    if rl.candidates > 1:
+        yield (f"rl.candidates={rl.candidates} with guidance.enabled=True: groups are either refilled or guided; use "
+               "rl.candidates=1 or guidance.enabled=False")
     if guidance.replace > rl.group_size:
         yield f"guidance.replace={guidance.replace} is more than rl.group_size={rl.group_size}"
     per_shard = rl.batch_size // data_shards
