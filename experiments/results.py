@@ -1,0 +1,142 @@
+"""What is kept of a run: a small JSON file with its scores and how it went, and beside it its judgements."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import polars as pl
+
+from agrl_jax import judgements, scorecard
+from agrl_jax.rulebook import book
+from agrl_jax.rulebook.book import RuleBook
+from agrl_jax.runtime.metrics import read_jsonl
+from agrl_jax.scorecard import Judgements
+from experiments import study
+from experiments.study import Sweep
+
+# Metrics of every step that tell how steady training was.
+WATCHED = ("reward/equal_groups", "policy/entropy", "policy/kl", "optim/grad_norm", "guide/share", "guide/level")
+
+
+def write(sweep: Sweep, run: str, seed: int, workdir: Path, diverged: bool, digest: str) -> None:
+    """Writes the result of the run in `workdir`; `digest` says of which config."""
+    config = json.loads((workdir / "config.json").read_text())
+    method = sweep.get_config(f"{run},seed={seed}").method
+    rows = read_jsonl(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
+    rl = [row for row in rows if row["stage"] != "sft"]
+    cards = scorecard.read(workdir / "scorecard.json")
+    stage = method if method in cards else "sft"
+    result = {
+        "method": method,
+        "digest": digest,
+        "run": run,
+        "seed": seed,
+        "diverged": diverged,
+        "labels": study.LABELS[method],
+        "fields": dict(sweep.runs[run]) | (study.tuned().get(method, {}) if sweep.tuned else {}),
+        "stage": stage,
+        "scores": {} if diverged else {split: _values(card) for split, card in cards[stage].items()},
+        "start": {split: _values(card) for split, card in cards["sft"].items()},
+        "validation": [
+            {"step": row["step"], "tokens": row.get("budget/spent"), **_named(row, "validation/")}
+            for row in rl
+            if "validation/macro_f1" in row
+        ],
+        "watched": {name: _thin([row[name] for row in rl if name in row]) for name in WATCHED},
+        "excursions": {name: _excursion(rl, name) for name in ("optim/grad_norm", "policy/kl")},
+        "skipped": int(sum(row.get("optim/finite", 1) == 0 for row in rl)),
+        "cost": _cost(rl),
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "rulebook": config["rulebook"],
+    }
+    path = sweep.result(run, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not diverged:
+        _keep_judgements(workdir, stage, path.with_suffix(".parquet"))
+    half = path.with_suffix(".tmp")
+    half.write_text(json.dumps(result, separators=(",", ":")) + "\n")
+    half.replace(path)
+
+
+def is_there(sweep: Sweep, run: str, seed: int, digest: str) -> bool:
+    """Whether there is a result of just this config: one of another, as before a search, has to be made again."""
+    path = sweep.result(run, seed)
+    return path.exists() and json.loads(path.read_text())["digest"] == digest
+
+
+def read(sweep: Sweep) -> dict[str, dict[int, dict[str, Any]]]:
+    """Results that are there, by run and seed, in the order of the sweep; `judged` are the judgements by split."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for run in sweep.runs:
+        for seed in sweep.seeds:
+            path = sweep.result(run, seed)
+            if path.exists():
+                result = json.loads(path.read_text())
+                result["judged"] = {} if result["diverged"] else _judged(path.with_suffix(".parquet"), rules(result))
+                found.setdefault(run, {})[seed] = result
+    return found
+
+
+def _judged(path: Path, rules: RuleBook) -> dict[str, Judgements]:
+    parts = judgements.read(path).partition_by("split", as_dict=True, maintain_order=True)
+    return {split: judgements.of_frame(frame, rules) for (split,), frame in parts.items()}
+
+
+def rules(result: Mapping[str, Any]) -> RuleBook:
+    """The rule book of a run."""
+    return book.load(result["rulebook"]["path"], result["rulebook"]["order"])
+
+
+def _keep_judgements(workdir: Path, stage: str, path: Path) -> None:
+    """The judgements of a stage, with numbers for the queries: what the tables need of them, and little to commit."""
+    frame = judgements.read(workdir / judgements.FILE).filter(pl.col("stage") == stage)
+    number = pl.col("query").rank("dense").over("split").cast(pl.String)
+    frame.with_columns(number).write_parquet(path, compression="zstd")
+
+
+def _values(card: scorecard.Scores) -> dict[str, Any]:
+    """A scorecard without intervals, which over one run are of no use here."""
+    cuts = ("by_family", "by_seen")
+    values = {name: measure["value"] for name, measure in card.items() if name not in cuts}
+    for cut in cuts:
+        values[cut] = {
+            part: {name: measure["value"] for name, measure in measures.items()} for part, measures in card[cut].items()
+        }
+    return values
+
+
+def _named(row: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}
+
+
+def _thin(values: list[float], points: int = 40) -> list[float]:
+    """Means over up to `points` pieces of a curve, to three digits."""
+    pieces = np.array_split(np.asarray(values, float), min(points, len(values))) if values else []
+    return [float(f"{np.mean(piece):.3g}") for piece in pieces]
+
+
+def _excursion(rows: list[dict[str, Any]], name: str) -> float | None:
+    """The greatest value over the median: how far training was thrown."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return float(np.max(values) / max(np.median(values), 1e-12)) if values else None
+
+
+def _cost(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Tokens and seconds of the stage after the warm start; the median step, since machines are shared."""
+    def total(name: str) -> float:
+        return float(sum(row.get(name) or 0 for row in rows))
+
+    seconds = [row["time/step_s"] for row in rows]
+    return {
+        "steps": len(rows),
+        "tokens_rolled": total("tokens/rolled"),
+        "tokens_trained": total("tokens/trained"),
+        "forward_equivalents": rows[-1].get("budget/spent") if rows else 0,
+        "seconds": float(np.median(seconds) * len(seconds)) if rows else 0.0,
+    }

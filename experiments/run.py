@@ -1,0 +1,222 @@
+"""Runs what a sweep still lacks.
+
+    python -m experiments.run --sweep=experiments/main_table.py --workers=2
+
+Each run is `python -m agrl_jax.main` in a workdir of its own, so one that was cut off goes on where it was. Runs that
+differ only after the warm start share it. Cores, or the GPUs named in CUDA_VISIBLE_DEVICES, are dealt out to the
+workers. What a run gave stands in `experiments/results/SWEEP/RUN-SEED.json`; a run that diverged is a result too.
+Arguments such as `--config.data.path=FILE` go to every run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from agrl_jax.runtime.config import ConfigError, exit_with
+from agrl_jax.runtime.metrics import progress, say
+from experiments import results, study
+from experiments.study import Sweep
+
+DIVERGED = 1  # exit code of `agrl_jax.main`
+KEPT = ("tokenizer.json", "policy.json", "scorecard.json", "judgements.parquet")  # of a warm start, with its end
+
+
+@dataclass
+class Runner:
+    """Makes runs in child processes, each within the cores or on the device of a slot."""
+
+    file: str  # of the sweep
+    folder: Path
+    overrides: Sequence[str]
+    slots: queue.Queue[dict[str, str]] = field(default_factory=queue.Queue)  # environment of each free worker
+    children: set[subprocess.Popen[bytes]] = field(default_factory=set)
+    stopping: threading.Event = field(default_factory=threading.Event)
+
+    def main(self, run: str, seed: int, workdir: Path, *more: str) -> int:
+        """`agrl_jax.main` to its end; its exit code. What it prints goes to WORKDIR/log.txt."""
+        if self.stopping.is_set():
+            return -signal.SIGTERM
+        slot = self.slots.get()
+        workdir.mkdir(parents=True, exist_ok=True)
+        command = [
+            sys.executable, "-m", "agrl_jax.main", f"--config={self.file}:{run},seed={seed}", f"--workdir={workdir}",
+            f"--config.data.dir={self.folder / 'data'}", *self.overrides, *more,
+        ]  # fmt: skip
+        cores = [int(core) for core in slot["cores"].split(",")] if "cores" in slot else None
+        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"), **slot}
+        try:
+            with (workdir / "log.txt").open("ab") as log:
+                # A session of its own: Ctrl-C reaches this process, which then tells its children once.
+                child = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+                if cores is not None:
+                    os.sched_setaffinity(child.pid, cores)
+                self.children.add(child)
+                code = child.wait()
+                self.children.discard(child)
+        finally:
+            self.slots.put(slot)
+        return code
+
+    def start(self, run: str, seed: int, workdir: Path) -> int:
+        """The warm start alone."""
+        return self.main(run, seed, workdir, "--config.method=sft", "--config.rl.steps=0")
+
+    def stop(self) -> None:
+        """Asks all children to save and stop."""
+        self.stopping.set()
+        for child in list(self.children):
+            child.terminate()
+
+
+def run(sweep: Sweep, file: str, folder: Path, workers: int, only: Sequence[str], overrides: Sequence[str]) -> int:
+    """Makes the runs that have no result yet; returns how many failed.
+
+    Args:
+      sweep: what to run.
+      file: where it is defined.
+      folder: of the workdirs, the benchmark and the compilation cache.
+      workers: runs made at the same time.
+      only: names of runs; none: all.
+      overrides: command-line arguments for every run.
+    """
+    unknown = [name for name in only if name not in sweep.runs]
+    if unknown:
+        raise ConfigError(f"--only={unknown[0]}: not a run of {sweep.name}; there are {', '.join(sweep.runs)}")
+    wanted = [job for job in sweep.jobs() if not only or job[0] in only]
+    digests = {job: study.digest(_config(sweep, *job), overrides) for job in wanted}
+    jobs = [job for job in wanted if not results.is_there(sweep, *job, digests[job])]
+    if not jobs:
+        say(f"{sweep.name}: nothing is missing")
+        return 0
+    runner = Runner(file, folder, overrides)
+    for slot in _slots(workers):
+        runner.slots.put(slot)
+    starts = {job: _start_dir(sweep, folder, *job) for job in jobs}
+    missing = {place: job for job, place in starts.items() if not _made(place)}
+    say(f"{sweep.name}: {len(jobs)} runs and {len(missing)} warm starts to make, {workers} at a time, in {folder}")
+    failed = _all(runner, "warm starts", [(*job, place) for place, job in missing.items()], runner.start)
+
+    def one(name: str, seed: int, workdir: Path) -> int:
+        code, start = 0, starts[name, seed]
+        if _config(sweep, name, seed).rl.steps:
+            _share(start, workdir)
+            code = runner.main(name, seed, workdir)
+        else:
+            workdir = start
+        if code in (0, DIVERGED):
+            results.write(sweep, name, seed, workdir, code == DIVERGED, digests[name, seed])
+        return code
+
+    ready = [job for job in jobs if _made(starts[job])]
+    if len(ready) < len(jobs):
+        say(f"{len(jobs) - len(ready)} runs are left out: they have no warm start")
+    # A workdir is named by its config too: a changed one starts anew and leaves the other alone.
+    places = {job: folder / sweep.name / f"{job[0]}-{job[1]}-{digests[job][:6]}" for job in ready}
+    return failed + _all(runner, sweep.name, [(*job, place) for job, place in places.items()], one)
+
+
+def _all(
+    runner: Runner, title: str, jobs: Sequence[tuple[str, int, Path]], one: Callable[[str, int, Path], int]
+) -> int:
+    """Makes all jobs, as many at a time as there are slots; returns how many failed."""
+    failed = 0
+    if not jobs:
+        return failed
+    with progress(title, len(jobs)) as bar, ThreadPoolExecutor(max(runner.slots.qsize(), 1)) as pool:
+        futures = {pool.submit(one, *job): job for job in jobs}
+        try:
+            for done, future in enumerate(as_completed(futures), start=1):
+                name, seed, workdir = futures[future]
+                code = future.result()
+                if code == DIVERGED:
+                    bar.print(f"{name}, seed {seed}: diverged")
+                elif code:
+                    failed += 1
+                    bar.print(f"{name}, seed {seed}: failed with exit code {code}; see {workdir / 'log.txt'}")
+                bar.update(done)
+        except KeyboardInterrupt:
+            runner.stop()
+            raise
+    return failed
+
+
+def _start_dir(sweep: Sweep, folder: Path, run: str, seed: int) -> Path:
+    """Where the warm start of a run lies: the same for all runs that share it."""
+    fields = study.start_of(_config(sweep, run, seed))
+    return folder / "starts" / sha256(repr(sorted(fields.items())).encode()).hexdigest()[:12]
+
+
+def _config(sweep: Sweep, run: str, seed: int) -> ConfigDict:
+    return sweep.get_config(f"{run},seed={seed}")
+
+
+def _made(start: Path) -> bool:
+    """Whether a warm start has come to its end."""
+    return (start / "scorecard.json").exists()
+
+
+def _share(start: Path, workdir: Path) -> None:
+    """Gives a fresh workdir the end of a warm start, as if it had made it itself."""
+    if (workdir / "checkpoints").exists():
+        return
+    half = workdir / "checkpoints.tmp"
+    shutil.rmtree(half, ignore_errors=True)
+    workdir.mkdir(parents=True, exist_ok=True)
+    for name in KEPT:
+        if (start / name).exists():
+            shutil.copy(start / name, workdir / name)
+    shutil.copytree(start / "checkpoints" / "sft_end", half / "sft_end")
+    half.rename(workdir / "checkpoints")
+
+
+def _slots(workers: int) -> list[dict[str, str]]:
+    """The environment of each worker: its share of the cores, or one of the visible GPUs."""
+    gpus = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    if gpus:
+        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in itertools.islice(itertools.cycle(gpus), workers)]
+    if workers == 1 or not hasattr(os, "sched_getaffinity"):
+        return [{}] * workers
+    cores = sorted(os.sched_getaffinity(0))
+    shares = [cores[i::workers] or cores for i in range(workers)]
+    return [{"cores": ",".join(map(str, share))} for share in shares]
+
+
+def main(argv: list[str]) -> None:
+    """Exit code 2 for a sweep that is not there, 1 where runs failed, 130 where stopped by Ctrl-C."""
+    flags.DEFINE_string("sweep", None, "A file with a SWEEP, such as experiments/main_table.py.", required=True)
+    flags.DEFINE_string("results", str(study.RESULTS), "Where results are kept.")
+    flags.DEFINE_string("dir", "runs/experiments", "Of the workdirs, the benchmark and the compilation cache.")
+    flags.DEFINE_integer("workers", 1, "Runs made at the same time.", lower_bound=1)
+    flags.DEFINE_list("only", [], "Names of runs; by default all.")
+    overrides = [word for word in argv if word.startswith("--config.")]
+    flags.FLAGS([word for word in argv if word not in overrides])
+    values = flags.FLAGS
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        sweep = study.load(values.sweep, values.results)
+        failed = run(sweep, values.sweep, Path(values.dir).resolve(), values.workers, values.only, overrides)
+    except ConfigError as error:
+        exit_with(error)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        raise SystemExit(130) from None
+    raise SystemExit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv)

@@ -1,0 +1,43 @@
+"""The same small search for every method: one setting at a time away from a centre, one seed, on validation alone.
+
+`python -m experiments.run --sweep=experiments/search.py`, then `python -m experiments.choose` writes what is best for
+each method to `results/tuned.json`, from where the other sweeps take it.
+"""
+
+from __future__ import annotations
+
+from experiments import study
+
+RL = ("grpo", "grpo_ds", "grpo_pr", "rrs", "agr", "agrl")
+SETTINGS = {
+    "centre": {},
+    "slow": {"rl.learning_rate": 1e-4, "rl.matrix_rate": 0.0013},
+    "slower": {"rl.learning_rate": 3e-5, "rl.matrix_rate": 0.0004},
+    "fast": {"rl.learning_rate": 9e-4, "rl.matrix_rate": 0.012},
+    "entropy": {"objective.entropy_weight": 0.02},
+    "kl": {"objective.kl": "k3", "objective.kl_weight": 0.05},
+    "slow_kl": {
+        "rl.learning_rate": 1e-4, "rl.matrix_rate": 0.0013, "objective.kl": "k3", "objective.kl_weight": 0.05
+    },
+    "cool": {"rl.temperature": 0.8},
+    "clip_higher": {"objective.clip_high": 0.28},
+}  # fmt: skip
+# Preference pairs know no clipping; beta is their weight of the KL.
+DPO = {
+    "centre": {},
+    "slow": {"dpo.learning_rate": 3e-5},
+    "fast": {"dpo.learning_rate": 1e-3},
+    "loose": {"dpo.beta": 0.03},
+    "tight": {"dpo.beta": 0.3},
+    "cool": {"rl.temperature": 0.8},
+}
+
+
+def runs() -> dict[str, dict[str, object]]:
+    """Every method with every setting, as `METHOD/SETTING`."""
+    found = {f"{method}.{name}": {"method": method, **fields} for method in RL for name, fields in SETTINGS.items()}
+    return found | {f"dpo.{name}": {"method": "dpo", **fields} for name, fields in DPO.items()}
+
+
+SWEEP = study.Sweep("search", runs=runs(), seeds=(100,), tuned=False)
+get_config = SWEEP.get_config

@@ -1,0 +1,118 @@
+"""The study policy, and what a sweep is.
+
+Every sweep is a file beside this one with a `SWEEP`, and is a config file too, so that a single run of it can be made
+by hand:
+
+    python -m agrl_jax.main --config=experiments/main_table.py:grpo,seed=3 --workdir=runs/grpo-3
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from agrl_jax.runtime.config import ConfigError, config_digest, flatten, matches, parse_arg, resolve
+from configs import common
+
+RESULTS = Path(__file__).parent / "results"
+TUNED = RESULTS / "tuned.json"  # what the search chose: {method: fields}
+BUDGET = 2_800_000  # forward-equivalent tokens of each run after the warm start: 90 s of AGRL on two cores
+
+# The fields that a warm start depends on: runs in which these are the same share one.
+START = ("seed", "rulebook", "data", "policy", "lora", "sft", "eval", "objective.logprob_chunk")
+
+# What each method learns from, after a warm start on tiers and steps.
+LABELS = {
+    "sft": "tier, steps (sft split)", "sft_more": "tier, steps (sft split)", "sft_all": "tier, steps",
+    "dpo": "tier", "grpo": "tier", "grpo_ds": "tier", "grpo_pr": "tier, steps", "rrs": "tier, steps",
+    "agr": "tier, step texts", "agrl": "tier, steps, step texts",
+}  # fmt: skip
+
+
+def base() -> ConfigDict:
+    """The quickstart's policy and warm start, with a shorter RL stage that ends with the budget."""
+    c = common.base()
+    c.rl.steps = 110  # the length of the schedule; the budget ends a run
+    c.rl.budget = BUDGET
+    c.rl.warmup = 10
+    c.eval.every = 10
+    c.eval.validation_pairs = 512
+    c.eval.bootstrap = 0  # intervals are made over seeds and queries, by `experiments.table`
+    c.eval.pass_pairs = 0
+    c.checkpoint.every = 20
+    c.log.samples_every = 0
+    return c
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Runs by name, each with the fields in which it differs from its method on the study policy, and their seeds."""
+
+    name: str
+    runs: Mapping[str, Mapping[str, Any]]  # `method` among the fields, where it is not the run's name
+    seeds: tuple[int, ...]
+    tuned: bool = True  # with what the search chose for each method
+    reference: str = "agrl"  # the run that others are compared with
+    base: Callable[[], ConfigDict] = base
+    results: Path = RESULTS
+
+    def get_config(self, arg: str | None = None) -> ConfigDict:
+        """The config of one run: `RUN` or `RUN,seed=K`."""
+        spec = parse_arg(arg, variant=tuple(self.runs), seed=0)
+        fields = dict(self.runs[spec.variant])
+        method = fields.pop("method", spec.variant)
+        c = common.with_method(self.base(), method)
+        c.seed = spec.seed
+        c.update_from_flattened_dict({**(tuned().get(method, {}) if self.tuned else {}), **fields})
+        return c
+
+    def jobs(self) -> Iterator[tuple[str, int]]:
+        """Every run with every seed; all runs of a seed before the next seed."""
+        return ((run, seed) for seed in self.seeds for run in self.runs)
+
+    def result(self, run: str, seed: int) -> Path:
+        """The file of a run's result."""
+        return self.results / self.name / f"{run}-{seed}.json"
+
+
+def digest(config: ConfigDict, overrides: Sequence[str]) -> str:
+    """What tells the results of two configs apart; of a path among the overrides only the file's name counts."""
+    words = (word.partition("=") for word in overrides)
+    named = sorted((name, Path(value).name if name.endswith("path") else value) for name, _, value in words)
+    return sha256(repr([config_digest(config), named]).encode()).hexdigest()[:16]
+
+
+def tuned() -> dict[str, dict[str, Any]]:
+    """What the search chose for each method; nothing before there was one."""
+    return json.loads(TUNED.read_text()) if TUNED.exists() else {}
+
+
+def start_of(config: ConfigDict) -> dict[str, Any]:
+    """The fields that a config's warm start depends on."""
+    return {name: value for name, value in flatten(resolve(config)).items() if matches(name, START)}
+
+
+def load(path: str, folder: str) -> Sweep:
+    """The `SWEEP` of a file, with its results in `folder`. Raises ConfigError where there is none."""
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"--sweep={path}: not a file; there are {', '.join(sorted(_sweeps()))}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not isinstance(getattr(module, "SWEEP", None), Sweep):
+        raise ConfigError(f"--sweep={path}: defines no SWEEP; there are {', '.join(sorted(_sweeps()))}")
+    return dataclasses.replace(module.SWEEP, results=Path(folder).resolve())
+
+
+def _sweeps() -> list[str]:
+    files = (file for file in Path(__file__).parent.glob("*.py") if "SWEEP =" in file.read_text())
+    return [f"experiments/{file.name}" for file in files if file != Path(__file__)]

@@ -1,0 +1,297 @@
+"""Tables and plots of a sweep's results.
+
+    python -m experiments.table --sweep=experiments/main_table.py
+
+Writes `table.md`, `table.csv`, `scores.png` and `curves.png` to `experiments/results/SWEEP/`. Intervals are 95%, by a
+hierarchical bootstrap: seeds are drawn, then queries, the same ones for every method, so that a difference between two
+methods is one between the same seeds and the same queries.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from absl import flags
+
+from agrl_jax import scorecard
+from agrl_jax.runtime.config import ConfigError, exit_with
+from agrl_jax.runtime.metrics import say
+from agrl_jax.scorecard import Judgements
+from experiments import results, study
+from experiments.study import Sweep
+
+matplotlib.use("Agg")  # a file, never a window
+import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen before pyplot is first imported)
+
+METRICS = {
+    "macro_f1": "macro-F1", "accuracy": "accuracy", "good_f1": "Good-F1", "step_accuracy": "step accuracy",
+    "adherence": "rule adherence", "format": "well-formed",
+}  # fmt: skip
+COMPARED = ("macro_f1", "accuracy", "step_accuracy", "adherence")
+Found = Mapping[str, Mapping[int, Mapping[str, Any]]]  # results by run and seed
+
+
+class Measure(NamedTuple):
+    """A figure with its interval; None where it is not defined."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return "-"
+        interval = "" if self.low is None else f" [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.value:.3f}{interval}"
+
+
+class Table(NamedTuple):
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+    def __str__(self) -> str:
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return f"### {self.title}\n\n{body}\n" + (f"\n{self.note}\n" if self.note else "")
+
+
+# ------------------------------------------------------------------------------------------------ figures
+
+
+def resampled(found: Found, split: str, bootstrap: int, family: str | None = None) -> dict[str, dict[str, np.ndarray]]:
+    """By run and metric, [1 + bootstrap]: the mean over seeds, and its resamples."""
+    measured = {}
+    for run, seeds in found.items():
+        judged = [_judgements(result, split, family) for result in seeds.values() if not result["diverged"]]
+        if judged:
+            rules = results.rules(next(iter(seeds.values())))
+            measured[run] = scorecard.over_seeds(judged, rules, bootstrap)
+    return measured
+
+
+def measure(values: np.ndarray) -> Measure:
+    """Value and interval of [1 + bootstrap]."""
+    value, rest = values[0], values[1:][~np.isnan(values[1:])]
+    if np.isnan(value):
+        return Measure(None, None, None)
+    low, high = np.percentile(rest, [2.5, 97.5]) if len(rest) else (None, None)
+    return Measure(float(value), low, high)
+
+
+def _judgements(result: Mapping[str, Any], split: str, family: str | None) -> Judgements:
+    judged = result["judged"][split]
+    return judged if family is None else judged.take(np.flatnonzero(np.array(judged.family) == family))
+
+
+# ------------------------------------------------------------------------------------------------- tables
+
+
+def tables(sweep: Sweep, found: Found, bootstrap: int) -> Iterator[Table]:
+    """All tables of a sweep."""
+    splits = next(seeds for seeds in found.values())
+    splits = list(next(iter(splits.values()))["start"])
+    for split in splits:
+        measured = resampled(found, split, bootstrap)
+        yield _scores(split, found, measured)
+        if sweep.reference in measured and len(measured) > 1:
+            yield _differences(split, sweep.reference, measured)
+        yield _families(split, found, bootstrap)
+    yield _stability(found, splits)
+    yield _cost(sweep, found)
+
+
+def _scores(split: str, found: Found, measured: Mapping[str, Mapping[str, np.ndarray]]) -> Table:
+    rows = []
+    for run, seeds in found.items():
+        cells = [str(measure(measured[run][metric])) if run in measured else "diverged" for metric in METRICS]
+        rows.append([run, str(len(seeds)), next(iter(seeds.values()))["labels"], *cells])
+    return Table(f"{split}: scores", ["method", "seeds", "labels after the start", *METRICS.values()], rows)
+
+
+def _differences(split: str, reference: str, measured: Mapping[str, Mapping[str, np.ndarray]]) -> Table:
+    rows = [
+        [run, *(str(measure(measured[reference][metric] - values[metric])) for metric in COMPARED)]
+        for run, values in measured.items()
+        if run != reference
+    ]
+    note = "An interval without 0 in it is a difference that other seeds and queries would most likely show too."
+    return Table(f"{split}: {reference} less each other", ["less", *(METRICS[name] for name in COMPARED)], rows, note)
+
+
+def _families(split: str, found: Found, bootstrap: int) -> Table:
+    judged = next(result["judged"][split] for seeds in found.values() for result in seeds.values() if result["judged"])
+    names = sorted(set(judged.family))
+    by_family = {name: resampled(found, split, bootstrap, name) for name in names}
+    supports = [f"{name} ({list(judged.family).count(name)})" for name in names]
+    rows = [
+        [run, *(str(measure(by_family[name][run]["accuracy"])) if run in by_family[name] else "-" for name in names)]
+        for run in found
+    ]
+    return Table(f"{split}: accuracy by query family (pairs)", ["method", *supports], rows)
+
+
+def _stability(found: Found, splits: Sequence[str]) -> Table:
+    columns = ["method", *(f"{split} macro-F1: spread, worst seed" for split in splits), "diverged", "skipped updates",
+               "equal-reward groups: first, last", "entropy: first, last", "gradient norm: max / median",
+               "KL: max / median"]  # fmt: skip
+    rows = []
+    for run, seeds in found.items():
+        every = list(seeds.values())
+        finished = [result for result in every if not result["diverged"]]
+        cells = []
+        for split in splits:
+            scores = [result["scores"][split]["macro_f1"] for result in finished]
+            cells.append(f"{np.std(scores):.3f}, {min(scores):.3f}" if scores else "-")
+        cells += [str(len(every) - len(finished)), str(sum(result["skipped"] for result in every))]
+        cells += [_ends(every, name) for name in ("reward/equal_groups", "policy/entropy")]
+        cells += [_mean([result["excursions"][name] for result in every]) for name in ("optim/grad_norm", "policy/kl")]
+        rows.append([run, *cells])
+    return Table("Stability", columns, rows, "Spread: standard deviation over seeds.")
+
+
+def _ends(runs: Sequence[Mapping[str, Any]], name: str) -> str:
+    curves = [result["watched"][name] for result in runs if result["watched"].get(name)]
+    return f"{np.mean([c[0] for c in curves]):.2f}, {np.mean([c[-1] for c in curves]):.2f}" if curves else "-"
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{np.mean(known):.1f}" if known else "-"
+
+
+def _cost(sweep: Sweep, found: Found) -> Table:
+    """Means over seeds; seconds as a ratio to GRPO's, and the budget needed for what GRPO reaches at its end."""
+    seconds = {run: np.mean([result["cost"]["seconds"] for result in seeds.values()]) for run, seeds in found.items()}
+    goal = goal_of(found.get("grpo", {}))
+    rows = []
+    for run, seeds in found.items():
+        cost = [result["cost"] for result in seeds.values()]
+        cells = [
+            f"{np.mean([c[name] or 0 for c in cost]):,.0f}"
+            for name in ("steps", "tokens_rolled", "tokens_trained", "forward_equivalents")
+        ]
+        ratio = f"{seconds[run] / seconds['grpo']:.2f}" if seconds.get("grpo") else "-"
+        rows.append([run, *cells, ratio, needed(seeds, goal)])
+    columns = ["method", "steps", "tokens rolled", "tokens trained", "forward-equivalents", "time / GRPO's",
+               "budget to reach GRPO's end"]  # fmt: skip
+    note = (
+        "After the shared warm start. Forward-equivalents: a token sampled or scored counts 1, one trained on 3; a "
+        "prompt once for its group. The budget to reach GRPO's end is the share of the whole at which the mean "
+        "validation macro-F1 first was what GRPO's was at its end."
+    )
+    return Table("Cost", columns, rows, note)
+
+
+def goal_of(seeds: Mapping[int, Mapping[str, Any]]) -> float | None:
+    last = [result["validation"][-1]["macro_f1"] for result in seeds.values() if result["validation"]]
+    return float(np.mean(last)) if last else None
+
+
+def needed(seeds: Mapping[int, Mapping[str, Any]], goal: float | None) -> str:
+    curve = mean_curve(seeds)
+    if goal is None or not len(curve):
+        return "-"
+    reached = curve[curve[:, 1] >= goal]
+    return f"{reached[0, 0] / study.BUDGET:.0%}" if len(reached) else "never"
+
+
+def mean_curve(seeds: Mapping[int, Mapping[str, Any]]) -> np.ndarray:
+    """[points, 2]: tokens spent and validation macro-F1, means over seeds at each validation that all of them had."""
+    curves = [
+        [(point["tokens"] or 0, point["macro_f1"]) for point in result["validation"]] for result in seeds.values()
+    ]
+    length = min(map(len, curves), default=0)
+    return np.mean([curve[:length] for curve in curves], axis=0) if length else np.zeros((0, 2))
+
+
+# -------------------------------------------------------------------------------------------- files, plots
+
+
+def write_csv(path: Path, found: Found, bootstrap: int) -> None:
+    """One line for each split, run and metric."""
+    with path.open("w", newline="") as file:
+        out = csv.writer(file)
+        out.writerow(["split", "run", "seeds", "metric", "value", "low", "high"])
+        for split in next(iter(next(iter(found.values())).values()))["start"]:
+            for run, values in resampled(found, split, bootstrap).items():
+                for metric in METRICS:
+                    out.writerow([split, run, len(found[run]), metric, *measure(values[metric])])
+
+
+def plot_scores(path: Path, found: Found, splits: Sequence[str], bootstrap: int) -> None:
+    """macro-F1 of every run on every split, with intervals, and each seed as a dot."""
+    size = (5 * len(splits), 0.35 * len(found) + 1.5)
+    figure, axes = plt.subplots(1, len(splits), figsize=size, layout="constrained")
+    for panel, split in zip(np.atleast_1d(axes), splits, strict=True):
+        measured = resampled(found, split, bootstrap)
+        for y, run in enumerate(reversed(list(found))):
+            if run not in measured:
+                continue
+            value, low, high = measure(measured[run]["macro_f1"])
+            panel.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="s", color="C0", capsize=3)
+            seeds = [result["scores"][split]["macro_f1"] for result in found[run].values() if not result["diverged"]]
+            panel.plot(seeds, [y] * len(seeds), ".", color="C1", alpha=0.7)
+        panel.set_yticks(range(len(found)), list(reversed(list(found))))
+        panel.set_title(f"{split}: macro-F1", fontsize=10)
+        panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_curves(path: Path, found: Found) -> None:
+    """Validation macro-F1 over the budget, means over seeds."""
+    figure, panel = plt.subplots(figsize=(7, 4), layout="constrained")
+    for i, (run, seeds) in enumerate(found.items()):
+        curve = mean_curve(seeds)
+        if len(curve):
+            panel.plot(curve[:, 0] / 1e6, curve[:, 1], marker="os^v"[i % 4], markersize=3, label=run)
+    panel.set_xlabel("million forward-equivalent tokens")
+    panel.set_ylabel("validation macro-F1")
+    panel.grid(alpha=0.3)
+    if panel.lines:
+        panel.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write(sweep: Sweep, bootstrap: int) -> Path:
+    """Writes all files; returns the table's. Raises ConfigError where there are no results yet."""
+    found = results.read(sweep)
+    if not found:
+        raise ConfigError(f"{sweep.result('RUN', 0).parent}: no results; python -m experiments.run makes them")
+    folder = sweep.result("RUN", 0).parent
+    lacking = sum(not sweep.result(*job).exists() for job in sweep.jobs())
+    head = f"# {sweep.name}\n\n{lacking} of {len(list(sweep.jobs()))} runs are still missing.\n" if lacking else (
+        f"# {sweep.name}\n"
+    )
+    (folder / "table.md").write_text("\n".join([head, *map(str, tables(sweep, found, bootstrap))]))
+    write_csv(folder / "table.csv", found, bootstrap)
+    splits = list(next(iter(next(iter(found.values())).values()))["start"])
+    plot_scores(folder / "scores.png", found, splits, bootstrap)
+    plot_curves(folder / "curves.png", found)
+    return folder / "table.md"
+
+
+def main(argv: list[str]) -> None:
+    """Exit code 2 for a sweep that is not there or has no results."""
+    flags.DEFINE_string("sweep", None, "A file with a SWEEP, such as experiments/main_table.py.", required=True)
+    flags.DEFINE_string("results", str(study.RESULTS), "Where results are kept.")
+    flags.DEFINE_integer("bootstrap", 2000, "Resamples.", lower_bound=0)
+    flags.FLAGS(argv)
+    try:
+        path = write(study.load(flags.FLAGS.sweep, flags.FLAGS.results), flags.FLAGS.bootstrap)
+    except ConfigError as error:
+        exit_with(error)
+    say(path.read_text())
+
+
+if __name__ == "__main__":
+    main(sys.argv)

@@ -1,0 +1,147 @@
+"""The machinery of the experiments, on a sweep that is over in a minute: what is missing is run, and nothing twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mini_sweep
+import numpy as np
+import pytest
+
+from agrl_jax.runtime.config import ConfigError, validate, validate_together
+from experiments import ablations, choose, esci, main_table, results, search, study, table
+
+ROOT = Path(__file__).parent.parent
+SWEEPS = (main_table.SWEEP, search.SWEEP, ablations.SWEEP, esci.SWEEP)
+
+
+@pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: sweep.name)
+def test_every_run_of_a_sweep_has_a_config_in_order(sweep: study.Sweep) -> None:
+    for run, seed in sweep.jobs():
+        config = sweep.get_config(f"{run},seed={seed}")
+        if config.data.source == "pairs":
+            config.data.path = "pairs.csv"
+        validate(config)
+        validate_together(config)
+        assert config.seed == seed and config.method in study.LABELS
+
+
+def test_runs_share_a_warm_start_exactly_if_they_differ_after_it_alone() -> None:
+    starts = {run: study.start_of(main_table.get_config(run)) for run in main_table.METHODS}
+    assert all(starts[run] == starts["agrl"] for run in ("sft", "dpo", "grpo", "grpo_ds", "grpo_pr", "rrs", "agr"))
+    assert starts["sft_more"] != starts["agrl"] != starts["sft_all"]
+    assert study.start_of(main_table.get_config("agrl,seed=1")) != starts["agrl"]
+
+
+def test_every_method_has_the_same_search() -> None:
+    for method in search.RL:
+        settings = {run.split(".")[1] for run in search.SWEEP.runs if run.startswith(f"{method}.")}
+        assert settings == set(search.SETTINGS)
+
+
+def test_results_of_another_config_do_not_count() -> None:
+    config = main_table.get_config("agrl")
+    digest = study.digest(config, [])
+    assert digest == study.digest(main_table.get_config("agrl"), [])
+    assert digest != study.digest(main_table.get_config("grpo"), [])
+    moved = [study.digest(config, [f"--config.data.path={folder}/esci.csv"]) for folder in ("/here", "/there")]
+    assert moved[0] == moved[1] != digest
+
+
+@pytest.mark.parametrize(("name", "said"), [("no.py", "not a file"), ("experiments/choose.py", "defines no SWEEP")])
+def test_a_file_that_is_no_sweep_is_refused(name: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError, match=f"{said}.*experiments/main_table.py"):
+        study.load(name, "results")
+
+
+def command(folder: Path, module: str, *more: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    words = [sys.executable, "-m", module, f"--sweep={mini_sweep.__file__}", f"--results={folder / 'results'}"]
+    return subprocess.Popen(
+        [*words, *more], env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def run(folder: Path) -> subprocess.Popen[str]:
+    return command(folder, "experiments.run", f"--dir={folder / 'runs'}", "--workers=2")
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_and_started_again_makes_each_run_once_and_a_table_of_them(tmp_path: Path) -> None:
+    kept = tmp_path / "results" / "mini"
+    process = run(tmp_path)
+    while not list(kept.glob("*.json")):  # of the warm starts, which are results of their own
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert "goes on where it was" in process.communicate()[0] and process.returncode == 130
+    before = {file: file.stat().st_mtime_ns for file in kept.glob("*.json")}
+    assert 0 < len(before) < 6
+
+    process = run(tmp_path)
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    assert all(file.stat().st_mtime_ns == time for file, time in before.items())
+    sweep = dataclasses.replace(mini_sweep.SWEEP, results=tmp_path / "results")
+    found = results.read(sweep)
+    assert {run: list(seeds) for run, seeds in found.items()} == {run: [0, 1] for run in ("sft", "grpo", "agrl")}
+    for seed in (0, 1):
+        assert found["agrl"][seed]["start"] == found["grpo"][seed]["start"] == found["sft"][seed]["scores"]
+        assert found["agrl"][seed]["cost"]["steps"] == 8
+    starts = list((tmp_path / "runs" / "starts").iterdir())
+    assert len(starts) == 2 and not any((start / "checkpoints" / "rl" / "1").exists() for start in starts)
+    process = run(tmp_path)
+    assert "nothing is missing" in process.communicate()[0]
+
+    process = command(tmp_path, "experiments.table", "--bootstrap=20")
+    said = process.communicate()[0]
+    assert process.returncode == 0 and "b_eval: agrl less each other" in said, said
+    assert {file.name for file in kept.iterdir()} >= {"table.md", "table.csv", "scores.png", "curves.png"}
+
+    shutil.copy(kept / "agrl-0.json", kept / "agrl-1.json")
+    result = json.loads((kept / "agrl-1.json").read_text())
+    assert not results.is_there(sweep, "agrl", 1, result["digest"] + "0")
+
+
+def test_a_measure_by_hand() -> None:
+    values = np.concatenate([[0.5], np.linspace(0, 1, 1001)])
+    assert table.measure(values) == pytest.approx((0.5, 0.025, 0.975))
+    assert str(table.measure(np.array([np.nan, 1.0]))) == "-"
+
+
+def fake(macro_f1: list[float], diverged: bool = False) -> dict:
+    points = [{"step": 10 * i, "tokens": 1e5 * i, "macro_f1": value} for i, value in enumerate(macro_f1, start=1)]
+    return {"validation": points, "diverged": diverged}
+
+
+def test_the_budget_that_a_method_needs_to_reach_the_end_of_grpo() -> None:
+    slow = {0: fake([0.1, 0.3, 0.5]), 1: fake([0.1, 0.3, 0.5])}
+    fast = {0: fake([0.2, 0.6, 0.6]), 1: fake([0.2, 0.4, 0.8])}
+    assert table.goal_of(slow) == 0.5
+    assert table.needed(fast, 0.5) == f"{2e5 / study.BUDGET:.0%}"
+    assert table.needed(slow, 0.51) == "never" and table.needed({}, 0.5) == "-"
+
+
+def test_the_search_chooses_by_the_last_validations_and_never_what_diverged(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = {"steps": 100, "forward_equivalents": 2 * study.BUDGET}
+    best = {"slow": [0.0, 0.5, 0.5, 0.5], "centre": [0.9, 0.1, 0.1, 0.1], "fast": [0.9, 0.9, 0.9, 0.9]}
+    found = {
+        run: {100: fake(best.get(run.split(".")[1], [0.0]), run.endswith("fast")) | {"cost": cost}}
+        for run in search.SWEEP.runs
+    }
+    monkeypatch.setattr(results, "read", lambda sweep: found)
+    fields, rows = choose.choose()
+    assert fields["grpo"] == {**search.SETTINGS["slow"], "rl.steps": 50}
+    assert [row[3] for row in rows if row[0] == "grpo"].count("chosen") == 1
+    del found["agrl.kl"]
+    with pytest.raises(ConfigError, match="lacks agrl.kl"):
+        choose.choose()
