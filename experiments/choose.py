@@ -2,8 +2,8 @@
 
     python -m experiments.choose
 
-Writes `results/tuned.json`, {method: fields}, and prints what was tried. The schedule of each method, `rl.steps`, is
-set to end where its budget does.
+Writes `results/tuned.json`, {method: fields}, and prints what was tried. The schedule of each method is set to
+end where its budget does.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def choose() -> tuple[dict[str, dict[str, object]], list[list[object]]]:
     for method, chosen in fields.items():
         del chosen["method"]
         steps, tokens = (_cost(found[f"{method}.{best[method]}"], name) for name in ("steps", "forward_equivalents"))
-        chosen["rl.steps"] = math.ceil(study.BUDGET * steps / tokens)  # where its schedule should end
+        # Where its schedule should end.
+        chosen["dpo.steps" if method == "dpo" else "rl.steps"] = math.ceil(study.BUDGET * steps / tokens)
     return fields, rows
 
 

@@ -74,7 +74,7 @@ class Runner:
 
     def start(self, run: str, seed: int, workdir: Path) -> int:
         """The warm start alone."""
-        return self.main(run, seed, workdir, "--config.method=sft", "--config.rl.steps=0")
+        return self.main(run, seed, workdir, "--config.method=sft", "--config.rl.steps=0", "--config.rl.budget=0")
 
     def stop(self) -> None:
         """Asks all children to save and stop."""

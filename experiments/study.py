@@ -43,6 +43,8 @@ def base() -> ConfigDict:
     c.rl.steps = 110  # the length of the schedule; the budget ends a run
     c.rl.budget = BUDGET
     c.rl.warmup = 10
+    c.dpo.mined = 4096  # with 8 answers each, a quarter of the budget
+    c.dpo.steps = 120
     c.eval.every = 10
     c.eval.validation_pairs = 512
     c.eval.bootstrap = 0  # intervals are made over seeds and queries, by `experiments.table`
