@@ -8,7 +8,7 @@ setup(
     description="LLM judges of e-commerce search relevance, trained by rule-aware, guided reinforcement learning",
     python_requires=">=3.11",
     packages=find_packages(include=["agrl_jax", "agrl_jax.*"]),
-    package_data={"agrl_jax": ["rulebook/*.yaml", "data/*.yaml", "data/ontology/*.yaml"]},
+    package_data={"agrl_jax": ["rulebook/*.yaml", "data/*.yaml", "data/ontology/*.yaml", "html/*"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",
@@ -29,14 +29,14 @@ setup(
         "pyyaml",
         "gguf>=0.17",
         "safetensors>=0.8",
-        "jinja2",  # chat templates
+        "jinja2",  # chat templates, the report
         "rich>=13",
         "tensorboardX>=2.6.4",
         "matplotlib>=3.9",
         "scikit-learn>=1.6",
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.8"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.8", "selenium>=4.20"],
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
     },

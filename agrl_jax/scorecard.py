@@ -511,7 +511,7 @@ _LABELS = {
 }  # fmt: skip
 
 
-class _Sheet(NamedTuple):
+class Sheet(NamedTuple):
     """A table before it is drawn."""
 
     title: str
@@ -526,7 +526,7 @@ def table(cards: Mapping[str, Mapping[str, Scores]]) -> rich.console.Group:
     Two stages fit 80 columns, three fit 100. The difference is the last stage less the first.
     """
     drawn = []
-    for sheet in _sheets(cards):
+    for sheet in sheets(cards):
         grid = rich.table.Table(
             title=rich.text.Text(sheet.title, style="bold not italic"), title_justify="left", show_edge=False,
             caption=rich.text.Text(sheet.note, style="dim") if sheet.note else None, caption_justify="left",
@@ -547,7 +547,7 @@ def table(cards: Mapping[str, Mapping[str, Scores]]) -> rich.console.Group:
 def to_markdown(cards: Mapping[str, Mapping[str, Scores]]) -> str:
     """What `table` shows, as Markdown."""
     blocks = []
-    for sheet in _sheets(cards):
+    for sheet in sheets(cards):
         header, *rows = (
             "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |"
             for row in [sheet.columns, *(row for rows in sheet.sections for row in rows)]
@@ -557,7 +557,7 @@ def to_markdown(cards: Mapping[str, Mapping[str, Scores]]) -> str:
     return "\n\n".join(blocks) + "\n" if blocks else ""
 
 
-def _sheets(cards: Mapping[str, Mapping[str, Scores]]) -> Iterator[_Sheet]:
+def sheets(cards: Mapping[str, Mapping[str, Scores]]) -> Iterator[Sheet]:
     """For each split the metrics of every stage that has it, then the cuts."""
     for split in dict.fromkeys(split for card in cards.values() for split in card):
         stages = {stage: card[split] for stage, card in cards.items() if split in card}
@@ -566,7 +566,7 @@ def _sheets(cards: Mapping[str, Mapping[str, Scores]]) -> Iterator[_Sheet]:
             yield _cuts_sheet(split, stages)
 
 
-def _metrics_sheet(split: str, stages: Mapping[str, Scores]) -> _Sheet:
+def _metrics_sheet(split: str, stages: Mapping[str, Scores]) -> Sheet:
     names = list(dict.fromkeys(name for scores in stages.values() for name in scores))
     sections = []
     for members in _SECTIONS:
@@ -578,7 +578,7 @@ def _metrics_sheet(split: str, stages: Mapping[str, Scores]) -> _Sheet:
     note = "In brackets: 95% bootstrap intervals, by query.\nLower is better: MAE, truncated, ECE, Brier, NLL."
     if any(row[1].endswith("*") for rows in sections for row in rows):
         note += f" * fewer than {SMALL}."
-    return _Sheet(split, columns, sections, note)
+    return Sheet(split, columns, sections, note)
 
 
 def _row(measures: Sequence[Mapping[str, Any] | None]) -> list[str]:
@@ -595,7 +595,7 @@ def _row(measures: Sequence[Mapping[str, Any] | None]) -> list[str]:
     return cells
 
 
-def _cuts_sheet(split: str, stages: Mapping[str, Scores]) -> _Sheet:
+def _cuts_sheet(split: str, stages: Mapping[str, Scores]) -> Sheet:
     """Families, and seen and unseen: the first stage's value and the last one's, two decimals."""
     shown = ("accuracy", "macro_f1", "step_accuracy", "adherence")
     ends = [*stages.values()] if len(stages) == 1 else [[*stages.values()][0], [*stages.values()][-1]]
@@ -610,7 +610,7 @@ def _cuts_sheet(split: str, stages: Mapping[str, Scores]) -> _Sheet:
     names = list(stages)
     title = f"{split} by family: {names[0]}" + (f" → {names[-1]}" if len(names) > 1 else "")
     note = f"* fewer than {SMALL}." if any(row[1].endswith("*") for rows in sections for row in rows) else ""
-    return _Sheet(title, ["", "n", "accuracy", "macro-F1", "steps", "adherence"], sections, note)
+    return Sheet(title, ["", "n", "accuracy", "macro-F1", "steps", "adherence"], sections, note)
 
 
 def _cut_names(stages: Mapping[str, Scores], cut: str) -> list[str]:

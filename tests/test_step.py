@@ -18,7 +18,7 @@ from agrl_jax.rl.guidance import GuidanceConfig
 from agrl_jax.rl.objective import ObjectiveConfig
 from agrl_jax.rl.reward import RewardConfig
 from agrl_jax.rl.rollout import PURPOSE_ROLLOUT, prefill, rollout, row_keys
-from agrl_jax.rl.step import StepConfig, make_step
+from agrl_jax.rl.step import StepConfig, _rollout_metrics, make_step
 from agrl_jax.runtime import optim
 from agrl_jax.types import Batch, Rollout, TrainState
 
@@ -338,3 +338,17 @@ def test_equal_rewards_leave_the_policy_where_it_is_and_broken_ones_are_skipped(
     jax.tree.map(np.testing.assert_array_equal, after.params, broken)
     assert metrics["optim/finite"] == 0 and after.skipped == 5 and after.step == 1
     assert step._cache_size() == 1
+
+
+def test_gate_firings_are_answers_of_which_a_right_step_earned_nothing(step, mixed):
+    _, _, seen = step(mixed)
+    raw, earned, counted = (np.zeros(seen.score.raw.shape, kind) for kind in (np.float32, np.float32, bool))
+    raw[..., 1], counted[..., 1] = 1, True  # the first step: right in every answer, counted in all
+    earned[0, :, 1] = 0.5  # the gate is open for the first pair's
+    earned[1, 0, 1] = 0.5
+    counted[1, 1, 1] = False  # forced: nothing to gate
+    score = seen.score.replace(raw=jnp.array(raw), earned=jnp.array(earned), counted=jnp.array(counted))
+    names = tuple(f"step{i}" for i in range(raw.shape[-1] - 4))
+    pairs, group = raw.shape[:2]
+    metrics = _rollout_metrics(mixed, seen.rolled, score, names)
+    assert metrics["reward/gated"] == pytest.approx(1 - (group + 2) / (pairs * group))

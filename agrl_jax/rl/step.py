@@ -350,12 +350,14 @@ def _equal(scored: Score) -> Array:
 
 def _rollout_metrics(batch: Batch, rolled: Rollout, scored: Score, step_names: tuple[str, ...]) -> Metrics:
     """Figures of the first rollout, before refill and guidance: the policy as it is."""
-    total = scored.total
+    total, steps = scored.total, slice(1, 1 + len(step_names))
+    gated = (scored.raw > 0) & (scored.earned == 0) & scored.counted
     metrics = {
         "reward/total": jnp.mean(total),
         "reward/total_spread": jnp.mean(jnp.std(total, axis=1)),
         "reward/tier_accuracy": jnp.mean(scored.passed),
         "reward/equal_groups": jnp.mean(_equal(scored)),
+        "reward/gated": jnp.mean(jnp.any(gated[..., steps], axis=-1)),  # answers of which a right step earned nothing
         "policy/length": jnp.mean(jnp.sum(rolled.valid, axis=-1)),
         "policy/truncated": 1 - jnp.mean(rolled.finished),
         "tokens/prompt": jnp.sum(batch.prompt_len),  # once for its group
