@@ -35,7 +35,7 @@ def evaluate(workdir: str, stages: list[str], splits: list[str], pairs: int) -> 
     folder = epath.Path(workdir)
     config = assemble.read_config(folder)
     rules = assemble.load_rules(config)
-    with processes.first_alone():
+    with processes.first_alone("load"):
         data = assemble.load_data(config, rules, folder)
     mesh = sharding.make_mesh(*(config.mesh[axis] for axis in sharding.AXES))
     model = assemble.load_model(config, folder, mesh=mesh)
@@ -80,8 +80,9 @@ def main(argv: list[str]) -> None:
     except Exception as error:
         processes.leave(error)
     out = epath.Path(values.out or epath.Path(values.workdir) / "scorecard_full.json")
-    if jax.process_index() == 0:
-        scorecard.write(out, cards)
+    with processes.first_alone("write"):  # the others leave after it
+        if jax.process_index() == 0:
+            scorecard.write(out, cards)
     say(scorecard.table(cards))
     say(f"written to {out}")
 

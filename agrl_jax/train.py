@@ -127,8 +127,9 @@ def train(config: ConfigDict, workdir: str, say: Callable[..., None] = say) -> d
 
     # --------------------------------------------------------------------------------------- scorecard
     say(scorecard.table(cards))
-    if jax.process_index() == 0:
-        learning_curves(run.workdir)
+    with processes.first_alone("curves"):  # the others leave after it
+        if jax.process_index() == 0:
+            learning_curves(run.workdir)
     _say_where(run)
     return cards
 
@@ -146,7 +147,7 @@ def _set_up(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh, sa
         "versions": {name: metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
     }
     checkpoints = Checkpointer(workdir, config.checkpoint.keep, identity)
-    with processes.first_alone():
+    with processes.first_alone("set up"):
         if jax.process_index() == 0:
             (workdir / "config.json").write_text(assemble.dump_config(config))
         data = assemble.load_data(config, rules, workdir)

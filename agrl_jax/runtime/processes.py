@@ -61,19 +61,21 @@ def require_one(what: str) -> None:
 
 
 @contextmanager
-def first_alone() -> Iterator[None]:
-    """The first process does what is inside before all others do: it leaves files that they then find."""
-    # Not by a collective of the devices: those give up on a process that is minutes late.
+def first_alone(what: str) -> Iterator[None]:
+    """The first process does what is inside before all others do, and leaves files that they then find; all go on
+    together. `what` names it, and is not used twice."""
+    # Not by a collective of the devices: those give up on a process that is half a minute late.
     everyone = set(range(jax.process_count()))
-    wait = partial(multihost.sync_global_processes, "first alone", timeout=_PATIENCE_S, processes=everyone)
+    wait = partial(multihost.sync_global_processes, timeout=_PATIENCE_S, processes=everyone)
     others = jax.process_index() > 0
     if others:
-        wait()
+        wait(what)
     try:
         yield
     finally:
         if not others:
-            wait()
+            wait(what)
+    wait(f"{what}: done")
 
 
 def greatest(value: int) -> int:
