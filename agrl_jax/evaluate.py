@@ -22,13 +22,6 @@ from agrl_jax.runtime.checkpoint import SFT_END
 from agrl_jax.runtime.config import define_distributed_flag, exit_with, parse_flags
 from agrl_jax.runtime.metrics import progress, say
 
-flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
-flags.DEFINE_list("stages", ["sft_end", "rl"], "What to score: sft_end, rl (its end), best (of rl, by validation).")
-flags.DEFINE_list("splits", [], "Splits to score on; by default all that the scorecard has.")
-flags.DEFINE_integer("pairs", 0, "Pairs of each split, stratified; 0: all.", lower_bound=0)
-flags.DEFINE_string("out", None, "Where to write the scorecard.")
-define_distributed_flag()
-
 
 def evaluate(workdir: str, stages: list[str], splits: list[str], pairs: int) -> scorecard.Scorecards:
     """Scorecards `{stage: {split: scores}}` of checkpoints of a workdir; stages are named as training names them."""
@@ -68,8 +61,18 @@ def _params(
     return assemble.load_params(folder, config, model, mesh, "rl" if stage == "best" else stage, step)
 
 
+def _define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
+    flags.DEFINE_list("stages", ["sft_end", "rl"], "What to score: sft_end, rl (its end), best (of rl, by validation).")
+    flags.DEFINE_list("splits", [], "Splits to score on; by default all that the scorecard has.")
+    flags.DEFINE_integer("pairs", 0, "Pairs of each split, stratified; 0: all.", lower_bound=0)
+    flags.DEFINE_string("out", None, "Where to write the scorecard.")
+    define_distributed_flag()
+
+
 def main(argv: list[str]) -> None:
     """Exit code 2 for a workdir, stage or split that is not there."""
+    _define_flags()
     parse_flags(argv)
     values = flags.FLAGS
     try:

@@ -25,10 +25,6 @@ from agrl_jax import judgements, scorecard
 from agrl_jax.runtime.config import exit_with, parse_flags
 from agrl_jax.runtime.metrics import read_jsonl, say
 
-flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
-flags.DEFINE_multi_string("compare", [], "Another workdir to lay beside it; may be repeated.")
-flags.DEFINE_string("out", "report.html", "Where to write the page.")
-
 RISE, FALL = 0.02, 0.02  # of a part and of validation accuracy, over three validations in a row: an alarm
 
 _ALARM_RULE = (
@@ -169,8 +165,15 @@ def _matrix(part: str, truth: pl.Series, stated: pl.Series, names: Sequence[str]
     return {"part": part, "columns": [*names, "none stated"], "rows": rows, "n": int(counts.sum())}
 
 
+def _define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
+    flags.DEFINE_multi_string("compare", [], "Another workdir to lay beside it; may be repeated.")
+    flags.DEFINE_string("out", "report.html", "Where to write the page.")
+
+
 def main(argv: list[str]) -> None:
     """Exit code 2 for a workdir that is not there."""
+    _define_flags()
     parse_flags(argv)
     values = flags.FLAGS
     try:
