@@ -155,6 +155,32 @@ def test_sigterm_saves_and_the_same_command_continues(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "lora",
+    [(), ("--config.lora.rank=2", "--config.lora.stages=rl", "--config.dpo.matrix_rate=0")],
+    ids=["whole", "adapters"],
+)
+def test_preferences_are_mined_learnt_from_and_mined_again_by_a_run_that_resumes(
+    tmp_path: Path, data_dir: Path, cache_dir: Path, lora: tuple[str, ...]
+) -> None:
+    """The warm start is long enough for answers that are right."""
+    warm = ("--config.sft.steps=200", "--config.sft.batch_size=32", "--config.sft.prompt_weight=0.0")
+    overrides = (*warm, "--config.method=dpo", "--config.eval.pairs=8", *lora)
+    output = finish(start(tmp_path, data_dir, cache_dir, "--config.dpo.steps=5", *overrides))
+    assert "preferences: " in output
+    output = finish(start(tmp_path, data_dir, cache_dir, "--config.dpo.steps=8", *overrides))
+    assert "resuming from rl step 5" in output and "preferences: " in output
+    assert set(json.loads((tmp_path / "scorecard.json").read_text())) == {"sft", "dpo"}
+    rows = [row for row in read_jsonl(tmp_path / "metrics.jsonl") if row["stage"] == "rl"]
+    assert [row["step"] for row in rows] == list(range(1, 9)) and {row["compiles"] for row in rows} == {1}
+    assert rows[0]["policy/loss"] == pytest.approx(0.6931, abs=1e-3)  # the policy is the reference
+    mined = rows[0]["budget/spent"] - rows[0]["budget/tokens"]
+    assert mined > 60 * 4  # paid once, whatever the number of starts
+    assert rows[-1]["budget/spent"] == mined + sum(row["budget/tokens"] for row in rows)
+    assert rows[-1]["dpo/margin"] > 0 and "validation/macro_f1" in rows[-1]
+
+
+@pytest.mark.slow
 def test_trains_on_pairs_of_which_the_tier_alone_is_known(tmp_path: Path, data_dir: Path, cache_dir: Path) -> None:
     lines = (ROOT / "examples" / "pairs.csv").read_text().splitlines()
     rows = list(csv.DictReader(lines))
