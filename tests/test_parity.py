@@ -24,6 +24,7 @@ import pytest
 from agrl_jax.policy import loading, smollm2
 from agrl_jax.policy.transformer import build, build_expert_load
 from agrl_jax.rl.rollout import predicting_hidden, prefill, rollout, row_keys
+from agrl_jax.types import ANYWHERE
 
 GOLDENS = Path(__file__).parent / "goldens" / "logits.npz"
 LENGTH, KEPT = 2000, (slice(None), [0, 7, 300, 1999], slice(None, None, 19))  # of the logits, those recorded
@@ -177,7 +178,8 @@ def test_a_mixture_is_its_chosen_experts_weighed():
     module = MixtureOfExperts(cfg, nnx.Rngs(params=0))
     for name, weight in layer.items():
         setattr(module, name, nnx.Param(jnp.asarray(weight, jnp.float32)))
-    np.testing.assert_allclose(module(jnp.asarray(x, jnp.float32)), expected, atol=1e-4)
+    found = module(jnp.asarray(x, jnp.float32)[None, None], ANYWHERE)
+    np.testing.assert_allclose(found[0, 0], expected, atol=1e-4)
 
 
 def test_expert_load_counts_choices_of_valid_tokens():
