@@ -38,6 +38,7 @@ setup(
     extras_require={
         "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.8", "selenium>=4.20"],
         "tpu": ["jax[tpu]>=0.10"],
+        "preflight": ["jax[tpu]>=0.10"],  # the TPU compiler, libtpu, of the version that JAX names; it needs no TPU
         "cuda": ["jax[cuda13]>=0.10"],
     },
 )

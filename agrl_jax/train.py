@@ -223,6 +223,8 @@ def _reinforce(run: Run, reference: Weights) -> Weights:
     program = rl_program(config, run.mesh, run.model, reference, len(split), len(run.data.families))
     state, spent = _restored(run, "rl", program)
     base, compared = program.more
+    if base is None and compared is None:  # the state holds its own copy, and nothing else needs them
+        jax.tree.map(lambda x: x.delete(), reference.trained)
     validate = _validator(run, base)
 
     def after(
@@ -344,6 +346,8 @@ def _run_stage(
             row |= _time_figures(row, time.monotonic() - began)
             row |= {"budget/spent": spent, "compiles": compiled._cache_size()}
             _check_divergence(config, stage, done, int(state.skipped), row, bar.print)
+            if done == 1 and _branch(config, stage) == "rl":  # of answers sampled before any update
+                bar.print("\n".join(first_look(config, row)))
             extra = after(done, last, state, seen, bar.print) if after else {}
             if done % config.log.every == 0 or last or extra:
                 run.writer.write(stage, done, row | extra)
@@ -390,6 +394,31 @@ def step_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> StepConfig:
 def _branch(config: ConfigDict, stage: str) -> str:
     """The branch of the config that a stage follows: DPO takes the place of reinforcement learning."""
     return "dpo" if stage == "rl" and config.method == "dpo" else stage
+
+
+def first_look(config: ConfigDict, figures: Mapping[str, float]) -> list[str]:
+    """What the first rollout, before any update, says of a run of RL: its figures, and warnings of what to change."""
+    truncated, equal = figures["policy/truncated"], figures["reward/equal_groups"]
+    failing, guided = figures.get("guide/failing"), figures.get("guide/share")
+    guidance = "" if failing is None else f"; groups that fail {failing:.0%}, guided {guided:.0%}"
+    lines = [f"before the first update: answers cut off {truncated:.0%}; groups of equal rewards {equal:.0%}{guidance}"]
+    if truncated > 0.2:
+        lines.append(
+            f"warning: {truncated:.0%} of the answers do not end within data.response_len={config.data.response_len}; "
+            "raise it, or train the warm start for longer (sft.steps)"
+        )
+    if equal > 0.8:
+        lines.append(
+            f"warning: in {equal:.0%} of the groups all answers earn the same, and teach nothing; raise rl.group_size="
+            f"{config.rl.group_size} or rl.temperature={config.rl.temperature}"
+            + (", or set guidance.enabled=True" if failing is None else "")
+        )
+    if failing == 0:
+        lines.append(
+            f"warning: no group fails, so guidance is idle; raise guidance.threshold={config.guidance.threshold}, or "
+            "do without (guidance.enabled=False)"
+        )
+    return lines
 
 
 def _chunk(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:

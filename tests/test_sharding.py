@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -50,11 +51,21 @@ def test_axes_that_cannot_be_are_refused(axes, shape, message):
         sharding.spec(abstract(), axes, shape)
 
 
+@dataclass(frozen=True)
+class Device:
+    """Stands in for one of several devices, where there is one."""
+
+    id: int
+    process_index: int = 0
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
 def test_mesh_takes_what_is_left():
-    devices = list(range(8))
+    devices = [Device(number) for number in range(8)]
     shapes = {(-1, 1, 1): (8, 1, 1), (2, -1, 2): (2, 2, 2), (1, 2, -1): (1, 2, 4), (4, 2, 1): (4, 2, 1)}
     for asked, expected in shapes.items():
-        mesh = sharding.make_mesh(*asked, devices=np.array(devices))
+        mesh = sharding.make_mesh(*asked, devices=devices)
         assert tuple(mesh.shape.values()) == expected
     assert sharding.data_shards(abstract(2, 4, 1)) == 8
 
@@ -106,6 +117,7 @@ def test_the_state_follows_its_parameters_where_two_optimisers_share_them():
 
 ON_EIGHT = """
 import sys
+from dataclasses import dataclass
 import jax, jax.numpy as jnp, numpy as np
 from agrl_jax.runtime import sharding
 from agrl_jax.runtime.checkpoint import Checkpointer

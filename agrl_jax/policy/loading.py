@@ -200,8 +200,11 @@ def load_pretrained(
 
 
 def read_config(path: str | Path, param_dtype: str = "float32", compute_dtype: str = "float32") -> PolicyConfig:
-    """The shape of a model in a Hugging Face folder or GGUF file. Raises LoadingError as `load_pretrained` does."""
+    """The shape of a model in a Hugging Face folder or GGUF file, or that a config.json alone describes. Raises
+    LoadingError as `load_pretrained` does."""
     path = Path(path)
+    if path.suffix == ".json":
+        return _hf_config(path, param_dtype, compute_dtype)
     if _is_folder(path):
         return _hf_config(path / _CONFIG, param_dtype, compute_dtype)
     return _open_gguf(path, param_dtype, compute_dtype)[0]

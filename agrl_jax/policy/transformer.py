@@ -287,10 +287,10 @@ class MixtureOfExperts(nnx.Module):
         chosen = jnp.where((chosen >= experts[0]) & (chosen <= experts[-1]), chosen - experts[0], len(experts))
         order = jnp.argsort(chosen.reshape(-1))  # stable: the copy of row i for its j-th expert stands at i * k + j
         sizes = jnp.bincount(chosen.reshape(-1), length=len(experts)).astype(jnp.int32)
-        ours = (jnp.arange(len(order)) < sizes.sum())[:, None]  # rows of other devices' experts are sorted last
+        ours = (jnp.arange(len(order)) < sizes.sum())[:, None]  # others come last, where a product is not defined
 
         def product(rows: Array, weights: Array) -> Array:
-            return jnp.where(ours, jax.lax.ragged_dot(rows, weights, sizes), 0)
+            return jnp.where(ours, jax.lax.ragged_dot(jnp.where(ours, rows, 0), weights, sizes), 0)
 
         ordered = rows[order // k]
         hidden = jax.nn.silu(product(ordered, gate)) * product(ordered, up)

@@ -36,16 +36,16 @@ def refill(
 
     def more(carry: tuple[Array, Groups, Array]) -> Array:
         done, groups, _ = carry
-        return (done < rounds.row.shape[0]) & ~jnp.all(groups.teaches)
+        return (done < rounds.row.shape[0] - 1) & ~jnp.all(groups.teaches)
 
     def one_round(carry: tuple[Array, Groups, Array]) -> tuple[Array, Groups, Array]:
         done, groups, tokens = carry
-        fresh = roll(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, done, keepdims=False), rounds))
+        fresh = roll(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, done + 1, keepdims=False), rounds))
         tokens += jnp.sum(fresh.batch.prompt_len) + jnp.sum(fresh.rolled.valid)
         return done + 1, exchange(groups, fresh, shards), tokens
 
-    done, groups, tokens = jax.lax.while_loop(more, one_round, (jnp.int32(1), first, jnp.int32(0)))
-    return groups, {"refill/rounds": done, "tokens/refilled": tokens}
+    done, groups, tokens = jax.lax.while_loop(more, one_round, (jnp.int32(0), first, jnp.int32(0)))
+    return groups, {"refill/rounds": done + 1, "tokens/refilled": tokens}
 
 
 def exchange(groups: Groups, fresh: Groups, shards: int) -> Groups:

@@ -59,9 +59,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     for axis in free:
         sizes[axis] = len(devices) // fixed
     shape = tuple(sizes[axis] for axis in AXES)
-    if len(devices) == jax.device_count() and devices == list(jax.devices()):
-        return jax.make_mesh(shape, AXES, axis_types=_AUTO)  # follows the interconnect
-    return Mesh(np.asarray(devices, dtype=object).reshape(shape), AXES, axis_types=_AUTO)
+    return jax.make_mesh(shape, AXES, axis_types=_AUTO, devices=devices)  # follows the interconnect
 
 
 def data_shards(mesh: Mesh) -> int:

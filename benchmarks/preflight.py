@@ -1,0 +1,99 @@
+"""The README's table of what a step takes on TPUs, each compiled for real; no TPU needed.
+
+    python -m benchmarks.preflight [--only=qwen3_8b@v6e:8x8]
+
+Compiles the rows that are named (`--only=all` for all of them, an hour on two cores), keeps their figures in
+docs/preflight.json, and prints the table of all rows that are there. Needs `pip install -e '.[preflight]'`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from typing import Any, NamedTuple
+
+import jax
+from absl import app, flags
+
+from agrl_jax import preflight
+from benchmarks.machine import ROOT
+
+_ONLY = flags.DEFINE_list("only", [], "rows to compile, CONFIG@TOPOLOGY; or all")
+_FILE = ROOT / "docs" / "preflight.json"
+_SHAPES = ROOT / "configs" / "shapes"
+
+
+class Row(NamedTuple):
+    """A config, the chips that it is compiled for, and what has to be set for so many."""
+
+    config: str
+    topology: str
+    fields: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """As `--only` names it."""
+        return f"{self.config}@{self.topology}"
+
+
+ROWS = (
+    Row("quickstart", "v5e:4x4", {}),
+    Row("smollm2_135m", "v5e:4x4", {"policy.compute_dtype": "bfloat16", "rl.micro_batches": 2}),
+    Row("qwen3_0p6b", "v5e:4x4", {"mesh.data": 1, "mesh.fsdp": -1, "rl.micro_batches": 2}),
+    Row("qwen3_8b", "v5p:4x4x4", {"mesh.tensor": 4, "rl.batch_size": 64, "rl.micro_batches": 1}),
+    Row("qwen3_8b", "v6e:8x8", {"mesh.tensor": 4, "rl.batch_size": 64, "rl.micro_batches": 2}),
+    Row("qwen3_30b_a3b", "v5p:4x4x8", {"rl.batch_size": 128, "rl.micro_batches": 2}),
+)
+
+
+def compile_row(row: Row) -> dict[str, Any]:
+    """The figures of a row; guided replay in every step."""
+    config = importlib.import_module(f"configs.{row.config}").get_config()
+    config.update_from_flattened_dict(row.fields)
+    shape = _SHAPES / f"{row.config}.json"
+    return preflight.run(config, row.topology, str(shape) if shape.exists() else "", guided_share=1.0, workdir="")
+
+
+def markdown(found: dict[str, dict[str, Any]]) -> str:
+    """The table, a row for each that is in `found`."""
+    lines = [
+        "| config | chips | set | fits | GiB a chip | a step takes at least | tokens/s at most | bound by |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in ROWS:
+        if row.name in found:
+            lines.append(_line(row, found[row.name]))
+    return "\n".join(lines)
+
+
+def _line(row: Row, figures: dict[str, Any]) -> str:
+    memory, chip = figures["memory"], figures["chip"]
+    cells = [
+        row.config,
+        f"{figures['devices']} x {chip['name']}",
+        ", ".join(f"`{name}={value}`" for name, value in row.fields.items()),
+        "yes" if figures["fits"] else "no",
+        f"{memory['total'] / preflight.GIB:.2g} of {chip['memory'] / preflight.GIB:.0f}",
+    ]
+    if figures["phases"]:
+        whole = figures["seconds"]
+        slowest = sorted(figures["phases"].items(), key=lambda item: -item[1]["seconds"])[:3]
+        bounds = (f"{name} {phase['seconds'] / whole:.0%} ({phase['bound_by']})" for name, phase in slowest)
+        cells += [f"{whole:.2g} s", f"{figures['tokens_per_s']:,.0f}", ", ".join(bounds)]
+    else:
+        cells += ["-", "-", "-"]
+    return f"| {' | '.join(cells)} |"
+
+
+def main(_: list[str]) -> None:
+    jax.config.update("jax_platforms", "cpu")
+    found = json.loads(_FILE.read_text()) if _FILE.exists() else {}
+    for row in ROWS:
+        if row.name in _ONLY.value or "all" in _ONLY.value:
+            found[row.name] = compile_row(row)
+            _FILE.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    print(markdown(found))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,322 @@
+"""What a step takes, counted from its jaxpr and its compiled text, against counts by hand; compiling for TPUs."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from agrl_jax import preflight, train
+from agrl_jax.policy import loading, transformer
+from agrl_jax.preflight import CHIPS, Chip, Memory, Report
+from agrl_jax.runtime import hlo
+from agrl_jax.runtime.flops import matrix_flops
+
+ROOT = Path(__file__).parent.parent
+CHIP = Chip("test", 1e12, 2**30, 1e11, 1e10)
+
+# A loop of 5 turns over weights [5, 8, 16], one taken each turn, then an all-reduce over 4; and a branch.
+PROGRAM = """\
+HloModule jit_step, is_scheduled=true
+
+%fused (p0: f32[5,8,16], p1: s32[], p2: f32[2,8]) -> f32[2,16] {
+  %p0 = f32[5,8,16]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %c0 = s32[] constant(0)
+  %ds = f32[1,8,16]{2,1,0} dynamic-slice(%p0, %p1, %c0, %c0), dynamic_slice_sizes={1,8,16}
+  %w = f32[8,16]{1,0} bitcast(%ds)
+  %p2 = f32[2,8]{1,0} parameter(2)
+  ROOT %dot = f32[2,16]{1,0} dot(%p2, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body (state: (s32[], f32[5,8,16], f32[2,8])) -> (s32[], f32[5,8,16], f32[2,8]) {
+  %state = (s32[], f32[5,8,16]{2,1,0}, f32[2,8]{1,0:T(2,128)S(1)}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %weights = f32[5,8,16]{2,1,0} get-tuple-element(%state), index=1
+  %x = f32[2,8]{1,0:T(2,128)S(1)} get-tuple-element(%state), index=2
+  %y = f32[2,16]{1,0} fusion(%weights, %i, %x), kind=kOutput, calls=%fused, metadata={op_name="jit(step)/decode/dot"}
+  %all = f32[2,16]{1,0} all-reduce(%y), channel_id=1, replica_groups=mesh['a'=4,'b'=2] {'a'}, to_apply=%add
+  ROOT %next = (s32[], f32[5,8,16]{2,1,0}, f32[2,8]{1,0:T(2,128)S(1)}) tuple(%i, %weights, %x)
+}
+
+%condition (state.1: (s32[], f32[5,8,16], f32[2,8])) -> pred[] {
+  %state.1 = (s32[], f32[5,8,16]{2,1,0}, f32[2,8]{1,0:T(2,128)S(1)}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%state.1), index=0
+  %five = s32[] constant(5)
+  ROOT %lt = pred[] compare(%i.1, %five), direction=LT
+}
+
+%taken (t: f32[4]) -> f32[4] {
+  %t = f32[4]{0} parameter(0)
+  ROOT %copied = f32[4]{0} copy(%t)
+}
+
+%not_taken (n: f32[4]) -> f32[4] {
+  ROOT %n = f32[4]{0} parameter(0)
+}
+
+ENTRY %main (p: f32[5,8,16], flag: pred[], q: f32[4]) -> f32[4] {
+  %p = f32[5,8,16]{2,1,0} parameter(0)
+  %start = (s32[], f32[5,8,16]{2,1,0}, f32[2,8]{1,0:T(2,128)S(1)}) tuple(%p, %p, %p)
+  %loop = (s32[], f32[5,8,16]{2,1,0}, f32[2,8]{1,0:T(2,128)S(1)}) while(%start), condition=%condition, body=%body, metadata={op_name="jit(step)/decode/while"}
+  %flag = pred[] parameter(1)
+  %q = f32[4]{0} parameter(2)
+  ROOT %out = f32[4]{0} conditional(%flag, %q, %q), branch_computations={%not_taken, %taken}, metadata={op_name="jit(step)/replay/cond"}
+}
+"""  # noqa: E501 (the compiler's own lines)
+
+
+def test_traffic_of_a_program_worked_out_by_hand():
+    found = hlo.traffic(PROGRAM, ("decode", "replay"), branch_share=0.25)
+    fusion = 8 * 16 * 4 + 4 + 2 * 16 * 4  # one layer's weights, the counter, the result; x lies on the chip
+    all_reduce = 2 * (2 * 16 * 4)  # read and written
+    compare = 5 * (1 + 4 + 4)  # the condition: the result, the counter, the constant
+    assert found["decode"].bytes == 5 * (fusion + all_reduce) + compare
+    assert found["decode"].collectives == {"all-reduce": 5 * (2 * 16 * 4) * 2 * 3 / 4}  # 2 (n - 1) / n, n = 4
+    assert found["replay"].bytes == 0.25 * 2 * 4 * 4
+    assert sum(traffic.bytes for traffic in found.values()) == found["decode"].bytes + found["replay"].bytes
+
+
+def test_a_loop_without_a_count_is_refused():
+    with pytest.raises(ValueError, match=r"the loop loop \(jit\(step\)/decode/while\) compares .* to no const"):
+        hlo.traffic(PROGRAM.replace("%five = s32[] constant(5)", "%five = s32[] copy(%i.1)"), ("decode",))
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [("{{0,1,2},{3,4,5}}", 3), ("[2,8]<=[16]", 8), ("mesh['a'=4,'b'=2] {'a','b'}", 8), ("mesh['a'=4] {'a'}", 4)],
+)
+def test_how_many_devices_take_part_in_a_collective(groups, size):
+    line = f"  %r = f32[8]{{0}} all-gather(%x), channel_id=1, replica_groups={groups}, dimensions={{0}}"
+    text = f"ENTRY %main (x: f32[1]) -> f32[8] {{\n  %x = f32[1]{{0}} parameter(0)\n{line}\n}}\n"
+    assert hlo.traffic(text, ())["other"].collectives == {"all-gather": 32 * (1 - 1 / size)}
+
+
+def test_matrix_operations_of_loops_branches_and_gradients():
+    def function(x, w):
+        with jax.named_scope("scan"):
+            x = jax.lax.scan(lambda x, _: (x @ w, None), x, None, length=3)[0]
+        with jax.named_scope("while"):
+            x = jax.lax.while_loop(lambda s: (s[0] < 7) & (s[1][0, 0] < 1), lambda s: (s[0] + 1, s[1] @ w), (0, x))[1]
+        with jax.named_scope("branch"):
+            x = jax.lax.cond(x[0, 0] > 0, lambda x: x @ w, lambda x: x, x)
+        with jax.named_scope("gradient"):
+            return jax.grad(lambda w: jnp.sum(jax.checkpoint(lambda w: jnp.tanh(x @ w))(w)))(w)
+
+    jaxpr = jax.make_jaxpr(function)(jnp.ones((2, 4)), jnp.ones((4, 4))).jaxpr
+    one = 2 * 2 * 4 * 4
+    phases = ("scan", "while", "branch", "gradient")
+    found = matrix_flops(jaxpr, phases, branch_share=0.5)
+    assert found == {"scan": 3 * one, "while": 7 * one, "branch": one / 2, "gradient": 3 * one}  # forward twice
+
+
+def test_matrix_operations_of_ragged_products():
+    def function(x, w, sizes):
+        return jax.grad(lambda w: jnp.sum(jax.lax.ragged_dot(x, w, sizes)))(w)
+
+    args = jnp.ones((6, 4)), jnp.ones((3, 4, 5)), jnp.array([1, 2, 3])
+    forward = matrix_flops(jax.make_jaxpr(jax.lax.ragged_dot)(*args).jaxpr, ())
+    assert forward == {"other": 2 * 6 * 4 * 5}
+    assert matrix_flops(jax.make_jaxpr(function)(*args).jaxpr, ()) == {"other": 2 * 2 * 6 * 4 * 5}
+
+
+def step_flops(monkeypatch, **fields):
+    """Matrix operations of the step of the tiny config with some fields changed, by phase, without compiling it."""
+    monkeypatch.setattr(preflight, "traffic", lambda *_: {})
+    monkeypatch.setattr(transformer, "_UNROLLED", 0)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: _Compiled())
+    report = preflight.compile_step(config(**fields), jax.devices()[:1], CHIP)
+    return {name: phase.flops for name, phase in report.phases.items()}
+
+
+class _Compiled:
+    """In place of a compiled program, where only the jaxpr is counted."""
+
+    def memory_analysis(self):
+        sizes = ("peak_memory", "argument_size", "output_size", "alias_size", "temp_size")
+        return type("Sizes", (), {f"{name}_in_bytes": 0 for name in sizes})
+
+    def as_text(self):
+        return ""
+
+
+def config(**fields):
+    c = tiny.get_config()
+    c.reward.overlong_from = 12
+    c.update_from_flattened_dict({"data.response_len": 16} | fields)
+    return c
+
+
+@pytest.mark.parametrize("layers", [2, 8])
+@pytest.mark.parametrize("length", [16, 64])
+@pytest.mark.parametrize("micro", [1, 4])
+def test_matrix_operations_of_the_step_worked_out_by_hand(monkeypatch, layers, length, micro):
+    found = step_flops(
+        monkeypatch, **{"policy.layers": layers, "data.response_len": length, "rl.micro_batches": micro}
+    )
+    b, g, s, t, v = 8, 4, 96, length, 600
+    d, hf, kf, m = 32, 32, 16, 64  # width, heads, key/value heads, feed-forward
+    linear = 2 * (d * hf + 2 * d * kf + hf * d + 3 * d * m)  # of a token in a layer
+    head = 2 * d * v
+
+    def attending(keys):  # scores and mixture, over all slots that there are
+        return 2 * 2 * hf * keys
+
+    prefill = b * s * layers * (linear + attending(s))
+    assert found["prefill"] == prefill
+    assert found["decode"] == b * g * t * (layers * (linear + attending(s + t)) + head)
+    forward = prefill + b * g * (t - 1) * layers * (linear + attending(s + t - 1))
+    assert found["loss"] == 3 * forward + 4 * b * g * t * head  # logits are made again in the backward pass
+    slots, replace = b // 2, 2
+    parallel = slots * replace * t * layers * (linear + attending(s + t))  # the forced prefix, over the cache
+    assert found["replay"] == parallel + slots * replace * t * (layers * (linear + attending(s + t)) + head)
+
+
+def test_guided_share_weighs_the_replay_alone(monkeypatch):
+    monkeypatch.setattr(preflight, "traffic", lambda *_: {})
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: _Compiled())
+    whole, half = (
+        preflight.compile_step(config(), jax.devices()[:1], CHIP, guided_share=share).phases for share in (1.0, 0.5)
+    )
+    assert half["replay"].flops == whole["replay"].flops / 2
+    assert half["decode"] == whole["decode"] and half["loss"] == whole["loss"]
+
+
+def test_refill_samples_again_and_stages_without_rl_are_refused(monkeypatch):
+    plain = {"guidance.enabled": False, "reward.composition": "terminal"}
+    once, thrice = (step_flops(monkeypatch, **plain, **{"rl.candidates": rounds}) for rounds in (1, 3))
+    assert {name: thrice[name] / once[name] for name in once} == {"prefill": 3, "decode": 3, "loss": 1, "update": 1}
+    for fields in ({"method": "dpo"}, {"method": "sft", "rl.steps": 0}):
+        with pytest.raises(ValueError, match=f"method={fields['method']} makes no step of RL"):
+            preflight.compile_step(config(**fields), jax.devices()[:1], CHIP)
+
+
+@pytest.mark.slow
+def test_traffic_of_the_step_scales_with_layers_and_length(monkeypatch, quick_compiles):
+    monkeypatch.setattr(transformer, "_UNROLLED", 0)
+
+    def phases(**fields):
+        return preflight.compile_step(config(**fields), jax.devices()[:1], CHIP).phases
+
+    def moved(phase, *of):
+        return [each[phase].bytes for each in of]
+
+    base, five, eight = (phases(**{"policy.layers": layers}) for layers in (2, 5, 8))
+    for phase in ("prefill", "decode", "loss"):
+        low, middle, high = moved(phase, base, five, eight)
+        assert high - middle == pytest.approx(middle - low, rel=0.02), phase
+    weights = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)  # bytes of a layer
+    low, high = moved("decode", base, eight)
+    assert high - low > 16 * 6 * weights  # each token reads them all
+    short, long = moved("decode", base, phases(**{"data.response_len": 64}))
+    slot = 2 * 2 * 8 * 4 * 16 * 4  # bytes of a position in the cache: keys and values, layers, answers
+    # Each token reads all slots, at least once. Beyond that it is the compiler's choice, which differs by length.
+    assert 48 * slot < long / 64 - short / 16 < 10 * 48 * slot
+    quarter = phases(**{"rl.micro_batches": 4})
+    low, high = moved("loss", base, quarter)
+    assert high > low  # weights are read once for each piece
+
+
+@pytest.mark.parametrize(
+    ("figures", "warnings"),
+    [
+        ({"policy/truncated": 0.1, "reward/equal_groups": 0.5, "guide/failing": 0.2, "guide/share": 0.2}, []),
+        ({"policy/truncated": 0.3, "reward/equal_groups": 0.5}, ["data.response_len=16"]),
+        ({"policy/truncated": 0.0, "reward/equal_groups": 0.9}, ["rl.group_size=4"]),
+        (
+            {"policy/truncated": 0.0, "reward/equal_groups": 0.9, "guide/failing": 0.0, "guide/share": 0.0},
+            ["rl.temperature=1.0", "guidance.threshold=0.5"],
+        ),
+    ],
+)
+def test_warnings_of_the_first_rollout_name_what_to_change(figures, warnings):
+    first, *found = train.first_look(config(), figures)
+    assert "before the first update" in first and len(found) == len(warnings)
+    assert all(field in line for field, line in zip(warnings, found, strict=True))
+
+
+def report(total, fits=False, chip=CHIP):
+    memory = Memory(0.2 * total, 0.4 * total, 0.0, 0.05 * total, 0.4 * total, total)
+    return Report(chip, 8, {"data": 8, "fsdp": 1, "tensor": 1}, memory, fits, {}, 1)
+
+
+def test_what_makes_it_fit_is_found_in_four_trials_at_most():
+    tried = []
+    spread = dataclasses.replace(report(1.3e9), mesh={"data": 1, "fsdp": 8, "tensor": 1})
+
+    def third_fits(c):
+        tried.append((c.mesh.fsdp, c.mesh.gather_decode, c.policy.remat, c.rl.micro_batches, c.rl.group_size))
+        return report(1.0e9, fits=True) if len(tried) == 3 else spread
+
+    large = config(**{"rl.batch_size": 64, "rl.group_size": 8})
+    changes, found = preflight.make_it_fit(large, report(1.5e9), third_fits)
+    assert found.fits and len(tried) == len(set(tried)) == 3
+    assert changes["mesh.fsdp"] == -1 and changes["mesh.data"] == 1  # most of it is state
+    assert large.mesh.fsdp == 1  # the config that was asked for is left as it was
+    tried.clear()
+    changes, found = preflight.make_it_fit(config(), report(9e9), lambda c: (tried.append(c), report(9e9))[1])
+    assert not found.fits and 1 <= len(tried) <= 4
+
+
+def test_a_topology_that_there_is_not():
+    with pytest.raises(ValueError, match="--topology=v9z:4x4: .* such as v5e:4x4"):
+        preflight.find_devices("v9z:4x4")
+
+
+def test_shapes_of_models_that_are_not_here():
+    sizes = {}
+    for file in sorted((ROOT / "configs" / "shapes").glob("*.json")):
+        _, init, _ = transformer.build(loading.read_config(file))
+        sizes[file.stem] = transformer.count_parameters(jax.eval_shape(init, jax.random.key(0)))
+    assert sizes == {"qwen3_0p6b": 596_049_920, "qwen3_30b_a3b": 30_532_122_624, "qwen3_8b": 8_190_735_360}
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "agrl_jax.preflight", f"--config={ROOT / 'tests' / 'tiny.py'}", *arguments],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=500, cwd=ROOT,
+    )
+
+
+@pytest.mark.slow
+def test_the_devices_at_hand_and_a_run_on_them(tmp_path):
+    rows = [{"stage": "rl", "step": step, "time/step_s": seconds} for step, seconds in enumerate((9, 2, 3, 4), 1)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = command(f"--workdir={tmp_path}", f"--out={tmp_path / 'out.json'}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["measured"] == 3 and 0 < found["seconds"] < 3
+    assert f"{3 / found['seconds']:.1f} times the bound" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs pip install -e '.[preflight]'")
+def test_the_step_compiles_for_sixteen_tpus(tmp_path):
+    fields = {"mesh.data": 8, "mesh.fsdp": 2, "rl.batch_size": 32, "policy.compute_dtype": "bfloat16"}
+    fields |= {"sft.batch_size": 16, "eval.batch_size": 16}
+    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
+    done = command("--topology=v5e:4x4", f"--out={tmp_path / 'out.json'}", *overrides)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["fits"] and found["devices"] == 16 and found["chip"]["name"] == "v5e"
+    width, layer = 32, 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64  # matrices, all split over fsdp; norms of heads are not
+    matrices = 2 * layer + 2 * 600 * width + 5 * width
+    assert found["memory"]["parameters"] == 4 * (matrices / 2 + 2 * 2 * 16)
+    assert 0 < found["memory"]["total"] < CHIPS["TPU v5 lite"].memory
+    loss = found["phases"]["loss"]
+    assert sum(loss["collectives"].values()) > 0 and loss["bytes"] > 0
+    assert found["phases"]["decode"]["flops"] > 0
+    assert sum(phase["seconds"] for phase in found["phases"].values()) == pytest.approx(found["seconds"])
