@@ -123,6 +123,7 @@ def params_of(config: ConfigDict, workdir: Path, stage: str):
     return assemble.load_params(folder, config, assemble.load_model(config, folder), sharding.make_mesh(), stage)
 
 
+@pytest.mark.slow
 def test_adapters_alone_are_trained_kept_resumed_and_merged_on_export(tmp_path: Path) -> None:
     model, workdir = save_model(tmp_path / "model", "qwen3"), tmp_path / "run"
     config = make_config(model)

@@ -66,6 +66,7 @@ def run(config: ConfigDict, workdir: Path) -> dict:
     return train.train(config, str(workdir), say=lambda *_: None)
 
 
+@pytest.mark.slow
 def test_a_pretrained_folder_trains_resumes_without_it_and_is_evaluated(tmp_path: Path) -> None:
     model, workdir = save_model(tmp_path / "model", "qwen3_moe"), tmp_path / "run"
     config = make_config(model)
