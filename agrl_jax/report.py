@@ -8,20 +8,18 @@ Reads the files of the workdirs alone. The page is one file that loads nothing: 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import polars as pl
 from absl import flags
 from etils import epath
 
 from agrl_jax import judgements, scorecard
+from agrl_jax.html import render
 from agrl_jax.runtime.config import exit_with, parse_flags
 from agrl_jax.runtime.metrics import read_jsonl, say
 
@@ -55,12 +53,7 @@ def page(workdirs: Sequence[epath.PathLike]) -> str:
         "curves": shown,
         "runs": [{name: run[name] for name in ("name", "stage", "curves", "samples")} for run in runs],
     }
-    folder = Path(__file__).parent / "html"
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string((folder / "report.html").read_text()).render(
-        runs=runs, data=json.dumps(data, allow_nan=False).replace("<", r"\u003c"), alarm_rule=_ALARM_RULE,
-        style=(folder / "report.css").read_text(), script=(folder / "report.js").read_text(),
-    )  # fmt: skip
+    return render("report", data, runs=runs, alarm_rule=_ALARM_RULE)
 
 
 def _run(workdir: epath.Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The layers of the package, held over the imports of every module.
 
-`types`, `policy`, `runtime` and `rulebook` are the ground and do not know each other; `rl` knows jax,
+`types`, `policy`, `runtime`, `rulebook` and `html` are the ground and do not know each other; `rl` knows jax,
 `types` and itself; `data` may use the rule book and the tokenizer; above stand supervised training,
 judging, the scorecard, cut points, decoded samples and plots; then `assemble`, which builds all these from a
 config; then `trained` and `train`; any other file at the top is a command and may use all of them, but not `main`.
@@ -19,6 +19,7 @@ GROUND = {
     "policy": {"types"},
     "runtime": {"types"},
     "rulebook": {"types"},
+    "html": set(),
     "rl": {"types"},
     "data": {"types", "rulebook", "policy.tokenizer"},
 }

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
@@ -76,22 +74,6 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         assert said in written
     with pytest.raises(ValueError, match="workdir of a training run"):
         report.page([tmp_path / "nowhere"])
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("needs chromium and chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "disable-quic", "no-first-run",
-                 "disable-background-networking", "disable-component-update", "disable-sync"):  # fmt: skip
-        options.add_argument(f"--{flag}")
-    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield opened
-    opened.quit()
 
 
 def test_the_page_in_a_browser(browser, tmp_path: Path) -> None:
