@@ -47,12 +47,14 @@ from agrl_jax.types import Batch
 _TRIALS = 4  # programs compiled in search of one that fits
 _ROWS = 64_000  # training pairs that guidance remembers, a byte or two each: those of the bundled benchmark
 # The compiler is neither to ask the network what machine this is, nor to take the lock by which processes with a TPU
-# keep off each other, nor to log.
+# keep off each other, nor to log. The type is any that there is: it goes by the topology.
 _LIBTPU = {
-    "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled",
-    "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3", "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_LOG_DIR": "disabled", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3",
 }  # fmt: skip
-_MEMORY_EXCEEDED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+# How the TPU compiler says that a program is too large: by all that it takes, or by its temporaries alone.
+_MEMORY_EXCEEDED = re.compile(r"(Used|HLO temporaries) \(?([\d.]+)([KMGT])")
 GIB = 2**30
 
 
@@ -68,10 +70,9 @@ class Chip:
 
 
 # By JAX's name of the device. TPUs: the system architecture pages of the Cloud TPU documentation
-# (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e), half of the bidirectional interconnect bandwidth, since every
+# (docs.cloud.google.com/tpu/docs/v5e, v5p, v6e), half of the bidirectional interconnect bandwidth, since every
 # byte is sent by one and received by another. GPUs: NVIDIA's data sheets of the SXM boards, half of NVLink likewise.
 CHIPS: Mapping[str, Chip] = {
-    "TPU v4": Chip("v4", 275e12, 32 * GIB, 1228e9, 300e9),
     "TPU v5 lite": Chip("v5e", 197e12, 16 * GIB, 819e9, 200e9),
     "TPU v5": Chip("v5p", 459e12, 95 * GIB, 2765e9, 600e9),
     "TPU v5p": Chip("v5p", 459e12, 95 * GIB, 2765e9, 600e9),
@@ -101,7 +102,7 @@ class Memory:
     optimiser: float
     inputs: float  # whatever else goes into the step: the batch, a base or reference policy, guidance
     cache: float  # keys and values of prompts and responses, while they are decoded
-    temporaries: float  # at the peak, which may lie elsewhere; 0 where the program was too large to be compiled
+    temporaries: float  # whatever else lies there at the peak, which may come before or after decoding
     total: float
 
 
@@ -115,7 +116,7 @@ class Report:
     memory: Memory
     fits: bool
     phases: Mapping[str, Phase]  # empty where the program was too large to be compiled
-    tokens: int  # of a step: prompts once for sampling and once an epoch, responses likewise
+    tokens: int  # of a step, as training counts them: sampled, and prompts and responses in each epoch
 
     @property
     def seconds(self) -> float:
@@ -151,18 +152,19 @@ def compile_step(
     traced = program.step.trace(program.template, _batch(config, model), *program.more)
     shards = sharding.data_shards(mesh)
     flops = matrix_flops(traced.jaxpr.jaxpr, PHASES, guided_share, shards)
-    inputs = {
+    held = {
         "parameters": _shard_bytes(program.template.params),
         "optimiser": _shard_bytes(program.template.opt_state),
         "inputs": _shard_bytes((program.template.guidance, program.more)),
-        "cache": _cache_bytes(config, model, mesh),
     }
+    arguments = sum(held.values())
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if (found := _MEMORY_EXCEEDED.search(str(error))) is None:
             raise
-        total = float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]]
+        total = float(found[2]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[3]]
+        total += 0 if found[1] == "Used" else arguments
         phases, fits = {}, False
     else:
         total = _peak(compiled.memory_analysis())
@@ -171,12 +173,12 @@ def compile_step(
             name: _phase(chip, flops.get(name, 0.0) / mesh.size, moved.get(name)) for name in (*PHASES, "other")
         }
         phases, fits = {name: phase for name, phase in phases.items() if phase.seconds}, total <= chip.memory
-    temporaries = max(total - sum(inputs.values()) + inputs["cache"], 0.0)
-    b, g, s, t = config.rl.batch_size, config.rl.group_size, config.data.prompt_len, config.data.response_len
-    return Report(
-        chip, mesh.size, dict(mesh.shape), Memory(**inputs, temporaries=temporaries, total=total), fits, phases,
-        tokens=b * ((s + g * t) * config.rl.epochs + g * t),
+    memory = Memory(
+        **held, cache=_cache_bytes(config, model, mesh), temporaries=max(total - arguments, 0.0), total=total
     )
+    b, g, s, t = config.rl.batch_size, config.rl.group_size, config.data.prompt_len, config.data.response_len
+    tokens = b * ((s + g * t) * config.rl.epochs + g * t)
+    return Report(chip, mesh.size, dict(mesh.shape), memory, fits, phases, tokens)
 
 
 def _warm_started(config: ConfigDict, model: assemble.Model, mesh: jax.sharding.Mesh) -> train.Weights:
@@ -218,11 +220,9 @@ def _cache_bytes(config: ConfigDict, model: assemble.Model, mesh: jax.sharding.M
 
 
 def _peak(memory: Any) -> float:
-    arguments_and_temporaries = (
-        memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-    )
-    return float(memory.peak_memory_in_bytes or arguments_and_temporaries)
+    """Bytes at the peak: on TPUs with the program's own code, which CPUs leave out with all temporaries."""
+    allocated = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return float(max(memory.peak_memory_in_bytes, allocated + memory.temp_size_in_bytes))
 
 
 def _phase(chip: Chip, flops: float, moved: Any) -> Phase:
@@ -258,23 +258,28 @@ def find_devices(topology: str) -> tuple[list[Any], Chip]:
     return devices, CHIPS[kind]
 
 
+def only_compile() -> None:
+    """For this process: takes no device but CPUs, and no cached program, since it can be loaded by its device alone."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
 def measured_chip(devices: Sequence[Any]) -> Chip:
-    """Devices whose peaks are not public: what one matrix product and one copy reach, all devices at once."""
-    number, size = len(devices), 2048
-    square, long = jnp.ones((size, size)), jnp.ones(2**25)
-    product = _seconds(jax.jit(lambda x: x @ x), square)
-    copy = _seconds(jax.jit(lambda x: x + 1), long)
+    """Devices whose peaks are not public: the best that matrix products and copies of several sizes reach, since small
+    ones stay in caches; one device working, as if it had all for itself."""
+    products, copies = jax.jit(lambda x: x @ x), jax.jit(lambda x: x + 1)
+    flops = max(2 * n**3 / _seconds(products, jnp.ones((n, n))) for n in (512, 1024, 2048))
+    bandwidth = max(2 * 4 * n / _seconds(copies, jnp.ones(n)) for n in (2**16, 2**18, 2**20, 2**22, 2**24))
     memory = (devices[0].memory_stats() or {}).get("bytes_limit") or (
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / number
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
     )
-    bandwidth = 2 * long.nbytes / copy / number
-    return Chip(f"{devices[0].device_kind}, measured", 2 * size**3 / product / number, memory, bandwidth, bandwidth)
+    return Chip(f"{devices[0].device_kind}, measured", flops, memory, bandwidth, bandwidth)
 
 
 def _seconds(function: Any, x: jax.Array) -> float:
     """The fastest of some calls."""
     times = []
-    for _ in range(4):
+    for _ in range(20):
         began = time.perf_counter()
         function(x).block_until_ready()
         times.append(time.perf_counter() - began)
@@ -416,7 +421,7 @@ def main(argv: list[str]) -> None:
     parse_flags(argv)
     values = flags.FLAGS
     if values.topology:
-        jax.config.update("jax_platforms", "cpu")  # the devices at hand, if any, are not wanted
+        only_compile()
     try:
         figures = run(values.config, values.topology, values.shape, values.guided_share, values.workdir)
     except train.USER_ERRORS as error:

@@ -12,7 +12,6 @@ import importlib
 import json
 from typing import Any, NamedTuple
 
-import jax
 from absl import app, flags
 
 from agrl_jax import preflight
@@ -86,7 +85,7 @@ def _line(row: Row, figures: dict[str, Any]) -> str:
 
 
 def main(_: list[str]) -> None:
-    jax.config.update("jax_platforms", "cpu")
+    preflight.only_compile()
     found = json.loads(_FILE.read_text()) if _FILE.exists() else {}
     for row in ROWS:
         if row.name in _ONLY.value or "all" in _ONLY.value:

@@ -95,6 +95,53 @@ def test_a_loop_without_a_count_is_refused():
         hlo.traffic(PROGRAM.replace("%five = s32[] constant(5)", "%five = s32[] copy(%i.1)"), ("decode",))
 
 
+# A TPU's all-gather of [1, 8] over 8 devices, begun in one fusion and continued in another, in a loop of 3 turns.
+SPREAD = """\
+%begin (b: f32[1,8]) -> f32[8,8] {
+  %b = f32[1,8]{1,0} parameter(0)
+  ROOT %g1 = f32[8,8]{1,0} all-gather(%b), channel_id=1, replica_groups=[1,8]<=[8], backend_config={"async_collective_fusion_config":{"flag_start":"-1","flag_end":"-1"}}
+}
+
+%beside (c: f32[1,8], d: f32[8,8], e: f32[4]) -> (f32[4], f32[8,8]) {
+  %c = f32[1,8]{1,0} parameter(0)
+  %d = f32[8,8]{1,0} parameter(1)
+  %e = f32[4]{0} parameter(2)
+  %twice = f32[4]{0} add(%e, %e)
+  %g2 = f32[8,8]{1,0} all-gather(%c), channel_id=1, replica_groups=[1,8]<=[8], backend_config={"async_collective_fusion_config":{"flag_start":"2","flag_end":"8"}}
+  ROOT %both = (f32[4]{0}, f32[8,8]{1,0}) tuple(%twice, %g2)
+}
+
+%body (s: (s32[], f32[1,8], f32[8,8], f32[4])) -> (s32[], f32[1,8], f32[8,8], f32[4]) {
+  %s = (s32[], f32[1,8]{1,0}, f32[8,8]{1,0}, f32[4]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %x = f32[1,8]{1,0} get-tuple-element(%s), index=1
+  %y = f32[8,8]{1,0} get-tuple-element(%s), index=2
+  %z = f32[4]{0} get-tuple-element(%s), index=3
+  %go = (f32[4]{0}, f32[8,8]{1,0}) fusion(%x, %y, %z), kind=kLoop, calls=%beside
+  ROOT %t = (s32[], f32[1,8]{1,0}, f32[8,8]{1,0}, f32[4]{0}) tuple(%i, %x, %y, %z)
+}
+
+%condition (r: (s32[], f32[1,8], f32[8,8], f32[4])) -> pred[] {
+  ROOT %r = (s32[], f32[1,8]{1,0}, f32[8,8]{1,0}, f32[4]{0}) parameter(0)
+}
+
+ENTRY %main (p: f32[1,8], q: f32[4]) -> f32[8,8] {
+  %p = f32[1,8]{1,0} parameter(0)
+  %q = f32[4]{0} parameter(1)
+  %start = f32[8,8]{1,0} fusion(%p), kind=kCustom, calls=%begin
+  %zero = s32[] constant(0)
+  %init = (s32[], f32[1,8]{1,0}, f32[8,8]{1,0}, f32[4]{0}) tuple(%zero, %p, %start, %q)
+  ROOT %loop = (s32[], f32[1,8]{1,0}, f32[8,8]{1,0}, f32[4]{0}) while(%init), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+}
+"""  # noqa: E501
+
+
+def test_a_collective_spread_over_a_loop_counts_once():
+    found = hlo.traffic(SPREAD, ())["other"]
+    assert found.collectives == {"all-gather": 8 * 8 * 4 * 7 / 8}
+    assert found.bytes == (1 + 8) * 8 * 4 + 3 * (4 + 4) * 4  # the gathered pieces once, the work beside them each time
+
+
 @pytest.mark.parametrize(
     ("groups", "size"),
     [("{{0,1,2},{3,4,5}}", 3), ("[2,8]<=[16]", 8), ("mesh['a'=4,'b'=2] {'a','b'}", 8), ("mesh['a'=4] {'a'}", 4)],
@@ -251,6 +298,23 @@ def test_warnings_of_the_first_rollout_name_what_to_change(figures, warnings):
 def report(total, fits=False, chip=CHIP):
     memory = Memory(0.2 * total, 0.4 * total, 0.0, 0.05 * total, 0.4 * total, total)
     return Report(chip, 8, {"data": 8, "fsdp": 1, "tensor": 1}, memory, fits, {}, 1)
+
+
+@pytest.mark.parametrize(
+    ("message", "temporaries"),
+    [("Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G.", False),
+     ("the total memory required for HLO temporaries (20.50G) exceeds available HBM (15.75G).", True)],
+)  # fmt: skip
+def test_a_program_that_the_compiler_finds_too_large(monkeypatch, message, temporaries):
+    def too_large(_):
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {message}")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", too_large)
+    found = preflight.compile_step(config(), jax.devices()[:1], CHIP)
+    memory = found.memory
+    assert not found.fits and not found.phases and memory.parameters > 0
+    assert (memory.temporaries if temporaries else memory.total) == pytest.approx(20.5 * 2**30)
+    assert memory.total == memory.parameters + memory.optimiser + memory.inputs + memory.temporaries
 
 
 def test_what_makes_it_fit_is_found_in_four_trials_at_most():

@@ -62,6 +62,11 @@ class _Instruction:
         return "" if found is None else found[1]
 
     @property
+    def continues(self) -> bool:
+        """Whether it is a later part of a collective that TPUs spread over several fusions, all with its whole type."""
+        return re.search(r'"async_collective_fusion_config":\{"flag_start":"\d', self.text) is not None
+
+    @property
     def moved(self) -> int:
         return sum(array.moved for array in self.arrays)
 
@@ -110,7 +115,7 @@ def traffic(text: str, phases: Sequence[str], branch_share: float = 1.0) -> dict
                 found[own].bytes += times * _moved(instruction, computation, computations)
                 for each in _with_fused(instruction, computations):
                     kind = each.op.removesuffix("-start")
-                    if kind in _COLLECTIVES:
+                    if kind in _COLLECTIVES and not each.continues:
                         found[own].collectives[kind] += times * _sent(each, kind)
 
     walk(entry, 1.0, "other")
@@ -235,6 +240,8 @@ def _used(
         for place, name in enumerate(user.operands):
             if name != source:
                 continue
+            if user.continues or (user.op == "tuple" and user.root):
+                continue  # begun before; handed on in place
             if user.op == "fusion":
                 total += _used(place, whole, computations[user.attribute("calls")], computations)
             elif user.op in _LAZY and not user.root:
@@ -256,6 +263,8 @@ def _written(instruction: _Instruction, fused: Computation) -> float:
     for part, array in zip(parts, instruction.arrays, strict=True):
         while part.op == "bitcast":
             part = fused[part.operands[0]]
+        if part.continues or part.op == "parameter":
+            continue
         updated = part.op == "dynamic-update-slice" and array.moved
         total += min(fused[part.operands[1]].size, array.moved) if updated else array.moved
     return total

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from agrl_jax.types import Axes, Layout
@@ -59,7 +60,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     for axis in free:
         sizes[axis] = len(devices) // fixed
     shape = tuple(sizes[axis] for axis in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=_AUTO, devices=devices)  # follows the interconnect
+    # Along the interconnect; an axis of it may be split: 8 x 8 chips also hold 16 x 4.
+    placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=_AUTO)
 
 
 def data_shards(mesh: Mesh) -> int:
