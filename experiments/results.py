@@ -29,6 +29,8 @@ def write(sweep: Sweep, run: str, seed: int, workdir: Path, diverged: bool, dige
     method = sweep.get_config(f"{run},seed={seed}").method
     rows = read_jsonl(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
     rl = [row for row in rows if row["stage"] != "sft"]
+    shared = sweep.base().sft.steps
+    after = [row for row in rows if row["stage"] != "sft" or row["step"] > shared]
     cards = scorecard.read(workdir / "scorecard.json")
     stage = method if method in cards else "sft"
     result = {
@@ -50,7 +52,7 @@ def write(sweep: Sweep, run: str, seed: int, workdir: Path, diverged: bool, dige
         "watched": {name: _thin([row[name] for row in rl if name in row]) for name in WATCHED},
         "excursions": {name: _excursion(rl, name) for name in ("optim/grad_norm", "policy/kl")},
         "skipped": int(sum(row.get("optim/finite", 1) == 0 for row in rl)),
-        "cost": _cost(rl),
+        "cost": _cost(after),
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
         "rulebook": config["rulebook"],
@@ -128,7 +130,7 @@ def _excursion(rows: list[dict[str, Any]], name: str) -> float | None:
 
 
 def _cost(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Tokens and seconds of the stage after the warm start; the median step, since machines are shared."""
+    """Tokens and seconds of what comes after the shared warm start; the median step, since machines are shared."""
     def total(name: str) -> float:
         return float(sum(row.get(name) or 0 for row in rows))
 
@@ -137,6 +139,14 @@ def _cost(rows: list[dict[str, Any]]) -> dict[str, float]:
         "steps": len(rows),
         "tokens_rolled": total("tokens/rolled"),
         "tokens_trained": total("tokens/trained"),
-        "forward_equivalents": rows[-1].get("budget/spent") if rows else 0,
+        "forward_equivalents": _spent(rows),
         "seconds": float(np.median(seconds) * len(seconds)) if rows else 0.0,
     }
+
+
+def _spent(rows: list[dict[str, Any]]) -> float:
+    """Forward-equivalents by the account of the last row, without those of a warm start that was only prolonged."""
+    if not rows:
+        return 0
+    before = rows[0]["budget/spent"] - rows[0]["budget/tokens"] if rows[0]["stage"] == "sft" else 0
+    return rows[-1]["budget/spent"] - before

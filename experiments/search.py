@@ -11,22 +11,18 @@ from experiments import study
 RL = ("grpo", "grpo_ds", "grpo_pr", "rrs", "agr", "agrl")
 SETTINGS = {
     "centre": {},
-    "slow": {"rl.learning_rate": 1e-4, "rl.matrix_rate": 0.0013},
-    "slower": {"rl.learning_rate": 3e-5, "rl.matrix_rate": 0.0004},
-    "fast": {"rl.learning_rate": 9e-4, "rl.matrix_rate": 0.012},
+    "slow": {"rl.learning_rate": 3e-5, "rl.matrix_rate": 0.0004},
+    "fast": {"rl.learning_rate": 3e-4, "rl.matrix_rate": 0.004},
     "entropy": {"objective.entropy_weight": 0.02},
     "kl": {"objective.kl": "k3", "objective.kl_weight": 0.05},
-    "slow_kl": {
-        "rl.learning_rate": 1e-4, "rl.matrix_rate": 0.0013, "objective.kl": "k3", "objective.kl_weight": 0.05
-    },
     "cool": {"rl.temperature": 0.8},
     "clip_higher": {"objective.clip_high": 0.28},
 }  # fmt: skip
 # Preference pairs know no clipping; beta is their weight of the KL.
 DPO = {
     "centre": {},
-    "slow": {"dpo.learning_rate": 3e-5},
-    "fast": {"dpo.learning_rate": 1e-3},
+    "slow": {"dpo.learning_rate": 1e-4, "dpo.matrix_rate": 0.0007},
+    "slower": {"dpo.learning_rate": 3e-5, "dpo.matrix_rate": 0.0002},
     "loose": {"dpo.beta": 0.03},
     "tight": {"dpo.beta": 0.3},
     "cool": {"rl.temperature": 0.8},
