@@ -45,7 +45,7 @@ def run_on_eight(function: str, *args: str, number: int = 1) -> str:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // number}",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_COORDINATOR_ADDRESS": address,
-        "JAX_NUM_PROCESSES": str(number),
+        "JAX_NUM_PROCESSES": str(number), "PYTHONPATH": os.pathsep.join(sys.path),
     }  # fmt: skip
     started = [
         subprocess.Popen(
