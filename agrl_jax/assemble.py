@@ -167,16 +167,18 @@ def decode_layout(
 
 
 def load_data(config: ConfigDict, rules: RuleBook, workdir: epath.Path) -> Data:
-    """The bundled benchmark, and the user's pairs where the config names a file."""
+    """The bundled benchmark, where it is needed, and the user's pairs where the config names a file."""
     mine: PairsFile | None = None
     if config.data.source == "pairs":  # read first: a bad file is refused at once
         mine = read_pairs(config.data.path, rules, seed=config.data.seed)
+        if config.sft.source == "train":
+            return Data(mine.splits, mine.splits["train"], mine.contradicting)
     kept = epath.Path("~/.cache/agrl_jax").expanduser() if is_remote(workdir) else workdir / "data"
-    bundled = benchmark.load_benchmark(config.data.dir or str(kept), config.data.seed)
+    bundled = benchmark.load_benchmark(config.data.dir or str(kept), config.data.seed, rules)
     names = ("train", "validation", "b_eval", "w_eval")
     splits = {name: bundled[name] for name in names} if mine is None else mine.splits
     warm = {"benchmark": bundled["sft"], "train": splits["train"], "both": [*bundled["sft"], *splits["train"]]}
-    return Data(splits, warm[config.sft.source], () if mine is None else tuple(mine.contradicting))
+    return Data(splits, warm[config.sft.source], () if mine is None else mine.contradicting)
 
 
 def load_model(

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from agrl_jax.data.pairs import Pair
+from agrl_jax.data.pipeline import encode
 from agrl_jax.policy.tokenizer import Tokenizer
-from agrl_jax.rl.reward import component_names
+from agrl_jax.rl.reader import read
+from agrl_jax.rl.reward import RewardConfig, component_names, score
 from agrl_jax.rl.step import Inspection
 from agrl_jax.rulebook.book import RuleBook
-from agrl_jax.types import UNKNOWN
+from agrl_jax.types import UNKNOWN, Rollout, RuleTables
+
+_PROMPT_LEN = 1024  # tokens: enough, since answers are scored without their prompt
 
 
 def decode(seen: Inspection, book: RuleBook, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
@@ -47,6 +52,27 @@ def decode(seen: Inspection, book: RuleBook, tokenizer: Tokenizer, pairs: Sequen
                 }
             )
     return rows
+
+
+def score_answers(
+    answers: Sequence[str], pair: Pair, book: RuleBook, tokenizer: Tokenizer, tables: RuleTables, cfg: RewardConfig,
+    response_len: int,
+) -> list[dict[str, Any]]:
+    """Rows as of `decode`, without an advantage, for answers that anybody wrote to a labelled pair: what they would
+    earn in training, where an answer is cut off after `response_len` tokens."""
+    ids = [[*tokenizer.encode(answer), tokenizer.end_token] for answer in answers]
+    lengths = np.array([[len(row) for row in ids]])
+    tokens = np.full((1, len(ids), response_len), tokenizer.end_token, np.int32)
+    for place, row in zip(tokens[0], ids, strict=True):
+        place[: len(row)] = row[:response_len]
+    valid = np.arange(response_len) < lengths[..., None]
+    rolled = Rollout(tokens, np.zeros(tokens.shape, np.float32), valid, valid, lengths <= response_len)
+    truth = encode([pair], book, tokenizer, _PROMPT_LEN, response_len).batch
+    reading = read(tables, tokens, valid)
+    scored = score(reading, rolled, truth, tables, cfg)
+    seen = Inspection(np.zeros(1, np.int32), rolled, reading, scored, np.zeros(lengths.shape, np.float32))
+    rows = decode(jax.device_get(seen), book, tokenizer, [pair])
+    return [{name: value for name, value in row.items() if name != "advantage"} for row in rows]
 
 
 def render(step: int, rows: Sequence[dict[str, Any]], answers: int = 3) -> str:

@@ -19,7 +19,7 @@ import pytest
 from agrl_jax.data import benchmark, catalog, world
 from agrl_jax.data.dice import Dice, point
 from agrl_jax.data.items import Item, make_item
-from agrl_jax.data.pairs import Pair, item_text
+from agrl_jax.data.pairs import Pair, PairsError, item_text
 from agrl_jax.data.queries import Limit, Query, make_query
 from agrl_jax.rulebook import book
 
@@ -408,3 +408,14 @@ benchmark.load_benchmark({str(tmp_path)!r}, 5)
     assert ran.returncode == -signal.SIGKILL
     assert list(tmp_path.glob("benchmark/*/*"))  # it had begun
     assert benchmark.load_benchmark(tmp_path, 5) == catalog.splits(5)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("limits", "caps"), ("tier: 3-Related\n    because: The right", "tier: 2-Mismatch\n    because: The right")],
+)
+def test_a_rule_book_that_judges_otherwise_is_refused(tmp_path: Path, old: str, new: str) -> None:
+    text = book.file_of("four_tier").read_text()
+    (tmp_path / "other.yaml").write_text(text.replace(old, new))
+    with pytest.raises(PairsError, match="labelled by the rule book four_tier.*data.source=pairs"):
+        benchmark.load_benchmark(tmp_path, 5, book.load(tmp_path / "other.yaml"))

@@ -7,8 +7,12 @@ import dataclasses
 import numpy as np
 import pytest
 
+from agrl_jax.data.pairs import Pair
+from agrl_jax.policy.tokenizer import train_bpe
 from agrl_jax.rl import reader
 from agrl_jax.rl.reward import RewardConfig, component_names, is_consistent, score
+from agrl_jax.rulebook.automaton import compile_tables
+from agrl_jax.samples import score_answers
 from agrl_jax.types import UNKNOWN, Batch, Reading, Rollout
 
 # The rule book of conftest: fit yes 0, part 1, no 2; brand ok 0, off 1; tiers good 0, fair 1, bad 2.
@@ -180,3 +184,24 @@ def test_score_of_answers_as_the_reader_reads_them(small):
     s = score(reading, rolled, small.batch([(0, 0)]), small.tables, dataclasses.replace(SUM, overlong_from=6))
     np.testing.assert_allclose(s.total[0], [2.375, 1.0, 0.125])
     np.testing.assert_array_equal(s.passed[0], [True, False, False])
+
+
+def test_answers_that_somebody_wrote_earn_what_they_would_in_training(small):
+    """Through the reader, in a vocabulary of a trained tokenizer; an answer that is too long is cut off."""
+    tokenizer = train_bpe([phrase.text for phrase in small.book.phrases], 300)
+    tables = compile_tables(small.book, tokenizer.token_bytes(), tokenizer.end_token)
+    pair = Pair(id="p", query="red shoes", title="red boots", tier=0, steps=(0, 0))
+    cfg = dataclasses.replace(SUM, composition="gated", overlong_weight=0.0)
+    right = "F:yes,B:ok,T:good"
+    longest = len(tokenizer.encode(right)) + 1  # with its end
+    answers = [right, "F:yes,B:off,T:good", "F:part,B:ok,T:fair", "T:good", f"well, {right}", ""]
+    rows = score_answers(answers, pair, small.book, tokenizer, tables, cfg, longest + 9)
+    stated = {"fit": "yes", "brand": "ok", "tier": "good"}
+    assert rows[0]["stated"] == stated and rows[0]["text"] == right and rows[0]["truth"] == stated
+    parts = {"tier": 1, "fit": 0.5, "brand": 0.5, "consistent": 0.25, "format": 0.125, "overlong": 0}
+    assert rows[0]["parts"] == parts and "advantage" not in rows[0]
+    gated = 1 + 0.125  # the steps do not imply the tier
+    assert [row["reward"] for row in rows] == [2.375, gated, 0.5 + 0.25 + 0.125, 1, 2.25, 0]
+    assert [row["passed"] for row in rows] == [True, True, False, True, True, False]
+    (cut,) = score_answers([right + " " * 9], pair, small.book, tokenizer, tables, cfg, longest)
+    assert not cut["finished"] and cut["parts"]["format"] == 0

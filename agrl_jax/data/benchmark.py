@@ -16,8 +16,9 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from agrl_jax.data import catalog, world
-from agrl_jax.data.pairs import Pair
+from agrl_jax.data.pairs import Pair, PairsError
 from agrl_jax.rulebook import book
+from agrl_jax.rulebook.book import RuleBook
 
 _TEXTS = ("id", "query", "title", "description", "brand", "color", "category", "price", "family")
 _CHUNK = 4096  # rows read at once
@@ -58,16 +59,32 @@ class Benchmark(tfds.core.GeneratorBasedBuilder):
             yield i, row | {"steps": np.array(pair.steps, np.int32)}
 
 
-def load_benchmark(data_dir: epath.PathLike, seed: int = 0) -> dict[str, list[Pair]]:
+def load_benchmark(data_dir: epath.PathLike, seed: int = 0, rules: RuleBook | None = None) -> dict[str, list[Pair]]:
     """The splits of the benchmark, from `data_dir`; built there first unless they are there already.
 
     What was built from another ontology, rule book or generator is another dataset, and left alone. A build that was
     killed leaves nothing that would be read.
+
+    Raises:
+      PairsError: `rules` have other steps or another table than the rule book by which the pairs are labelled.
     """
+    if rules is not None:
+        _check_rules(rules)
     made = builder(data_dir, seed)
     with _quiet():
         sources = {name: made.as_data_source(name) for name in made.info.splits}
     return {name: list(_pairs(name, source)) for name, source in sources.items()}
+
+
+def _check_rules(rules: RuleBook) -> None:
+    """Another rule book may have other words than the benchmark's, but must judge as it does."""
+    own = book.load()
+    same = rules.num_values == own.num_values and np.array_equal(rules.tier_table(), own.tier_table())
+    if not same or [step.name for step in rules.steps] != [step.name for step in own.steps]:
+        raise PairsError(
+            f"the bundled benchmark is labelled by the rule book {own.name}, and {rules.name} has other steps or "
+            "another table; train on pairs of your own: data.source=pairs, data.path=FILE and sft.source=train"
+        )
 
 
 def builder(data_dir: epath.PathLike, seed: int = 0) -> Benchmark:
