@@ -78,7 +78,8 @@ def _line(row: Row, figures: dict[str, Any]) -> str:
         whole = figures["seconds"]
         slowest = sorted(figures["phases"].items(), key=lambda item: -item[1]["seconds"])[:3]
         bounds = (f"{name} {phase['seconds'] / whole:.0%} ({phase['bound_by']})" for name, phase in slowest)
-        cells += [f"{whole:.2g} s", f"{figures['tokens_per_s']:,.0f}", ", ".join(bounds)]
+        rate = float(f"{figures['tokens_per_s']:.2g}")  # two digits
+        cells += [f"{whole:.2g} s", f"{rate:,.0f}", ", ".join(bounds)]
     else:
         cells += ["-", "-", "-"]
     return f"| {' | '.join(cells)} |"
@@ -86,12 +87,15 @@ def _line(row: Row, figures: dict[str, Any]) -> str:
 
 def main(_: list[str]) -> None:
     preflight.only_compile()
-    found = json.loads(_FILE.read_text()) if _FILE.exists() else {}
     for row in ROWS:
         if row.name in _ONLY.value or "all" in _ONLY.value:
-            found[row.name] = compile_row(row)
-            _FILE.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-    print(markdown(found))
+            figures = compile_row(row)
+            _FILE.write_text(json.dumps(_kept() | {row.name: figures}, indent=1, sort_keys=True) + "\n")
+    print(markdown(_kept()))
+
+
+def _kept() -> dict[str, dict[str, Any]]:
+    return json.loads(_FILE.read_text()) if _FILE.exists() else {}
 
 
 if __name__ == "__main__":
