@@ -36,7 +36,10 @@ setup(
         "scikit-learn>=1.6",
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.8", "selenium>=4.20", "nbclient>=0.10", "ipykernel>=6.29"],
+        "test": [
+            "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8", "selenium>=4.20", "nbclient>=0.10",
+            "ipykernel>=6.29",
+        ],  # fmt: skip
         "tpu": ["jax[tpu]>=0.10"],
         "preflight": ["jax[tpu]>=0.10"],  # the TPU compiler, libtpu, of the version that JAX names; it needs no TPU
         "cuda": ["jax[cuda13]>=0.10"],

@@ -295,7 +295,7 @@ def check_arrays(found: list[Operation], mesh: jax.sharding.Mesh, shape: Sizes) 
         "keys of the prompts": shape.layers * rows * shape.prompt * kv * shape.head_dim,
         "attention": rows * heads * max(
             shape.prompt**2, shape.group * shape.response * (shape.prompt + shape.response)),
-        "logits of a step of decoding": rows * shape.group * shape.vocab,
+        "logits of a step of decoding, padded for their running sum": 2 * rows * shape.group * shape.vocab,
         "logits of a chunk": max(shape.chunk, rows) * shape.vocab // tensor,
     }  # fmt: skip
     limit = 4 * max(expected.values())
