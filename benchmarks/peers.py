@@ -58,7 +58,7 @@ CONTENDERS = {
     "tunix": Contender("tunix_grpo", (("google-tunix==0.1.7",),), gpu_install=("jax[cuda13]",)),
 }
 
-# The fastest of those tried that fit in 24 GB on a CPU, in 80 GB on a GPU, by work and platform.
+# By work and platform, where a whole batch at once is too much for 24 GB; `--settings` tries others.
 SETTINGS: dict[tuple[str, str, str], dict[str, Any]] = {
     ("ours", "B", "cpu"): {"micro_batches": 4},
     ("trl", "B", "cpu"): {"micro_batch": 4},
