@@ -186,12 +186,12 @@ def load_model(
 ) -> Model:
     """The policy of a config, without its weights; on a mesh, its activations are held to their places there.
 
-    The tokenizer, and of a pretrained model the shape too, are read from the workdir. A run that begins, which
-    has `data`, takes them from the model, or trains the tokenizer on its data, and leaves them there.
+    The tokenizer, and of a pretrained model the shape too (see `keep_pretrained`), are read from the workdir. A run
+    that begins, which has `data`, trains the tokenizer of a policy from scratch on them, and leaves it there.
     """
     rules = load_rules(config)
     if config.policy.get("pretrained"):
-        tokenizer, shape = _pretrained(config, workdir, fetch=data is not None)
+        tokenizer, shape = _kept_pretrained(config, workdir)
     else:
         tokenizer, shape = _from_scratch(config, rules, workdir, data)
     return _model(rules, tokenizer, shape, mesh)
@@ -236,22 +236,38 @@ def pretrained_path(name: str) -> Path:
     return find_smollm2() if name == SMOLLM2 else Path(name).expanduser()
 
 
-def _pretrained(config: ConfigDict, workdir: epath.Path, fetch: bool) -> tuple[Tokenizer, PolicyConfig]:
-    """Tokenizer and shape of the pretrained model, kept in the workdir: what goes on there can do without the model."""
-    policy, file = config.policy, workdir / POLICY_FILE
-    asked = {"pretrained": policy.pretrained, "style": config.data.style}
-    kept = json.loads(file.read_text()) if file.exists() else {}
-    if {name: kept.get(name) for name in asked} != asked:
-        if not fetch:
-            raise ConfigError(f"{file}: not found; is {workdir} the workdir of a training run?")
-        path = pretrained_path(policy.pretrained)
-        tokenizer = loading.read_tokenizer(path)
-        if config.data.style == "chat":
-            tokenizer = tokenizer.ending_with(chat.end_of_turn(tokenizer))
-        tokenizer.save(workdir)
-        kept = asked | {"shape": dataclasses.asdict(loading.read_config(path))}
-        file.write_text(json.dumps(kept, indent=2) + "\n")
+def keep_pretrained(config: ConfigDict, workdir: epath.Path) -> None:
+    """Keeps tokenizer and shape of the pretrained model in the workdir: what goes on there can do without the model."""
+    asked = _asked(config)
+    if not asked["pretrained"] or _read_kept(workdir, asked):
+        return
+    path = pretrained_path(config.policy.pretrained)
+    tokenizer = loading.read_tokenizer(path)
+    if config.data.style == "chat":
+        tokenizer = tokenizer.ending_with(chat.end_of_turn(tokenizer))
+    tokenizer.save(workdir)
+    kept = asked | {"shape": dataclasses.asdict(loading.read_config(path))}
+    (workdir / POLICY_FILE).write_text(json.dumps(kept, indent=2) + "\n")
+
+
+def _kept_pretrained(config: ConfigDict, workdir: epath.Path) -> tuple[Tokenizer, PolicyConfig]:
+    """Tokenizer and shape of the pretrained model that `keep_pretrained` has kept."""
+    kept = _read_kept(workdir, _asked(config))
+    if not kept:
+        raise ConfigError(f"{workdir / POLICY_FILE}: not found; is {workdir} the workdir of a training run?")
     return tokenizers.load(workdir), _computing(config, loading.shape_of(kept["shape"]))
+
+
+def _asked(config: ConfigDict) -> dict[str, str]:
+    """What the kept tokenizer and shape depend on."""
+    return {"pretrained": config.policy.get("pretrained", ""), "style": config.data.style}
+
+
+def _read_kept(workdir: epath.Path, asked: Mapping[str, str]) -> dict[str, Any]:
+    """What is kept of the pretrained model that is asked for; empty where that is nothing, or of another model."""
+    file = workdir / POLICY_FILE
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    return kept if {name: kept.get(name) for name in asked} == asked else {}
 
 
 def _computing(config: ConfigDict, shape: PolicyConfig) -> PolicyConfig:

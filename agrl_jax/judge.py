@@ -288,11 +288,11 @@ def judge_file(judge: Judge, source: str, output: str, prefix: str = PREFIX, ove
     check_output(output, file, added)
     if Path(output).exists() and not overwrite:
         raise OutputError(f"{output}: exists already; name another output, or replace it with --overwrite")
-    journal = Journal(f"{output}.partial", judge.identity | {"input": file.digest}, judge.chunk, overwrite)
-    _judge_rest(judge, file, journal)
     summary = Summary()
-    write_rows(output, file, added, _cells(journal, summary, added))
-    journal.path.unlink()
+    with Journal(f"{output}.partial", judge.identity | {"input": file.digest}, judge.chunk, overwrite) as journal:
+        _judge_rest(judge, file, journal)
+        write_rows(output, file, added, _cells(journal, summary, added))
+        journal.path.unlink()
     return summary
 
 

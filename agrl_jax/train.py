@@ -150,6 +150,7 @@ def _set_up(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh, sa
     with processes.first_alone("set up"):
         if jax.process_index() == 0:
             (workdir / "config.json").write_text(assemble.dump_config(config))
+        assemble.keep_pretrained(config, workdir)  # before the data, which take longer to find fault with
         data = assemble.load_data(config, rules, workdir)
         model = assemble.load_model(config, workdir, data, mesh)
     for stage, pairs in (("sft", data.sft), ("rl", data.splits["train"])):

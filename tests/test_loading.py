@@ -448,7 +448,6 @@ from agrl_jax.policy.transformer import build
 from agrl_jax.runtime import sharding
 
 assert jax.device_count() == 8
-sharding.RULES = {**sharding.RULES, "experts": ("tensor",), "expert_mlp": ()}
 mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
 for case in ("llama", "qwen3_moe"):
     with tempfile.TemporaryDirectory() as folder:

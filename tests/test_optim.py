@@ -147,14 +147,6 @@ def test_one_bad_gradient_skips_the_whole_update(sgd, bad):
     assert not np.isfinite(stats["grad_norm"])
 
 
-def test_a_loss_that_is_not_finite_skips_the_update(sgd):
-    tx, params, state = sgd
-    grads = jax.tree.map(jnp.ones_like, params)
-    new_params, _, skipped, stats = optim.guarded_update(tx, grads, params, state, jnp.int32(0), loss=jnp.nan)
-    jax.tree.map(np.testing.assert_array_equal, new_params, params)
-    assert int(skipped) == 1 and float(stats["finite"]) == 0.0
-
-
 def test_a_skipped_update_does_not_advance_the_schedule():
     tx = optim.make(0.1, warmup=4, steps=10)
     params = {"w": jnp.ones((2,))}

@@ -112,9 +112,9 @@ def test_dtypes_are_by_config_and_another_model_in_the_workdir_is_noticed(tmp_pa
     model, mesh = save_model(tmp_path / "model", "llama"), sharding.make_mesh()
     config = make_config(model)
     config.policy.update(param_dtype="bfloat16", compute_dtype="bfloat16", remat=True)
-    data = assemble.Data({"train": []}, [])
     workdir = epath.Path(tmp_path)
-    parts = assemble.load_model(config, workdir, data)
+    assemble.keep_pretrained(config, workdir)
+    parts = assemble.load_model(config, workdir)
     assert {x.dtype for x in jax.tree.leaves(assemble.load_pretrained(config, parts, mesh))} == {jnp.dtype("bfloat16")}
     assert parts.shape.compute_dtype == "bfloat16" and parts.shape.remat
     other = dataclasses.replace(parts, shape=dataclasses.replace(parts.shape, rope_theta=7.0))
@@ -122,7 +122,10 @@ def test_dtypes_are_by_config_and_another_model_in_the_workdir_is_noticed(tmp_pa
         assemble.load_pretrained(config, other, mesh)
     # Another model before the first checkpoint takes the place of the first.
     config.policy.pretrained = str(save_model(tmp_path / "second", "qwen2"))
-    assert assemble.load_model(config, workdir, data).shape.bias
+    with pytest.raises(ValueError, match="not found"):
+        assemble.load_model(config, workdir)
+    assemble.keep_pretrained(config, workdir)
+    assert assemble.load_model(config, workdir).shape.bias
     # And so does one from scratch.
     config.policy.pretrained, config.data.style = "", "terse"
     scratch = assemble.Data({"train": []}, [])

@@ -173,27 +173,41 @@ def journal(path: Path, chunk: int = 2, overwrite: bool = False, **identity: str
 
 def test_a_journal_goes_on_after_its_last_whole_chunk(tmp_path: Path) -> None:
     path = tmp_path / "work"
-    work = journal(path)
-    work.append({"i": i} for i in range(4))
-    work.append({"i": i} for i in range(4, 6))
+    with journal(path) as work:
+        work.append({"i": i} for i in range(4))
+        work.append({"i": i} for i in range(4, 6))
     whole = path.read_bytes()
     for cut, done in [(0, 6), (1, 4), (len('{"i": 5}\n'), 4), (len('{"i": 5}\n') + 1, 4), (len('{"i": 5}\n') * 3, 2)]:
         path.write_bytes(whole[: len(whole) - cut])
-        again = journal(path)
-        assert again.done == done
-        assert list(again.records()) == [{"i": i} for i in range(done)]
+        with journal(path) as again:
+            assert again.done == done
+            assert list(again.records()) == [{"i": i} for i in range(done)]
 
 
 def test_a_journal_of_other_work_is_refused_or_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "work"
-    journal(path).append([{"i": 0}, {"i": 1}])
+    with journal(path) as work:
+        work.append([{"i": 0}, {"i": 1}])
     with pytest.raises(OutputError, match=r"another input.*--overwrite"):
         journal(path, input="b")
-    assert journal(path, input="b", overwrite=True).done == 0
+    with journal(path, input="b", overwrite=True) as work:
+        assert work.done == 0
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_journal_has_one_writer(tmp_path: Path, overwrite: bool) -> None:
+    path = tmp_path / "work"
+    with journal(path) as work:
+        work.append([{"i": 0}, {"i": 1}])
+        with pytest.raises(OutputError, match="work: another process is writing it"):
+            journal(path, overwrite=overwrite)
+        assert list(work.records()) == [{"i": 0}, {"i": 1}]
+    with journal(path) as work:
+        assert work.done == 2
 
 
 def test_a_journal_whose_first_line_is_torn_begins_anew(tmp_path: Path) -> None:
-    work = journal(write(tmp_path / "work", '{"inp'))
-    assert work.done == 0
-    work.append([{"i": 0}])
-    assert list(work.records()) == [{"i": 0}]
+    with journal(write(tmp_path / "work", '{"inp')) as work:
+        assert work.done == 0
+        work.append([{"i": 0}])
+        assert list(work.records()) == [{"i": 0}]

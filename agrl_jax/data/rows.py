@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import fcntl
 import hashlib
 import io
 import itertools
@@ -304,26 +305,41 @@ class Journal:
     """What has been found out of each row so far, in a file beside the output: work can go on where it stopped.
 
     The first line says what all else depends on, the `identity`; then there is one line of JSON for each row.
-    A journal of another identity is refused, or with `overwrite` begun anew. After a stop, what is there is cut
-    back to a multiple of `chunk` rows: so rows are always taken in the same chunks, and come out the same.
+    A journal of another identity, or that another process is writing, is refused; one of another identity is begun
+    anew with `overwrite`. After a stop, what is there is cut back to a multiple of `chunk` rows: so rows are always
+    taken in the same chunks, and come out the same.
     """
 
     def __init__(self, path: str | Path, identity: Mapping[str, Any], chunk: int, overwrite: bool = False) -> None:
         self.path = Path(path)
         self.done = 0  # rows
         self._identity = dict(identity)
-        first = self._first_line()
+        self._file = self.path.open("a+", encoding="utf-8")  # held, and with it the lock, until the journal is closed
+        try:
+            self._lock()
+            self._take_up(chunk, overwrite)
+        except OutputError:
+            self._file.close()
+            raise
+
+    def _take_up(self, chunk: int, overwrite: bool) -> None:
+        self._file.seek(0)
+        first = self._file.readline()
         if first.endswith("\n") and not overwrite:
             self._check(json.loads(first))
             self._cut(chunk)
         else:
-            self.path.unlink(missing_ok=True)
+            self._file.truncate(0)
 
-    def _first_line(self) -> str:
-        if not self.path.exists():
-            return ""
-        with self.path.open(encoding="utf-8") as file:
-            return file.readline()
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"{self.path}: another process is writing it; let it finish, or name another output"
+            ) from None
+        except OSError:
+            return  # this file system has no locks
 
     def _check(self, before: Record) -> None:
         differ = [name for name, value in self._identity.items() if before.get(name) != value]
@@ -346,13 +362,18 @@ class Journal:
     def append(self, records: Iterable[Record]) -> None:
         """Adds rows; they are on disk when it returns."""
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-        with self.path.open("a", encoding="utf-8") as file:
-            if not file.tell():
-                file.write(json.dumps(self._identity) + "\n")
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
+        if not os.fstat(self._file.fileno()).st_size:
+            self._file.write(json.dumps(self._identity) + "\n")
+        self._file.writelines(lines)
+        self._file.flush()
+        os.fsync(self._file.fileno())
         self.done += len(lines)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._file.close()
 
     def records(self) -> Iterator[Record]:
         """All rows so far."""

@@ -118,9 +118,8 @@ def guarded_update(
     params: Params,
     opt_state: Any,
     skipped: Array,
-    loss: Array | float = 0.0,
 ) -> tuple[Params, Any, Array, dict[str, Array]]:
-    """One update, or none if the loss or any gradient is not finite. Pure, and safe under jit.
+    """One update, or none if any gradient is not finite. Pure, and safe under jit.
 
     `skipped` [] int32 counts skipped updates in a row and is returned as such: 0 after an update that
     was made. A skipped update leaves parameters and optimiser state (its schedule included) as they were.
@@ -129,7 +128,7 @@ def guarded_update(
     `update_norm` (0 if skipped), `finite` (1 if the update was made).
     """
     grad_norm = optax.tree.norm(_float32(grads))  # not finite as soon as one element is not
-    finite = jnp.isfinite(grad_norm) & jnp.isfinite(jnp.asarray(loss, jnp.float32))
+    finite = jnp.isfinite(grad_norm)
     updates, new_state = tx.update(grads, opt_state, params)
 
     def choose(new: Array, old: Array) -> Array:
