@@ -33,8 +33,10 @@ METRICS = {
     "macro_f1": "macro-F1", "accuracy": "accuracy", "good_f1": "Good-F1", "step_accuracy": "step accuracy",
     "adherence": "rule adherence", "format": "well-formed",
 }  # fmt: skip
+_LEGEND_ROWS = 18  # of a column
 COMPARED = ("macro_f1", "accuracy", "step_accuracy", "adherence")
 Found = Mapping[str, Mapping[int, Mapping[str, Any]]]  # results by run and seed
+Measured = Mapping[str, Mapping[str, np.ndarray]]  # by run and metric, [1 + bootstrap]: the mean, and its resamples
 
 
 class Measure(NamedTuple):
@@ -66,8 +68,8 @@ class Table(NamedTuple):
 # ------------------------------------------------------------------------------------------------ figures
 
 
-def resampled(found: Found, split: str, bootstrap: int, family: str | None = None) -> dict[str, dict[str, np.ndarray]]:
-    """By run and metric, [1 + bootstrap]: the mean over seeds, and its resamples."""
+def resampled(found: Found, split: str, bootstrap: int, family: str | None = None) -> Measured:
+    """The metrics of each run on a split, or on one family of its queries: means over seeds."""
     measured = {}
     for run, seeds in found.items():
         judged = [_judgements(result, split, family) for result in seeds.values() if not result["diverged"]]
@@ -94,29 +96,36 @@ def _judgements(result: Mapping[str, Any], split: str, family: str | None) -> Ju
 # ------------------------------------------------------------------------------------------------- tables
 
 
-def tables(sweep: Sweep, found: Found, bootstrap: int) -> Iterator[Table]:
-    """All tables of a sweep."""
-    splits = next(seeds for seeds in found.values())
-    splits = list(next(iter(splits.values()))["start"])
-    for split in splits:
-        measured = resampled(found, split, bootstrap)
-        yield _scores(split, found, measured)
-        if sweep.reference in measured and len(measured) > 1:
-            yield _differences(split, sweep.reference, measured)
+def tables(sweep: Sweep, found: Found, measured: Mapping[str, Measured], bootstrap: int) -> Iterator[Table]:
+    """All tables of a sweep, from its results and what was measured on each split."""
+    for split, of in measured.items():
+        yield _scores(split, found, of)
+        if sweep.reference in of and len(of) > 1:
+            yield _differences(split, sweep.reference, of)
         yield _families(split, found, bootstrap)
-    yield _stability(found, splits)
-    yield _cost(sweep, found)
+        yield _further(split, of)
+    yield _stability(found, list(measured))
+    yield _cost(found)
 
 
-def _scores(split: str, found: Found, measured: Mapping[str, Mapping[str, np.ndarray]]) -> Table:
+def _scores(split: str, found: Found, measured: Measured) -> Table:
     rows = []
     for run, seeds in found.items():
         cells = [str(measure(measured[run][metric])) if run in measured else "diverged" for metric in METRICS]
         rows.append([run, str(len(seeds)), next(iter(seeds.values()))["labels"], *cells])
-    return Table(f"{split}: scores", ["method", "seeds", "labels after the start", *METRICS.values()], rows)
+    judged = _some_judgements(found, split)
+    title = f"{split}: scores on {len(judged):,} pairs of {len(set(judged.query)):,} queries"
+    return Table(title, ["method", "seeds", "labels after the start", *METRICS.values()], rows)
 
 
-def _differences(split: str, reference: str, measured: Mapping[str, Mapping[str, np.ndarray]]) -> Table:
+def _further(split: str, measured: Measured) -> Table:
+    """The rest of the scorecard."""
+    names = [metric for metric in next(iter(measured.values()), {}) if metric not in METRICS]
+    rows = [[run, *(str(measure(values[metric])) for metric in names)] for run, values in measured.items()]
+    return Table(f"{split}: further scores", ["method", *names], rows)
+
+
+def _differences(split: str, reference: str, measured: Measured) -> Table:
     rows = [
         [run, *(str(measure(measured[reference][metric] - values[metric])) for metric in COMPARED)]
         for run, values in measured.items()
@@ -127,7 +136,7 @@ def _differences(split: str, reference: str, measured: Mapping[str, Mapping[str,
 
 
 def _families(split: str, found: Found, bootstrap: int) -> Table:
-    judged = next(result["judged"][split] for seeds in found.values() for result in seeds.values() if result["judged"])
+    judged = _some_judgements(found, split)
     names = sorted(set(judged.family))
     by_family = {name: resampled(found, split, bootstrap, name) for name in names}
     supports = [f"{name} ({list(judged.family).count(name)})" for name in names]
@@ -136,6 +145,11 @@ def _families(split: str, found: Found, bootstrap: int) -> Table:
         for run in found
     ]
     return Table(f"{split}: accuracy by query family (pairs)", ["method", *supports], rows)
+
+
+def _some_judgements(found: Found, split: str) -> Judgements:
+    """Those of any run: all judge the same pairs."""
+    return next(result["judged"][split] for seeds in found.values() for result in seeds.values() if result["judged"])
 
 
 def _stability(found: Found, splits: Sequence[str]) -> Table:
@@ -167,7 +181,7 @@ def _mean(values: Sequence[float | None]) -> str:
     return f"{np.mean(known):.1f}" if known else "-"
 
 
-def _cost(sweep: Sweep, found: Found) -> Table:
+def _cost(found: Found) -> Table:
     """Means over seeds; seconds as a ratio to GRPO's, and the budget needed for what GRPO reaches at its end."""
     seconds = {run: np.mean([result["cost"]["seconds"] for result in seeds.values()]) for run, seeds in found.items()}
     goal = goal_of(found.get("grpo", {}))
@@ -215,31 +229,31 @@ def mean_curve(seeds: Mapping[int, Mapping[str, Any]]) -> np.ndarray:
 # -------------------------------------------------------------------------------------------- files, plots
 
 
-def write_csv(path: Path, found: Found, bootstrap: int) -> None:
-    """One line for each split, run and metric."""
+def write_csv(path: Path, found: Found, measured: Mapping[str, Measured]) -> None:
+    """One line for each split, run and metric of the scorecard."""
     with path.open("w", newline="") as file:
         out = csv.writer(file)
         out.writerow(["split", "run", "seeds", "metric", "value", "low", "high"])
-        for split in next(iter(next(iter(found.values())).values()))["start"]:
-            for run, values in resampled(found, split, bootstrap).items():
-                for metric in METRICS:
+        for split, runs in measured.items():
+            for run, values in runs.items():
+                for metric in values:
                     out.writerow([split, run, len(found[run]), metric, *measure(values[metric])])
 
 
-def plot_scores(path: Path, found: Found, splits: Sequence[str], bootstrap: int) -> None:
+def plot_scores(path: Path, found: Found, measured: Mapping[str, Measured]) -> None:
     """macro-F1 of every run on every split, with intervals, and each seed as a dot."""
-    size = (5 * len(splits), 0.35 * len(found) + 1.5)
-    figure, axes = plt.subplots(1, len(splits), figsize=size, layout="constrained")
-    for panel, split in zip(np.atleast_1d(axes), splits, strict=True):
-        measured = resampled(found, split, bootstrap)
+    size = (5 * len(measured), 0.35 * len(found) + 1.5)
+    figure, axes = plt.subplots(1, len(measured), figsize=size, layout="constrained")
+    for panel, (split, of) in zip(np.atleast_1d(axes), measured.items(), strict=True):
         for y, run in enumerate(reversed(list(found))):
-            if run not in measured:
+            if run not in of:
                 continue
-            value, low, high = measure(measured[run]["macro_f1"])
+            value, low, high = measure(of[run]["macro_f1"])
             panel.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="s", color="C0", capsize=3)
             seeds = [result["scores"][split]["macro_f1"] for result in found[run].values() if not result["diverged"]]
             panel.plot(seeds, [y] * len(seeds), ".", color="C1", alpha=0.7)
         panel.set_yticks(range(len(found)), list(reversed(list(found))))
+        panel.set_ylim(-0.6, len(found) - 0.4)
         panel.set_title(f"{split}: macro-F1", fontsize=10)
         panel.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
@@ -248,7 +262,8 @@ def plot_scores(path: Path, found: Found, splits: Sequence[str], bootstrap: int)
 
 def plot_curves(path: Path, found: Found) -> None:
     """Validation macro-F1 over the budget, means over seeds."""
-    figure, panel = plt.subplots(figsize=(7, 4), layout="constrained")
+    columns = -(-len(found) // _LEGEND_ROWS)
+    figure, panel = plt.subplots(figsize=(6 + 1.3 * columns, 4), layout="constrained")
     for i, (run, seeds) in enumerate(found.items()):
         curve = mean_curve(seeds)
         if len(curve):
@@ -257,7 +272,7 @@ def plot_curves(path: Path, found: Found) -> None:
     panel.set_ylabel("validation macro-F1")
     panel.grid(alpha=0.3)
     if panel.lines:
-        panel.legend(fontsize=8)
+        figure.legend(loc="outside right upper", fontsize=8, ncols=columns)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -272,10 +287,11 @@ def write(sweep: Sweep, bootstrap: int) -> Path:
     head = f"# {sweep.name}\n\n{lacking} of {len(list(sweep.jobs()))} runs are still missing.\n" if lacking else (
         f"# {sweep.name}\n"
     )
-    (folder / "table.md").write_text("\n".join([head, *map(str, tables(sweep, found, bootstrap))]))
-    write_csv(folder / "table.csv", found, bootstrap)
-    splits = list(next(iter(next(iter(found.values())).values()))["start"])
-    plot_scores(folder / "scores.png", found, splits, bootstrap)
+    splits = next(iter(next(iter(found.values())).values()))["start"]
+    measured = {split: resampled(found, split, bootstrap) for split in splits}
+    (folder / "table.md").write_text("\n".join([head, *map(str, tables(sweep, found, measured, bootstrap))]))
+    write_csv(folder / "table.csv", found, measured)
+    plot_scores(folder / "scores.png", found, measured)
     plot_curves(folder / "curves.png", found)
     return folder / "table.md"
 
