@@ -162,6 +162,8 @@ def score(judged: Judgements, book: RuleBook, bootstrap: int = 1000, seed: int =
                                      summed probability of the good tiers
       kappa, mae                     quadratic-weighted, and mean absolute error, both in grades
       step_accuracy[/STEP]           over the known steps of all pairs together
+      all_right                      the tier and every known step are right, so that the tier is not right by luck;
+                                     over the pairs of which a step is known
       adherence                      the stated steps imply the stated tier; over all pairs
       format, truncated              shares; response_tokens is a mean
       pass@K, majority@K             of K samples one is right; the most frequent stated tier is right
@@ -294,6 +296,7 @@ class _Estimator:
             **self._tier_metrics(totals["confusion"], self._auc(weights)),
             **self._step_metrics(totals["right"], totals["known"]),
         }
+        estimates["all_right"] = _mean(totals["all_right"], totals["explained"])
         for metric in ("adherence", "format", "truncated", "response_tokens"):
             estimates[metric] = _mean(totals[metric], pairs)
         if self._samples:
@@ -369,11 +372,15 @@ def _tallies(judged: Judgements) -> dict[str, np.ndarray]:
     # Bins are closed above, as is usual. Below, a malformed answer is wrong even where argmax happens on the truth.
     bins = np.eye(_BINS)[np.clip(np.ceil(confidence * _BINS).astype(int) - 1, 0, _BINS - 1)]
     known = judged.steps != UNKNOWN
+    right = judged.predicted_steps == judged.steps
+    explained = known.any(axis=1)
     return {
         "pairs": np.ones(n),
         "confusion": truth[:, :, None] * said[:, None, :],
         "known": known,
-        "right": known & (judged.predicted_steps == judged.steps),
+        "right": known & right,
+        "explained": explained,
+        "all_right": explained & (right | ~known).all(axis=1) & (judged.predicted == judged.tier),
         "adherence": judged.consistent,
         "format": judged.well_formed,
         "truncated": judged.truncated,
@@ -500,14 +507,15 @@ def read(path: epath.PathLike) -> Scorecards:
 _SECTIONS = (  # of the table; a name that ends in / or @ stands for all that start so
     ("accuracy", "macro_f1", "good_f1", "auc", "kappa", "mae"),
     ("f1/",),
-    ("step_accuracy", "step_accuracy/", "adherence"),
+    ("step_accuracy", "step_accuracy/", "all_right", "adherence"),
     ("format", "truncated", "response_tokens", "pass@", "majority@"),
     ("ece", "brier", "nll"),
 )
 _LABELS = {
     "macro_f1": "macro-F1", "good_f1": "Good-F1", "auc": "AUC Good/Bad", "kappa": "kappa (quadr.)",
-    "mae": "MAE [grades]", "step_accuracy": "step accuracy", "adherence": "rule adherence", "format": "well-formed",
-    "response_tokens": "answer [tokens]", "ece": "ECE", "brier": "Brier", "nll": "NLL [nats]",
+    "mae": "MAE [grades]", "step_accuracy": "step accuracy", "all_right": "all right",
+    "adherence": "rule adherence", "format": "well-formed", "response_tokens": "answer [tokens]",
+    "ece": "ECE", "brier": "Brier", "nll": "NLL [nats]",
 }  # fmt: skip
 
 

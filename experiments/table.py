@@ -31,10 +31,10 @@ import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen before pypl
 
 METRICS = {
     "macro_f1": "macro-F1", "accuracy": "accuracy", "good_f1": "Good-F1", "step_accuracy": "step accuracy",
-    "adherence": "rule adherence", "format": "well-formed",
+    "all_right": "all right", "adherence": "rule adherence", "format": "well-formed",
 }  # fmt: skip
 _LEGEND_ROWS = 18  # of a column
-COMPARED = ("macro_f1", "accuracy", "step_accuracy", "adherence")
+COMPARED = ("macro_f1", "accuracy", "step_accuracy", "all_right", "adherence")
 Found = Mapping[str, Mapping[int, Mapping[str, Any]]]  # results by run and seed
 Measured = Mapping[str, Mapping[str, np.ndarray]]  # by run and metric, [1 + bootstrap]: the mean, and its resamples
 

@@ -107,6 +107,9 @@ def test_steps_and_shares_equal_plain_means():
     assert found["step_accuracy"] == pytest.approx(right[known].mean())
     for r, step in enumerate(BOOK.steps):
         assert found[f"step_accuracy/{step.name}"] == pytest.approx(right[known[:, r], r].mean())
+    assert (known.any(axis=1) & (judged.tier == judged.predicted)).any()
+    whole = (right | ~known).all(axis=1) & (judged.predicted == judged.tier)
+    assert found["all_right"] == pytest.approx(whole[known.any(axis=1)].mean())
     assert found["adherence"] == pytest.approx((judged.consistent & formed).mean())
     assert found["format"] == pytest.approx(formed.mean())
     assert found["truncated"] == pytest.approx(judged.truncated.mean())
@@ -168,9 +171,19 @@ def test_unknown_steps_are_not_counted():
     predicted = np.zeros((3, 4), int)
     scores = score(judgements([0, 1, 2], [0, 1, 2], steps=steps, predicted_steps=predicted), BOOK, bootstrap=0)
     assert (scores["step_accuracy"]["value"], scores["step_accuracy"]["n"]) == (0.5, 4)
+    assert (scores["all_right"]["value"], scores["all_right"]["n"]) == (0, 2)
     assert (scores["step_accuracy/category"]["value"], scores["step_accuracy/category"]["n"]) == (0.5, 2)
     assert (scores["step_accuracy/brand"]["value"], scores["step_accuracy/brand"]["n"]) == (0, 1)
     assert scores["step_accuracy/limits"] == {"value": None, "low": None, "high": None, "n": 0}
+
+
+def test_a_tier_that_is_right_by_luck_is_not_all_right():
+    steps = np.zeros((5, 4), int)
+    steps[2, 1:] = steps[4] = UNKNOWN
+    predicted = np.zeros((5, 4), int)
+    predicted[1, 3] = 1  # a wrong step, and yet the right tier
+    scores = score(judgements([0] * 5, [0, 0, 0, 1, 0], steps=steps, predicted_steps=predicted), BOOK, bootstrap=0)
+    assert (scores["all_right"]["value"], scores["all_right"]["n"]) == (2 / 4, 4)
 
 
 def test_what_is_undefined_is_none_and_macro_f1_is_over_the_tiers_present():
