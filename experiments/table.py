@@ -198,23 +198,28 @@ def _cost(found: Found) -> Table:
                "budget to reach GRPO's end"]  # fmt: skip
     note = (
         "After the shared warm start. Forward-equivalents: a token sampled or scored counts 1, one trained on 3; a "
-        "prompt once for its group. The budget to reach GRPO's end is the share of the whole at which the mean "
-        "validation macro-F1 first was what GRPO's was at its end."
+        "prompt once for its group. The budget to reach GRPO's end is that at which the mean validation macro-F1 first "
+        "was what GRPO's was at its end, as a share of what GRPO had spent then."
     )
     return Table("Cost", columns, rows, note)
 
 
-def goal_of(seeds: Mapping[int, Mapping[str, Any]]) -> float | None:
-    last = [result["validation"][-1]["macro_f1"] for result in seeds.values() if result["validation"]]
-    return float(np.mean(last)) if last else None
+def goal_of(seeds: Mapping[int, Mapping[str, Any]]) -> tuple[float, float] | None:
+    """Tokens spent and validation macro-F1 at the last validation, means over seeds."""
+    last = [result["validation"][-1] for result in seeds.values() if result["validation"]]
+    if not last:
+        return None
+    tokens, macro_f1 = ([point[name] or 0 for point in last] for name in ("tokens", "macro_f1"))
+    return float(np.mean(tokens)), float(np.mean(macro_f1))
 
 
-def needed(seeds: Mapping[int, Mapping[str, Any]], goal: float | None) -> str:
+def needed(seeds: Mapping[int, Mapping[str, Any]], goal: tuple[float, float] | None) -> str:
+    """What is spent until the goal's macro-F1 is reached, as a share of the goal's tokens."""
     curve = mean_curve(seeds)
-    if goal is None or not len(curve):
+    if goal is None or not goal[0] or not len(curve):
         return "-"
-    reached = curve[curve[:, 1] >= goal]
-    return f"{reached[0, 0] / study.BUDGET:.0%}" if len(reached) else "never"
+    reached = curve[curve[:, 1] >= goal[1]]
+    return f"{reached[0, 0] / goal[0]:.0%}" if len(reached) else "never"
 
 
 def mean_curve(seeds: Mapping[int, Mapping[str, Any]]) -> np.ndarray:

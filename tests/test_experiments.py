@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from agrl_jax.runtime.config import ConfigError, validate, validate_together
-from experiments import ablations, choose, esci, main_table, results, search, study, table
+from experiments import ablations, choose, esci, longer, main_table, results, search, study, table
 
 ROOT = Path(__file__).parent.parent
-SWEEPS = (main_table.SWEEP, search.SWEEP, ablations.SWEEP, esci.SWEEP)
+SWEEPS = (main_table.SWEEP, longer.SWEEP, search.SWEEP, ablations.SWEEP, esci.SWEEP)
 
 
 @pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: sweep.name)
@@ -126,9 +126,10 @@ def fake(macro_f1: list[float], diverged: bool = False) -> dict:
 def test_the_budget_that_a_method_needs_to_reach_the_end_of_grpo() -> None:
     slow = {0: fake([0.1, 0.3, 0.5]), 1: fake([0.1, 0.3, 0.5])}
     fast = {0: fake([0.2, 0.6, 0.6]), 1: fake([0.2, 0.4, 0.8])}
-    assert table.goal_of(slow) == 0.5
-    assert table.needed(fast, 0.5) == f"{2e5 / study.BUDGET:.0%}"
-    assert table.needed(slow, 0.51) == "never" and table.needed({}, 0.5) == "-"
+    goal = table.goal_of(slow)
+    assert goal == (3e5, 0.5)
+    assert table.needed(fast, goal) == "67%"
+    assert table.needed(slow, (3e5, 0.51)) == "never" and table.needed({}, goal) == table.needed(slow, None) == "-"
 
 
 def test_the_search_chooses_by_the_last_validations_and_never_what_diverged(monkeypatch: pytest.MonkeyPatch) -> None:
