@@ -46,7 +46,7 @@ def choose() -> tuple[dict[str, dict[str, object]], list[list[object]]]:
     for method, chosen in fields.items():
         del chosen["method"]
         steps, tokens = (_cost(found[f"{method}.{best[method]}"], name) for name in ("steps", "forward_equivalents"))
-        # Where its schedule should end.
+        # Where its schedule should end with the whole budget.
         chosen["dpo.steps" if method == "dpo" else "rl.steps"] = math.ceil(study.BUDGET * steps / tokens)
     return fields, rows
 

@@ -1,5 +1,7 @@
 """The same small search for every method: one setting at a time away from a centre, one seed, on validation alone.
 
+Each run spends half of the main table's budget.
+
 `python -m experiments.run --sweep=experiments/search.py`, then `python -m experiments.choose` writes what is best for
 each method to `results/tuned.json`, from where the other sweeps take it. Clip-higher is not among them: of a rollout
 there is one update here, so its ratio is 1 and nothing is clipped (GRPO with `objective.clip_high=0.28` gave the very
@@ -7,6 +9,8 @@ figures of its centre).
 """
 
 from __future__ import annotations
+
+from ml_collections import ConfigDict
 
 from experiments import study
 
@@ -36,5 +40,16 @@ def runs() -> dict[str, dict[str, object]]:
     return found | {f"dpo.{name}": {"method": "dpo", **fields} for name, fields in DPO.items()}
 
 
-SWEEP = study.Sweep("search", runs=runs(), seeds=(100,), tuned=False)
+def half() -> ConfigDict:
+    """The study's run on half the budget."""
+    c = study.base()
+    c.rl.budget //= 2
+    c.rl.steps //= 2
+    c.dpo.mined //= 2
+    c.dpo.steps //= 2
+    c.eval.every //= 2
+    return c
+
+
+SWEEP = study.Sweep("search", runs=runs(), seeds=(100,), tuned=False, base=half)
 get_config = SWEEP.get_config
