@@ -2,9 +2,9 @@
 
     python -m experiments.table --sweep=experiments/main_table.py
 
-Writes `table.md`, `table.csv`, `scores.png` and `curves.png` to `experiments/results/SWEEP/`. Intervals are 95%, by a
-hierarchical bootstrap: seeds are drawn, then queries, the same ones for every method, so that a difference between two
-methods is one between the same seeds and the same queries.
+Writes `table.md`, `table.csv`, `scores.png`, `curves.png` and `training.png` to `experiments/results/SWEEP/`.
+Intervals are 95%, by a hierarchical bootstrap: seeds are drawn, then queries, the same ones for every method, so that a
+difference between two methods is one between the same seeds and the same queries.
 """
 
 from __future__ import annotations
@@ -282,6 +282,29 @@ def plot_curves(path: Path, found: Found) -> None:
     plt.close(figure)
 
 
+def plot_training(path: Path, found: Found) -> None:
+    """How steady training was: what was watched at every RL step, means over seeds and short stretches of steps."""
+    names = results.WATCHED
+    figure, axes = plt.subplots(2, -(-len(names) // 2), figsize=(4.2 * -(-len(names) // 2), 6), layout="constrained")
+    shown = {}
+    for panel, name in zip(axes.flat, names, strict=False):
+        for i, (run, seeds) in enumerate(found.items()):
+            curves = [result["watched"][name] for result in seeds.values() if result["watched"][name]]
+            if not curves:
+                continue
+            length = min(map(len, curves))
+            curve = np.mean([curve[:length] for curve in curves], axis=0)
+            share = (np.arange(length) + 0.5) / length
+            (shown[run],) = panel.plot(share, curve, color=f"C{i % 10}", ls=("-", "--")[i // 10 % 2], lw=1)
+        panel.set_title(name, fontsize=10)
+        panel.set_xlabel("share of the budget", fontsize=8)
+        panel.grid(alpha=0.3)
+    if shown:
+        figure.legend(shown.values(), shown, loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def write(sweep: Sweep, bootstrap: int) -> Path:
     """Writes all files; returns the table's. Raises ConfigError where there are no results yet."""
     found = results.read(sweep)
@@ -298,6 +321,7 @@ def write(sweep: Sweep, bootstrap: int) -> Path:
     write_csv(folder / "table.csv", found, measured)
     plot_scores(folder / "scores.png", found, measured)
     plot_curves(folder / "curves.png", found)
+    plot_training(folder / "training.png", found)
     return folder / "table.md"
 
 
