@@ -83,7 +83,18 @@ class Runner:
             child.terminate()
 
 
-def run(sweep: Sweep, file: str, folder: Path, workers: int, only: Sequence[str], overrides: Sequence[str]) -> int:
+def chosen(sweep: Sweep, only: Sequence[str], seeds: Sequence[str]) -> list[tuple[str, int]]:
+    """The runs of a sweep with these names and seeds; none: all. Raises ConfigError for those it has not."""
+    for flag, words, there in (("only", only, sweep.runs), ("seeds", seeds, map(str, sweep.seeds))):
+        names = list(there)
+        if unknown := [word for word in words if word not in names]:
+            raise ConfigError(f"--{flag}={unknown[0]}: not in {sweep.name}; there are {', '.join(names)}")
+    return [job for job in sweep.jobs() if (not only or job[0] in only) and (not seeds or str(job[1]) in seeds)]
+
+
+def run(
+    sweep: Sweep, file: str, folder: Path, workers: int, wanted: Sequence[tuple[str, int]], overrides: Sequence[str]
+) -> int:
     """Makes the runs that have no result yet; returns how many failed.
 
     Args:
@@ -91,13 +102,9 @@ def run(sweep: Sweep, file: str, folder: Path, workers: int, only: Sequence[str]
       file: where it is defined.
       folder: of the workdirs, the benchmark and the compilation cache.
       workers: runs made at the same time.
-      only: names of runs; none: all.
+      wanted: runs of the sweep and their seeds.
       overrides: command-line arguments for every run.
     """
-    unknown = [name for name in only if name not in sweep.runs]
-    if unknown:
-        raise ConfigError(f"--only={unknown[0]}: not a run of {sweep.name}; there are {', '.join(sweep.runs)}")
-    wanted = [job for job in sweep.jobs() if not only or job[0] in only]
     digests = {job: study.digest(_config(sweep, *job), overrides) for job in wanted}
     jobs = [job for job in wanted if not results.is_there(sweep, *job, digests[job])]
     if not jobs:
@@ -203,13 +210,15 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("dir", "runs/experiments", "Of the workdirs, the benchmark and the compilation cache.")
     flags.DEFINE_integer("workers", 1, "Runs made at the same time.", lower_bound=1)
     flags.DEFINE_list("only", [], "Names of runs; by default all.")
+    flags.DEFINE_list("seeds", [], "Seeds; by default all.")
     overrides = [word for word in argv if word.startswith("--config.")]
     flags.FLAGS([word for word in argv if word not in overrides])
     values = flags.FLAGS
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sweep = study.load(values.sweep, values.results)
-        failed = run(sweep, values.sweep, Path(values.dir).resolve(), values.workers, values.only, overrides)
+        wanted = chosen(sweep, values.only, values.seeds)
+        failed = run(sweep, values.sweep, Path(values.dir).resolve(), values.workers, wanted, overrides)
     except ConfigError as error:
         exit_with(error)
     except KeyboardInterrupt:

@@ -18,6 +18,7 @@ import pytest
 
 from agrl_jax.runtime.config import ConfigError, validate, validate_together
 from experiments import ablations, choose, esci, longer, main_table, results, search, study, table
+from experiments import run as run_sweep
 
 ROOT = Path(__file__).parent.parent
 SWEEPS = (main_table.SWEEP, longer.SWEEP, search.SWEEP, ablations.SWEEP, esci.SWEEP)
@@ -73,6 +74,16 @@ def command(folder: Path, module: str, *more: str) -> subprocess.Popen[str]:
 
 def run(folder: Path) -> subprocess.Popen[str]:
     return command(folder, "experiments.run", f"--dir={folder / 'runs'}", "--workers=2")
+
+
+def test_runs_are_chosen_by_name_and_seed() -> None:
+    sweep = main_table.SWEEP
+    assert run_sweep.chosen(sweep, [], []) == list(sweep.jobs())
+    assert run_sweep.chosen(sweep, ["sft", "agrl"], ["3"]) == [("sft", 3), ("agrl", 3)]
+    with pytest.raises(ConfigError, match="--only=ppo: not in main_table; there are sft, "):
+        run_sweep.chosen(sweep, ["agrl", "ppo"], [])
+    with pytest.raises(ConfigError, match="--seeds=9: not in main_table; there are 0, 1, 2, 3, 4"):
+        run_sweep.chosen(sweep, [], ["9"])
 
 
 @pytest.mark.slow
