@@ -8,6 +8,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from agrl_jax.runtime.config import define_distributed_flag, exit_with, parse_flags
+from agrl_jax.runtime.memory import with_huge_pages
 
 config_flags.DEFINE_config_file("config", None, "A config file, such as configs/quickstart.py:grpo.")
 flags.DEFINE_string("workdir", None, "Where everything is written, gs://... too; an existing one is continued.")
@@ -40,4 +41,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    with_huge_pages()
     main(sys.argv)

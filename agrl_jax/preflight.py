@@ -38,7 +38,7 @@ from agrl_jax import assemble, train
 from agrl_jax.data.catalog import FAMILIES
 from agrl_jax.rl.step import PHASES
 from agrl_jax.runtime import sharding
-from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags, validate, validate_together
+from agrl_jax.runtime.config import ConfigError, exit_with, last_branch, parse_flags, validate, validate_together
 from agrl_jax.runtime.flops import matrix_flops
 from agrl_jax.runtime.hlo import traffic
 from agrl_jax.runtime.metrics import console_table, say
@@ -141,7 +141,7 @@ def compile_step(
     a config that cannot be run on that many devices.
     """
     validate(config)
-    if config.method == "dpo" or not config.rl.steps:
+    if last_branch(config.method) != "rl" or not config.rl.steps:
         raise ConfigError(f"method={config.method} makes no step of RL, which is what preflight compiles")
     mesh = sharding.make_mesh(*(config.mesh[axis] for axis in sharding.AXES), devices=devices)
     checked = config.copy_and_resolve_references()

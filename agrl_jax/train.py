@@ -1,4 +1,4 @@
-"""Training, read from top to bottom: set up, warm start, reinforcement learning or DPO, scorecard.
+"""Training, read from top to bottom: set up, warm start, reinforcement learning or what takes its place, scorecard.
 
 `train` is the whole run. Each stage is the same loop (`_run_stage`) around a step that is compiled once.
 Whatever stops a run, starting it again with the same workdir continues it: a row of the logs is written
@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from agrl_jax import assemble, judgements, scorecard
 from agrl_jax.assemble import Data, Model
 from agrl_jax.data import pipeline
-from agrl_jax.data.pairs import PairsError
+from agrl_jax.data.pairs import Pair, PairsError
 from agrl_jax.data.pipeline import EncodedSplit
 from agrl_jax.judging import Evaluator
 from agrl_jax.plots import learning_curves
@@ -43,13 +43,18 @@ from agrl_jax.rl.step import StepConfig
 from agrl_jax.rulebook.book import RuleBookError
 from agrl_jax.runtime import optim, processes, sharding
 from agrl_jax.runtime.checkpoint import Checkpointer, CheckpointError
-from agrl_jax.runtime.config import ConfigError, resolve, validate, validate_together
+from agrl_jax.runtime.config import ConfigError, last_branch, resolve, validate, validate_together
 from agrl_jax.runtime.metrics import MetricsWriter, progress, say
 from agrl_jax.runtime.sharding import ShardingError
 from agrl_jax.samples import decode, render
 from agrl_jax.supervised import dpo, sft
 from agrl_jax.supervised.dpo import Preferences
 from agrl_jax.types import Batch, GuidanceState, Params, Policy, TrainState
+
+# Beside the progress bar of supervised training.
+SUPERVISED_FIGURES = {
+    "loss": "policy/loss", "gold probability": "policy/gold_probability", "tok/s": "time/tokens_per_s"
+}  # fmt: skip
 
 # What a user can put right: shown as one message. Anything else is a bug, and keeps its traceback.
 USER_ERRORS = (
@@ -117,9 +122,10 @@ def train(config: ConfigDict, workdir: str, say: Callable[..., None] = say) -> d
         reference = _timed(run, "warm start", lambda: _warm_start(run))
         cards = {"sft": _timed(run, "evaluate sft", lambda: _scorecard(run, "sft", "sft", reference))}
 
-        # ------------------------------------------ reinforcement learning, or preferences in its place
-        if config[_branch(config, "rl")].steps:
-            learn = _prefer if config.method == "dpo" else _reinforce
+        # ------------------- reinforcement learning, or preferences or more supervised training in its place
+        branch = _branch(config, "rl")
+        if config[branch].steps:
+            learn = {"rl": _reinforce, "dpo": _prefer, "more": _go_on}[branch]
             weights = _timed(run, config.method, lambda: learn(run, reference))
             del reference  # this stage owns the parameters now
             name = config.method if config.method != "sft" else "rl"
@@ -153,7 +159,7 @@ def _set_up(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh, sa
         assemble.keep_pretrained(config, workdir)  # before the data, which take longer to find fault with
         data = assemble.load_data(config, rules, workdir)
         model = assemble.load_model(config, workdir, data, mesh)
-    for stage, pairs in (("sft", data.sft), ("rl", data.splits["train"])):
+    for stage, pairs in (("sft", data.sft), ("rl", _pairs_of(config, data))):
         branch = _branch(config, stage)
         size = config[branch].batch_size
         if config[branch].steps and size > len(pairs):
@@ -208,9 +214,7 @@ def _warm_start(run: Run) -> Weights:
     batches = pipeline.batches(split, config.sft.batch_size, config.seed, start=int(state.step))
     state = _run_stage(
         run, "sft", state, lambda state, batch: program.step(state, batch, base), program.step, batches,
-        config.sft.steps,
-        figures={"loss": "policy/loss", "gold probability": "policy/gold_probability", "tok/s": "time/tokens_per_s"},
-        spent=spent,
+        config.sft.steps, SUPERVISED_FIGURES, spent=spent,
     )
     run.checkpoints.save_sft(state.params)
     return Weights(state.params, base)
@@ -269,6 +273,22 @@ def _prefer(run: Run, reference: Weights) -> Weights:
         },
         after=lambda done, last, state, *_: validate(done, last, state),
         spent=max(spent, mined),  # mining is paid once
+    )
+    return Weights(state.params, base)
+
+
+def _go_on(run: Run, reference: Weights) -> Weights:
+    """More supervised training in place of reinforcement learning, from the end of the warm start."""
+    config = run.config
+    split = assemble.encode(config, run.model, run.data, _pairs_of(config, run.data))
+    program = more_program(config, run.mesh, run.model, reference, assemble.blanks(config, run.model, split))
+    state, spent = _restored(run, "rl", program)
+    base, validate = program.more[0], _validator(run, program.more[0])
+    batches = pipeline.batches(split, config.more.batch_size, config.seed, start=int(state.step))
+    state = _run_stage(
+        run, "rl", state, lambda state, batch: program.step(state, batch, base), program.step, batches,
+        config.more.steps, SUPERVISED_FIGURES, after=lambda done, last, state, *_: validate(done, last, state),
+        spent=spent,
     )
     return Weights(state.params, base)
 
@@ -393,8 +413,14 @@ def step_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> StepConfig:
 
 
 def _branch(config: ConfigDict, stage: str) -> str:
-    """The branch of the config that a stage follows: DPO takes the place of reinforcement learning."""
-    return "dpo" if stage == "rl" and config.method == "dpo" else stage
+    """The branch of the config that a stage follows."""
+    return last_branch(config.method) if stage == "rl" else stage
+
+
+def _pairs_of(config: ConfigDict, data: Data) -> list[Pair]:
+    """The pairs of the stage after the warm start."""
+    goes_on = _branch(config, "rl") == "more" and config.more.source == "sft"
+    return data.sft if goes_on else data.splits["train"]
 
 
 def first_look(config: ConfigDict, figures: Mapping[str, float]) -> list[str]:
@@ -443,18 +469,33 @@ def sft_program(
 
     Here and in `rl_program` arrays may be abstract, shapes with shardings: the step can then be compiled, not called.
     """
-    _, axes = assemble.trained_part(config, model, "sft")
+    return _supervised_program(config, mesh, model, "sft", base, None, blanks)
+
+
+def more_program(
+    config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, reference: Weights, blanks: Any = None
+) -> Program:
+    """The program of supervised training that goes on from the end of the warm start."""
+    return _supervised_program(config, mesh, model, "rl", *_from_reference(config, reference), blanks)
+
+
+def _supervised_program(
+    config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, stage: str, base: Params | None, start: Params | None,
+    blanks: Any,
+) -> Program:
+    """Over `base` where the stage trains adapters, from `start` if it is given."""
+    _, axes = assemble.trained_part(config, model, stage)
+    rates = config[_branch(config, stage)]
     tx = optim.make(
-        config.sft.learning_rate, config.sft.warmup, config.sft.steps,
-        weight_decay=config.sft.weight_decay, decay=optim.decay_mask(axes),
-        matrix_rate=config.sft.matrix_rate, axes=axes,
+        rates.learning_rate, rates.warmup, rates.steps,
+        weight_decay=config.sft.weight_decay, decay=optim.decay_mask(axes), matrix_rate=rates.matrix_rate, axes=axes,
     )
 
     def make(policy: Policy, sampler: Any) -> Callable[..., Any]:
         return sft.make_step(policy, _updater(tx), config.sft.prompt_weight, _chunk(config, mesh), blanks)
 
-    fresh, template = _fresh_state(config, mesh, model, "sft", tx)
-    return Program(_jit(config, mesh, model, "sft", make, template, base), template, (base,), fresh)
+    fresh, template = _fresh_state(config, mesh, model, stage, tx, start)
+    return Program(_jit(config, mesh, model, stage, make, template, base), template, (base,), fresh)
 
 
 def rl_program(

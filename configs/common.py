@@ -9,16 +9,16 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 
-def with_rl_compute(c: ConfigDict) -> int:
-    """Steps of a warm start that cost as many forward-equivalent tokens as warm start and RL do together.
+def as_long_as_rl(c: ConfigDict) -> int:
+    """Steps of supervised training that cost as many forward-equivalent tokens as RL does.
 
     Counted at full lengths and without replays: a step of RL samples and scores (1 each) and trains (3) on B prompts
-    with G answers each; one of the warm start trains on prompts with one answer.
+    with G answers each; a supervised one trains on prompts with one answer.
     """
     s, t = c.data.prompt_len, c.data.response_len
     passes = 1 + (c.objective.kl != "none") + 3 * c.rl.epochs
     rl = passes * c.rl.batch_size * (s + c.rl.group_size * t)
-    return c.sft.steps + round(c.rl.steps * rl / (3 * c.sft.batch_size * (s + t)))
+    return round(c.rl.steps * rl / (3 * c.more.batch_size * (s + t)))
 
 
 # What a method is: the fields in which it differs from AGRL, or functions of the config that give them.
@@ -32,8 +32,8 @@ METHODS: dict[str, dict[str, object]] = {
     "grpo_ds": {"guidance.enabled": False, "reward.composition": "terminal", "rl.candidates": 4},  # and refill
     "dpo": {},  # preferences mined from the warm start, in place of RL
     "sft": {"rl.steps": 0},  # the warm start alone
-    "sft_more": {"rl.steps": 0, "sft.steps": with_rl_compute},  # a warm start that costs what RL would
-    "sft_all": {"rl.steps": 0, "sft.steps": with_rl_compute, "sft.source": "both"},  # also on the labels that RL sees
+    "sft_more": {"more.steps": as_long_as_rl},  # the warm start goes on for what RL would cost
+    "sft_all": {"more.steps": as_long_as_rl, "more.source": "train"},  # so too, on the labels that RL sees
 }
 
 
@@ -119,6 +119,14 @@ def base() -> ConfigDict:
     c.dpo.learning_rate = 3e-4  # peak; cosine decay to 0
     c.dpo.matrix_rate = 0.002  # as in sft
     c.dpo.warmup = 20
+
+    c.more = ConfigDict()  # in place of rl where the method is sft_more or sft_all: supervised training goes on
+    c.more.source = "sft"  # the pairs of the warm start; or train: those that RL sees
+    c.more.steps = 400
+    c.more.batch_size = 32
+    c.more.learning_rate = 1e-3  # peak; cosine decay to 0
+    c.more.matrix_rate = 0.004  # as in sft
+    c.more.warmup = 20
 
     c.reward = ConfigDict()  # see agrl_jax/rl/reward.py
     c.reward.composition = "gated"  # terminal, sum, gated, gated_tier

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from agrl_jax.runtime.config import ConfigError, exit_with
+from agrl_jax.runtime.config import ConfigError, exit_with, last_branch
 from agrl_jax.runtime.metrics import console_table, say
 from experiments import results, search, study
 
@@ -47,7 +47,7 @@ def choose() -> tuple[dict[str, dict[str, object]], list[list[object]]]:
         del chosen["method"]
         steps, tokens = (_cost(found[f"{method}.{best[method]}"], name) for name in ("steps", "forward_equivalents"))
         # Where its schedule should end with the whole budget.
-        chosen["dpo.steps" if method == "dpo" else "rl.steps"] = math.ceil(study.BUDGET * steps / tokens)
+        chosen[f"{last_branch(method)}.steps"] = math.ceil(study.BUDGET * steps / tokens)
     return fields, rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from agrl_jax.runtime.config import flatten, last_branch
 from experiments import study
 
 TIMES = 3
@@ -10,10 +11,9 @@ METHODS = ("sft_more", "grpo", "grpo_ds", "agrl")
 
 def _fields(method: str) -> dict[str, object]:
     """The main table's run of a method, its budget and its schedule as many times as long."""
-    if method == "sft_more":
-        return {"sft.steps": study.base().sft.steps + round(TIMES * study.BUDGET / study.SFT_STEP)}
-    steps = study.tuned().get(method, {}).get("rl.steps", study.base().rl.steps)
-    return {"rl.budget": TIMES * study.BUDGET, "rl.steps": TIMES * steps, "eval.every": TIMES * study.base().eval.every}
+    name = f"{last_branch(method)}.steps"
+    steps = study.tuned().get(method, {}).get(name, flatten(study.base())[name])
+    return {"rl.budget": TIMES * study.BUDGET, name: TIMES * steps, "eval.every": TIMES * study.base().eval.every}
 
 
 SWEEP = study.Sweep("longer", runs={method: _fields(method) for method in METHODS}, seeds=(0, 1, 2))

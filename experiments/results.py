@@ -28,9 +28,7 @@ def write(sweep: Sweep, run: str, seed: int, workdir: Path, diverged: bool, dige
     config = json.loads((workdir / "config.json").read_text())
     method = sweep.get_config(f"{run},seed={seed}").method
     rows = read_jsonl(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
-    rl = [row for row in rows if row["stage"] != "sft"]
-    shared = sweep.base().sft.steps
-    after = [row for row in rows if row["stage"] != "sft" or row["step"] > shared]
+    after = [row for row in rows if row["stage"] != "sft"]  # of the shared warm start
     cards = scorecard.read(workdir / "scorecard.json")
     stage = method if method in cards else "sft"
     result = {
@@ -46,12 +44,12 @@ def write(sweep: Sweep, run: str, seed: int, workdir: Path, diverged: bool, dige
         "start": {split: _values(card) for split, card in cards["sft"].items()},
         "validation": [
             {"step": row["step"], "tokens": row.get("budget/spent"), **_named(row, "validation/")}
-            for row in rl
+            for row in after
             if "validation/macro_f1" in row
         ],
-        "watched": {name: _thin([row[name] for row in rl if name in row]) for name in WATCHED},
-        "excursions": {name: _excursion(rl, name) for name in ("optim/grad_norm", "policy/kl")},
-        "skipped": int(sum(row.get("optim/finite", 1) == 0 for row in rl)),
+        "watched": {name: _thin([row[name] for row in after if name in row]) for name in WATCHED},
+        "excursions": {name: _excursion(after, name) for name in ("optim/grad_norm", "policy/kl")},
+        "skipped": int(sum(row.get("optim/finite", 1) == 0 for row in after)),
         "cost": _cost(after),
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
@@ -139,14 +137,7 @@ def _cost(rows: list[dict[str, Any]]) -> dict[str, float]:
         "steps": len(rows),
         "tokens_rolled": total("tokens/rolled"),
         "tokens_trained": total("tokens/trained"),
-        "forward_equivalents": _spent(rows),
+        "forward_equivalents": rows[-1]["budget/spent"] if rows else 0,
         "seconds": float(np.median(seconds) * len(seconds)) if rows else 0.0,
     }
 
-
-def _spent(rows: list[dict[str, Any]]) -> float:
-    """Forward-equivalents by the account of the last row, without those of a warm start that was only prolonged."""
-    if not rows:
-        return 0
-    before = rows[0]["budget/spent"] - rows[0]["budget/tokens"] if rows[0]["stage"] == "sft" else 0
-    return rows[-1]["budget/spent"] - before

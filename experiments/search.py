@@ -20,6 +20,7 @@ SETTINGS = {
     "slow": {"rl.learning_rate": 3e-5, "rl.matrix_rate": 0.0004},
     "fast": {"rl.learning_rate": 3e-4, "rl.matrix_rate": 0.004},
     "entropy": {"objective.entropy_weight": 0.02},
+    "no_entropy": {"objective.entropy_weight": 0.0},
     "kl": {"objective.kl": "k3", "objective.kl_weight": 0.05},
     "cool": {"rl.temperature": 0.8},
 }  # fmt: skip
@@ -32,12 +33,22 @@ DPO = {
     "tight": {"dpo.beta": 0.3},
     "cool": {"rl.temperature": 0.8},
 }
+# Supervised training knows neither sampling nor a reference.
+MORE = {
+    "centre": {},
+    "slow": {"more.learning_rate": 3e-4, "more.matrix_rate": 0.0013},
+    "fast": {"more.learning_rate": 3e-3, "more.matrix_rate": 0.013},
+}  # fmt: skip
+SEARCHED = dict.fromkeys(RL, SETTINGS) | {"dpo": DPO, "sft_more": MORE, "sft_all": MORE}
 
 
 def runs() -> dict[str, dict[str, object]]:
-    """Every method with every setting, as `METHOD/SETTING`."""
-    found = {f"{method}.{name}": {"method": method, **fields} for method in RL for name, fields in SETTINGS.items()}
-    return found | {f"dpo.{name}": {"method": "dpo", **fields} for name, fields in DPO.items()}
+    """Every method with each of its settings, as `METHOD.SETTING`."""
+    return {
+        f"{method}.{name}": {"method": method, **fields}
+        for method, settings in SEARCHED.items()
+        for name, fields in settings.items()
+    }
 
 
 def half() -> ConfigDict:
@@ -47,7 +58,7 @@ def half() -> ConfigDict:
     c.rl.steps //= 2
     c.dpo.mined //= 2
     c.dpo.steps //= 2
-    c.eval.every //= 2
+    c.more.steps //= 2
     return c
 
 

@@ -19,16 +19,19 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from agrl_jax.runtime.config import ConfigError, config_digest, flatten, matches, parse_arg, resolve
+from agrl_jax.runtime.config import ConfigError, config_digest, flatten, last_branch, matches, parse_arg, resolve
 from configs import common
 
 RESULTS = Path(__file__).parent / "results"
 TUNED = RESULTS / "tuned.json"  # what the search chose: {method: fields}
-BUDGET = 2_800_000  # forward-equivalent tokens of each run after the warm start: 90 s of AGRL on two cores
+BUDGET = 1_400_000  # forward-equivalent tokens of each run after the warm start: two minutes of AGRL on one core
 SFT_STEP = 3411  # of them in a step of the study's warm start, the mean of its `budget/tokens`
 
 # The fields that a warm start depends on: runs in which these are the same share one.
-START = ("seed", "rulebook", "data", "policy", "lora", "sft", "eval", "objective.logprob_chunk")
+START = (
+    "seed", "rulebook", "data", "policy", "lora", "sft", "eval.pairs", "eval.pass_k", "eval.pass_pairs",
+    "eval.batch_size", "eval.bootstrap", "objective.logprob_chunk",
+)  # fmt: skip
 
 # What each method learns from, after a warm start on tiers and steps.
 LABELS = {
@@ -48,14 +51,15 @@ def base() -> ConfigDict:
     """
     c = common.base()
     c.sft.steps = 2250
-    c.rl.steps = 260  # the length of the schedule; the budget ends a run
+    c.rl.steps = 130  # the length of the schedule; the budget ends a run
     c.rl.batch_size = 32
     c.rl.learning_rate = 1e-4
     c.rl.matrix_rate = 0.0013
     c.rl.budget = BUDGET
-    c.dpo.mined = 4096  # with 8 answers each, a quarter of the budget
+    c.dpo.mined = 2048  # with 8 answers each, a quarter of the budget
     c.dpo.steps = 120
-    c.eval.every = 26
+    c.more.steps = round(BUDGET / SFT_STEP)
+    c.eval.every = 13
     c.eval.pairs = 1000
     c.eval.validation_pairs = 512
     c.eval.bootstrap = 0  # intervals are made over seeds and queries, by `experiments.table`
@@ -84,6 +88,8 @@ class Sweep:
         method = fields.pop("method", spec.variant)
         c = common.with_method(self.base(), method)
         c.seed = spec.seed
+        if last_branch(method) == "more":
+            c.eval.every *= 3  # its steps are a third as long
         c.update_from_flattened_dict({**(tuned().get(method, {}) if self.tuned else {}), **fields})
         return c
 

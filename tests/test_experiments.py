@@ -37,12 +37,14 @@ def test_every_run_of_a_sweep_has_a_config_in_order(sweep: study.Sweep) -> None:
 
 def test_runs_share_a_warm_start_exactly_if_they_differ_after_it_alone() -> None:
     starts = {run: study.start_of(main_table.get_config(run)) for run in main_table.METHODS}
-    assert all(starts[run] == starts["agrl"] for run in ("sft", "dpo", "grpo", "grpo_ds", "grpo_pr", "rrs", "agr"))
-    assert starts["sft_more"] != starts["agrl"] != starts["sft_all"]
+    assert all(start == starts["agrl"] for start in starts.values())
+    assert study.start_of(ablations.get_config("tier_first")) != starts["agrl"]
     assert study.start_of(main_table.get_config("agrl,seed=1")) != starts["agrl"]
 
 
 def test_every_method_has_the_same_search() -> None:
+    searched = {run.split(".")[0] for run in search.SWEEP.runs}
+    assert searched == set(main_table.METHODS) - {"sft"}
     for method in search.RL:
         settings = {run.split(".")[1] for run in search.SWEEP.runs if run.startswith(f"{method}.")}
         assert settings == set(search.SETTINGS)
@@ -96,7 +98,7 @@ def test_a_sweep_killed_and_started_again_makes_each_run_once_and_a_table_of_the
     process.send_signal(signal.SIGTERM)
     assert "goes on where it was" in process.communicate()[0] and process.returncode == 130
     before = {file: file.stat().st_mtime_ns for file in kept.glob("*.json")}
-    assert 0 < len(before) < 6
+    assert 0 < len(before) < 8
 
     process = run(tmp_path)
     said = process.communicate()[0]
@@ -104,10 +106,12 @@ def test_a_sweep_killed_and_started_again_makes_each_run_once_and_a_table_of_the
     assert all(file.stat().st_mtime_ns == time for file, time in before.items())
     sweep = dataclasses.replace(mini_sweep.SWEEP, results=tmp_path / "results")
     found = results.read(sweep)
-    assert {run: list(seeds) for run, seeds in found.items()} == {run: [0, 1] for run in ("sft", "grpo", "agrl")}
+    assert {run: list(seeds) for run, seeds in found.items()} == {run: [0, 1] for run in sweep.runs}
     for seed in (0, 1):
         assert found["agrl"][seed]["start"] == found["grpo"][seed]["start"] == found["sft"][seed]["scores"]
         assert found["agrl"][seed]["cost"]["steps"] == 8
+        assert found["sft_all"][seed]["cost"]["forward_equivalents"] > 0 == found["sft"][seed]["cost"]["steps"]
+        assert found["sft_all"][seed]["scores"] != found["sft"][seed]["scores"]
     starts = list((tmp_path / "runs" / "starts").iterdir())
     assert len(starts) == 2 and not any((start / "checkpoints" / "rl" / "1").exists() for start in starts)
     process = run(tmp_path)

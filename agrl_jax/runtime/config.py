@@ -250,6 +250,13 @@ RULES: Mapping[str, Rule] = {
     "dpo.learning_rate": _POSITIVE,
     "dpo.matrix_rate": _WEIGHT,
     "dpo.warmup": _COUNT,
+    # Supervised training that goes on.
+    "more.source": _one_of("sft", "train"),
+    "more.steps": _COUNT,
+    "more.batch_size": _SIZE,
+    "more.learning_rate": _POSITIVE,
+    "more.matrix_rate": _WEIGHT,
+    "more.warmup": _COUNT,
     # Reward.
     "reward.composition": _one_of("terminal", "sum", "gated", "gated_tier"),
     "reward.tier_kind": _one_of("exact", "ordinal"),
@@ -367,7 +374,7 @@ def _lora_problems(config: ConfigDict) -> Iterator[str]:
     if lora.stages == "both" and not config.policy.pretrained:
         yield ("lora.stages=both without policy.pretrained: a policy from scratch first has to learn all its weights; "
                "use lora.stages=rl")
-    last = "dpo" if config.method == "dpo" else "rl"
+    last = last_branch(config.method)
     for stage in ("sft", last) if lora.stages == "both" else (last,):
         if config[stage].matrix_rate:
             yield (f"{stage}.matrix_rate={config[stage].matrix_rate} with lora.rank={lora.rank}: Muon is for whole "
@@ -381,7 +388,8 @@ def _batch_problems(config: ConfigDict, data_shards: int) -> Iterator[str]:
         yield (f"rl.batch_size={rl.batch_size} cannot be split into {data_shards} data shards x "
                f"rl.minibatches={rl.minibatches} x rl.micro_batches={rl.micro_batches} equal pieces; "
                f"nearest: {_multiple(rl.batch_size, pieces)}")
-    branches = ("sft", "eval", "dpo") if config.method == "dpo" else ("sft", "eval")
+    last = last_branch(config.method)
+    branches = ("sft", "eval") if last == "rl" else ("sft", "eval", last)
     for name, size in ((f"{branch}.batch_size", config[branch].batch_size) for branch in branches):
         if size % data_shards:
             yield (f"{name}={size} cannot be split over {data_shards} data shards; "
@@ -430,6 +438,11 @@ def _raise(problems: Sequence[str]) -> None:
 def resolve(config: ConfigDict) -> dict[str, Any]:
     """The config as a plain nested dict that JSON can hold, references followed, keys sorted."""
     return json.loads(json.dumps(config.copy_and_resolve_references().to_dict(), sort_keys=True))
+
+
+def last_branch(method: str) -> str:
+    """The branch of the config that the stage after the warm start follows: `rl`, or what takes its place."""
+    return {"dpo": "dpo", "sft_more": "more", "sft_all": "more"}.get(method, "rl")
 
 
 def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:

