@@ -20,6 +20,7 @@ from agrl_jax.data import pipeline
 from agrl_jax.runtime import processes, sharding
 from agrl_jax.runtime.checkpoint import SFT_END
 from agrl_jax.runtime.config import define_distributed_flag, exit_with, parse_flags
+from agrl_jax.runtime.memory import with_huge_pages
 from agrl_jax.runtime.metrics import progress, say
 
 
@@ -91,4 +92,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    with_huge_pages()
     main(sys.argv)

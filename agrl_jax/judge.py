@@ -53,6 +53,7 @@ from agrl_jax.rulebook.book import ORDERS, RuleBook
 from agrl_jax.rulebook.wording import STYLES
 from agrl_jax.runtime import processes, sharding
 from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
+from agrl_jax.runtime.memory import with_huge_pages
 from agrl_jax.runtime.metrics import progress, say
 from agrl_jax.trained import Settings, Trained, TrainedError
 from agrl_jax.types import Array, Params, Policy, RuleTables
@@ -390,4 +391,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    with_huge_pages()
     main(sys.argv)

@@ -23,19 +23,18 @@ LAST = 3  # validations: one alone is noisy
 
 
 def choose() -> tuple[dict[str, dict[str, object]], list[list[object]]]:
-    """The fields chosen for each method, and all rows: method, setting, validation macro-F1, chosen.
-
-    Raises ConfigError where a method was not searched to the end.
+    """The fields chosen for each method that was searched to the end, and rows of all that was tried: method, setting,
+    validation macro-F1, chosen. Raises ConfigError where no method was.
     """
     found = results.read(search.SWEEP)
-    lacking = [run for run in search.SWEEP.runs if run not in found]
-    if lacking:
-        make = "python -m experiments.run --sweep=experiments/search.py"
-        raise ConfigError(f"the search lacks {', '.join(lacking)}; {make} makes them")
-    reached: dict[str, dict[str, float]] = {}
-    for run, seeds in found.items():
-        method, setting = run.split(".")
-        reached.setdefault(method, {})[setting] = float(np.mean([_end(result) for result in seeds.values()]))
+    reached = {
+        method: {setting: _end(found[f"{method}.{setting}"]) for setting in settings}
+        for method, settings in search.SEARCHED.items()
+        if all(f"{method}.{setting}" in found for setting in settings)
+    }
+    if not reached:
+        raise ConfigError("no method has been searched to the end; python -m experiments.run "
+                          "--sweep=experiments/search.py makes what is missing")
     best = {method: max(settings, key=settings.get) for method, settings in reached.items()}
     rows = [
         [method, setting, value, "chosen" if best[method] == setting else ""]
@@ -55,21 +54,24 @@ def _cost(seeds: Mapping[int, dict], name: str) -> float:
     return float(np.mean([result["cost"][name] for result in seeds.values()]))
 
 
-def _end(result: dict) -> float:
-    """Macro-F1 at the end of a run; 0 where it diverged."""
-    values = [point["macro_f1"] for point in result["validation"]]
-    return 0.0 if result["diverged"] or not values else float(np.mean(values[-LAST:]))
+def _end(seeds: Mapping[int, dict]) -> float:
+    """Macro-F1 at the end, the mean over seeds; 0 of a run that diverged."""
+    ends = [[point["macro_f1"] for point in result["validation"][-LAST:]] for result in seeds.values()]
+    return float(np.mean([
+        0.0 if result["diverged"] else np.mean(end) for result, end in zip(seeds.values(), ends, strict=True)
+    ]))  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
-    """Exit code 2 where the search is not over."""
+    """Exit code 2 where there is nothing to choose from yet."""
     try:
         fields, rows = choose()
     except ConfigError as error:
         exit_with(error)
     study.TUNED.write_text(json.dumps(fields, indent=1) + "\n")
     say(console_table("search", ["method", "setting", "macro-F1", ""], rows))
-    say(f"written to {study.TUNED}")
+    lacking = [method for method in search.SEARCHED if method not in fields]
+    say(f"written to {study.TUNED}" + (f"; not searched to the end: {', '.join(lacking)}" if lacking else ""))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import polars as pl
 from agrl_jax import judgements, scorecard
 from agrl_jax.rulebook import book
 from agrl_jax.rulebook.book import RuleBook
+from agrl_jax.runtime.config import last_branch
 from agrl_jax.runtime.metrics import read_jsonl
 from agrl_jax.scorecard import Judgements
 from experiments import study
@@ -50,7 +51,7 @@ def write(sweep: Sweep, run: str, seed: int, workdir: Path, diverged: bool, dige
         "watched": {name: _thin([row[name] for row in after if name in row]) for name in WATCHED},
         "excursions": {name: _excursion(after, name) for name in ("optim/grad_norm", "policy/kl")},
         "skipped": int(sum(row.get("optim/finite", 1) == 0 for row in after)),
-        "cost": _cost(after),
+        "cost": _cost(after) | {"pairs": _pairs_met(config, after)},
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
         "rulebook": config["rulebook"],
@@ -119,6 +120,14 @@ def _thin(values: list[float], points: int = 40) -> list[float]:
     """Means over up to `points` pieces of a curve, to three digits."""
     pieces = np.array_split(np.asarray(values, float), min(points, len(values))) if values else []
     return [float(f"{np.mean(piece):.3g}") for piece in pieces]
+
+
+def _pairs_met(config: Mapping[str, Any], rows: list[dict[str, Any]]) -> int:
+    """Labelled training pairs that the stage after the warm start met, those met again counted again."""
+    branch = last_branch(config["method"])
+    if branch == "dpo":
+        return config["dpo"]["mined"] if rows else 0
+    return round(config[branch]["batch_size"] * sum(row.get("refill/rounds", 1) for row in rows))
 
 
 def _excursion(rows: list[dict[str, Any]], name: str) -> float | None:

@@ -20,7 +20,6 @@ SETTINGS = {
     "slow": {"rl.learning_rate": 3e-5, "rl.matrix_rate": 0.0004},
     "fast": {"rl.learning_rate": 3e-4, "rl.matrix_rate": 0.004},
     "entropy": {"objective.entropy_weight": 0.02},
-    "no_entropy": {"objective.entropy_weight": 0.0},
     "kl": {"objective.kl": "k3", "objective.kl_weight": 0.05},
     "cool": {"rl.temperature": 0.8},
 }  # fmt: skip
@@ -59,6 +58,7 @@ def half() -> ConfigDict:
     c.dpo.mined //= 2
     c.dpo.steps //= 2
     c.more.steps //= 2
+    c.eval.every = 13  # five times, of which the last three count
     return c
 
 

@@ -59,7 +59,7 @@ def base() -> ConfigDict:
     c.dpo.mined = 2048  # with 8 answers each, a quarter of the budget
     c.dpo.steps = 120
     c.more.steps = round(BUDGET / SFT_STEP)
-    c.eval.every = 13
+    c.eval.every = 22
     c.eval.pairs = 1000
     c.eval.validation_pairs = 512
     c.eval.bootstrap = 0  # intervals are made over seeds and queries, by `experiments.table`

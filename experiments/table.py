@@ -190,16 +190,17 @@ def _cost(found: Found) -> Table:
         cost = [result["cost"] for result in seeds.values()]
         cells = [
             f"{np.mean([c[name] or 0 for c in cost]):,.0f}"
-            for name in ("steps", "tokens_rolled", "tokens_trained", "forward_equivalents")
+            for name in ("steps", "pairs", "tokens_rolled", "tokens_trained", "forward_equivalents")
         ]
         ratio = f"{seconds[run] / seconds['grpo']:.2f}" if seconds.get("grpo") else "-"
         rows.append([run, *cells, ratio, needed(seeds, goal)])
-    columns = ["method", "steps", "tokens rolled", "tokens trained", "forward-equivalents", "time / GRPO's",
-               "budget to reach GRPO's end"]  # fmt: skip
+    columns = ["method", "steps", "labelled pairs", "tokens rolled", "tokens trained", "forward-equivalents",
+               "time / GRPO's", "budget to reach GRPO's end"]  # fmt: skip
     note = (
-        "After the shared warm start. Forward-equivalents: a token sampled or scored counts 1, one trained on 3; a "
-        "prompt once for its group. The budget to reach GRPO's end is that at which the mean validation macro-F1 first "
-        "was what GRPO's was at its end, as a share of what GRPO had spent then."
+        "After the shared warm start. A labelled pair met again counts again. Forward-equivalents: a token sampled or "
+        "scored counts 1, one trained on 3; a prompt once for its group. The budget to reach GRPO's end is that at "
+        "which the mean validation macro-F1 first was what GRPO's was at its end, as a share of what GRPO had spent "
+        "then."
     )
     return Table("Cost", columns, rows, note)
 

@@ -33,10 +33,15 @@ SFT_END = "sft_end"
 # libraries (the continuation is then exact up to rounding only).
 MAY_CHANGE = ("config.eval", "config.log", "config.checkpoint", "config.mesh", "config.workdir", "versions")
 # And the length of a stage that is not over may grow; the learning rate follows the new length from there.
-MAY_GROW = {"sft": ("config.sft.steps",), "rl": ("config.rl.steps", "config.rl.budget", "config.dpo.steps")}
+MAY_GROW = {
+    "sft": ("config.sft.steps",),
+    "rl": ("config.rl.steps", "config.rl.budget", "config.dpo.steps", "config.more.steps"),
+}
 
 # And all that the warm start does not depend on, while nothing has come after it: several runs can share one.
-AHEAD = ("config.method", "config.rl", "config.dpo", "config.reward", "config.objective", "config.guidance")
+AHEAD = (
+    "config.method", "config.rl", "config.dpo", "config.more", "config.reward", "config.objective", "config.guidance",
+)  # fmt: skip
 
 
 class CheckpointError(ValueError):
