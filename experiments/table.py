@@ -34,6 +34,7 @@ METRICS = {
     "all_right": "all right", "adherence": "rule adherence", "format": "well-formed",
 }  # fmt: skip
 _LEGEND_ROWS = 18  # of a column
+_NOTE = "An interval without 0 in it is a difference that other seeds and queries would most likely show too."
 COMPARED = ("macro_f1", "accuracy", "step_accuracy", "all_right", "adherence")
 Found = Mapping[str, Mapping[int, Mapping[str, Any]]]  # results by run and seed
 Measured = Mapping[str, Mapping[str, np.ndarray]]  # by run and metric, [1 + bootstrap]: the mean, and its resamples
@@ -79,6 +80,27 @@ def resampled(found: Found, split: str, bootstrap: int, family: str | None = Non
     return measured
 
 
+def ahead(
+    found: Found, measured: Measured, split: str, reference: str, bootstrap: int
+) -> dict[str, dict[str, np.ndarray]]:
+    """By run and metric, the reference less each other run: over the seeds that both have, so that seeds are paired."""
+    differences = {}
+    for run in measured:
+        seeds = [_finished(found[name]) for name in (reference, run)]
+        if run == reference or not seeds[0] & seeds[1]:
+            continue
+        ours, theirs = measured[reference], measured[run]
+        if seeds[0] != seeds[1]:
+            common = {name: {seed: found[name][seed] for seed in seeds[0] & seeds[1]} for name in (reference, run)}
+            ours, theirs = resampled(common, split, bootstrap).values()
+        differences[run] = {metric: ours[metric] - theirs[metric] for metric in ours}
+    return differences
+
+
+def _finished(seeds: Mapping[int, Mapping[str, Any]]) -> set[int]:
+    return {seed for seed, result in seeds.items() if not result["diverged"]}
+
+
 def measure(values: np.ndarray) -> Measure:
     """Value and interval of [1 + bootstrap]."""
     value, rest = values[0], values[1:][~np.isnan(values[1:])]
@@ -97,15 +119,38 @@ def _judgements(result: Mapping[str, Any], split: str, family: str | None) -> Ju
 
 
 def tables(sweep: Sweep, found: Found, measured: Mapping[str, Measured], bootstrap: int) -> Iterator[Table]:
-    """All tables of a sweep, from its results and what was measured on each split."""
+    """All tables of a sweep, from its results and what was measured on each split; the first is for the README."""
+    differences = {
+        split: ahead(found, of, split, sweep.reference, bootstrap) if sweep.reference in of else {}
+        for split, of in measured.items()
+    }
+    yield _in_short(sweep.reference, found, measured, differences)
     for split, of in measured.items():
         yield _scores(split, found, of)
-        if sweep.reference in of and len(of) > 1:
-            yield _differences(split, sweep.reference, of)
+        if differences[split]:
+            yield _differences(split, sweep.reference, differences[split])
         yield _families(split, found, bootstrap)
         yield _further(split, of)
     yield _stability(found, list(measured))
     yield _cost(found)
+
+
+def _in_short(
+    reference: str, found: Found, measured: Mapping[str, Measured], differences: Mapping[str, Measured]
+) -> Table:
+    """macro-F1 and answers right in every step, on each split, and how far the reference is ahead."""
+    short = {"macro_f1": METRICS["macro_f1"], "all_right": METRICS["all_right"]}
+    columns = ["method", "seeds"]
+    for split in measured:
+        columns += [*(f"{split}: {title}" for title in short.values()), f"{reference} less it, macro-F1"]
+    rows = []
+    for run, seeds in found.items():
+        row = [run, str(len(seeds))]
+        for split, of in measured.items():
+            row += [str(measure(of[run][metric])) if run in of else "diverged" for metric in short]
+            row.append(str(measure(differences[split][run]["macro_f1"])) if run in differences[split] else "")
+        rows.append(row)
+    return Table("In short", columns, rows, _NOTE)
 
 
 def _scores(split: str, found: Found, measured: Measured) -> Table:
@@ -125,14 +170,11 @@ def _further(split: str, measured: Measured) -> Table:
     return Table(f"{split}: further scores", ["method", *names], rows)
 
 
-def _differences(split: str, reference: str, measured: Measured) -> Table:
+def _differences(split: str, reference: str, differences: Measured) -> Table:
     rows = [
-        [run, *(str(measure(measured[reference][metric] - values[metric])) for metric in COMPARED)]
-        for run, values in measured.items()
-        if run != reference
+        [run, *(str(measure(values[metric])) for metric in COMPARED)] for run, values in differences.items()
     ]
-    note = "An interval without 0 in it is a difference that other seeds and queries would most likely show too."
-    return Table(f"{split}: {reference} less each other", ["less", *(METRICS[name] for name in COMPARED)], rows, note)
+    return Table(f"{split}: {reference} less each other", ["less", *(METRICS[name] for name in COMPARED)], rows, _NOTE)
 
 
 def _families(split: str, found: Found, bootstrap: int) -> Table:

@@ -134,6 +134,20 @@ def test_a_measure_by_hand() -> None:
     assert str(table.measure(np.array([np.nan, 1.0]))) == "-"
 
 
+def test_a_difference_is_one_over_the_seeds_that_both_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    def means(found: table.Found, split: str, bootstrap: int) -> dict[str, dict[str, np.ndarray]]:
+        score = {"agrl": 10.0, "grpo": 1.0, "dpo": 2.0, "rrs": 3.0}
+        return {run: {"macro_f1": np.array([np.mean([score[run] * (s + 1) for s in of])])} for run, of in found.items()}
+
+    monkeypatch.setattr(table, "resampled", means)
+    fine, diverged = {"diverged": False}, {"diverged": True}
+    found = {
+        "agrl": {0: fine, 1: fine}, "grpo": {0: fine, 1: fine}, "dpo": {1: fine, 2: fine}, "rrs": {1: diverged}
+    }  # fmt: skip
+    differences = table.ahead(found, means(found, "", 0), "b_eval", "agrl", 0)
+    assert {run: float(of["macro_f1"][0]) for run, of in differences.items()} == {"grpo": 15 - 1.5, "dpo": 20 - 4}
+
+
 def fake(macro_f1: list[float], diverged: bool = False) -> dict:
     points = [{"step": 10 * i, "tokens": 1e5 * i, "macro_f1": value} for i, value in enumerate(macro_f1, start=1)]
     return {"validation": points, "diverged": diverged}
