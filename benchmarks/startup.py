@@ -32,6 +32,7 @@ from agrl_jax.policy import loading
 from agrl_jax.policy.smollm2 import NotInstalledError, find_smollm2
 from agrl_jax.policy.tokenizer import Tokenizer, train_bpe
 from agrl_jax.rulebook import book, wording
+from agrl_jax.runtime.memory import with_huge_pages
 from agrl_jax.runtime.metrics import MetricsWriter, read_jsonl
 from agrl_jax.types import Batch
 from benchmarks import machine, results, table
@@ -156,4 +157,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    with_huge_pages()
     app.run(main)
