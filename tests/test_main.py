@@ -181,6 +181,25 @@ def test_preferences_are_mined_learnt_from_and_mined_again_by_a_run_that_resumes
 
 
 @pytest.mark.slow
+def test_supervised_training_goes_on_from_the_warm_start_in_place_of_rl(
+    tmp_path: Path, data_dir: Path, cache_dir: Path
+) -> None:
+    """With adapters; of whole weights a sweep is tested."""
+    lora = ("--config.lora.rank=2", "--config.lora.stages=rl", "--config.more.matrix_rate=0")
+    overrides = ("--config.method=sft_all", "--config.more.source=train", "--config.eval.pairs=8", *lora)
+    finish(start(tmp_path, data_dir, cache_dir, "--config.more.steps=20", *overrides))
+    output = finish(start(tmp_path, data_dir, cache_dir, "--config.more.steps=24", *overrides))
+    assert "resuming from rl step 20" in output
+    assert set(json.loads((tmp_path / "scorecard.json").read_text())) == {"sft", "sft_all"}
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    loss = {stage: [row["policy/loss"] for row in rows if row["stage"] == stage] for stage in ("sft", "rl")}
+    assert len(loss["rl"]) == 24 and loss["rl"][0] < loss["sft"][0] and min(loss["rl"]) < min(loss["sft"])
+    after = [row for row in rows if row["stage"] == "rl"]
+    assert {row["compiles"] for row in after} == {1} and "validation/macro_f1" in after[-1]
+    assert after[-1]["budget/spent"] == sum(row["budget/tokens"] for row in after)
+
+
+@pytest.mark.slow
 def test_trains_on_pairs_of_which_the_tier_alone_is_known(tmp_path: Path, data_dir: Path, cache_dir: Path) -> None:
     lines = (ROOT / "examples" / "pairs.csv").read_text().splitlines()
     rows = list(csv.DictReader(lines))
