@@ -142,7 +142,7 @@ def _in_short(
     short = {"macro_f1": METRICS["macro_f1"], "all_right": METRICS["all_right"]}
     columns = ["method", "seeds"]
     for split in measured:
-        columns += [*(f"{split}: {title}" for title in short.values()), f"{reference} less it, macro-F1"]
+        columns += [f"{split}: {title}" for title in (*short.values(), f"macro-F1 of {reference} less it")]
     rows = []
     for run, seeds in found.items():
         row = [run, str(len(seeds))]
