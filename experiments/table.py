@@ -205,7 +205,8 @@ def _stability(found: Found, splits: Sequence[str]) -> Table:
         cells = []
         for split in splits:
             scores = [result["scores"][split]["macro_f1"] for result in finished]
-            cells.append(f"{np.std(scores):.3f}, {min(scores):.3f}" if scores else "-")
+            spread = f"{np.std(scores):.3f}" if len(scores) > 1 else "-"  # of one seed there is none
+            cells.append(f"{spread}, {min(scores):.3f}" if scores else "-")
         cells += [str(len(every) - len(finished)), str(sum(result["skipped"] for result in every))]
         cells += [_ends(every, name) for name in ("reward/equal_groups", "policy/entropy")]
         cells += [_mean([result["excursions"][name] for result in every]) for name in ("optim/grad_norm", "policy/kl")]
@@ -288,6 +289,12 @@ def write_csv(path: Path, found: Found, measured: Mapping[str, Measured]) -> Non
                     out.writerow([split, run, len(found[run]), metric, *measure(values[metric])])
 
 
+def _label(found: Found, run: str) -> str:
+    """The name of a run in a plot, with its seeds where others have more."""
+    number, most = len(found[run]), max(map(len, found.values()))
+    return run if number == most else f"{run} ({number} of {most} seeds)"
+
+
 def plot_scores(path: Path, found: Found, measured: Mapping[str, Measured]) -> None:
     """macro-F1 of every run on every split, with intervals, and each seed as a dot."""
     size = (5 * len(measured), 0.35 * len(found) + 1.5)
@@ -300,7 +307,7 @@ def plot_scores(path: Path, found: Found, measured: Mapping[str, Measured]) -> N
             panel.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="s", color="C0", capsize=3)
             seeds = [result["scores"][split]["macro_f1"] for result in found[run].values() if not result["diverged"]]
             panel.plot(seeds, [y] * len(seeds), ".", color="C1", alpha=0.7)
-        panel.set_yticks(range(len(found)), list(reversed(list(found))))
+        panel.set_yticks(range(len(found)), [_label(found, run) for run in reversed(list(found))])
         panel.set_ylim(-0.6, len(found) - 0.4)
         panel.set_title(f"{split}: macro-F1", fontsize=10)
         panel.grid(alpha=0.3)
@@ -315,7 +322,7 @@ def plot_curves(path: Path, found: Found) -> None:
     for i, (run, seeds) in enumerate(found.items()):
         curve = mean_curve(seeds)
         if len(curve):
-            panel.plot(curve[:, 0] / 1e6, curve[:, 1], marker="os^v"[i % 4], markersize=3, label=run)
+            panel.plot(curve[:, 0] / 1e6, curve[:, 1], marker="os^v"[i % 4], markersize=3, label=_label(found, run))
     panel.set_xlabel("million forward-equivalent tokens")
     panel.set_ylabel("validation macro-F1")
     panel.grid(alpha=0.3)
@@ -327,7 +334,10 @@ def plot_curves(path: Path, found: Found) -> None:
 
 def plot_training(path: Path, found: Found) -> None:
     """How steady training was: what was watched at every RL step, means over seeds and short stretches of steps."""
-    names = results.WATCHED
+    every = [result["watched"] for seeds in found.values() for result in seeds.values()]
+    names = [name for name in results.WATCHED if any(watched[name] for watched in every)]
+    if not names:
+        return
     figure, axes = plt.subplots(2, -(-len(names) // 2), figsize=(4.2 * -(-len(names) // 2), 6), layout="constrained")
     shown = {}
     for panel, name in zip(axes.flat, names, strict=False):
@@ -338,7 +348,8 @@ def plot_training(path: Path, found: Found) -> None:
             length = min(map(len, curves))
             curve = np.mean([curve[:length] for curve in curves], axis=0)
             share = (np.arange(length) + 0.5) / length
-            (shown[run],) = panel.plot(share, curve, color=f"C{i % 10}", ls=("-", "--")[i // 10 % 2], lw=1)
+            line = panel.plot(share, curve, color=f"C{i % 10}", ls=("-", "--")[i // 10 % 2], lw=1)
+            shown[_label(found, run)] = line[0]
         panel.set_title(name, fontsize=10)
         panel.set_xlabel("share of the budget", fontsize=8)
         panel.grid(alpha=0.3)
