@@ -184,9 +184,7 @@ def test_preferences_are_mined_learnt_from_and_mined_again_by_a_run_that_resumes
 def test_supervised_training_goes_on_from_the_warm_start_in_place_of_rl(
     tmp_path: Path, data_dir: Path, cache_dir: Path
 ) -> None:
-    """With adapters; of whole weights a sweep is tested."""
-    lora = ("--config.lora.rank=2", "--config.lora.stages=rl", "--config.more.matrix_rate=0")
-    overrides = ("--config.method=sft_all", "--config.more.source=train", "--config.eval.pairs=8", *lora)
+    overrides = ("--config.method=sft_all", "--config.more.source=sft", "--config.eval.pairs=8")
     finish(start(tmp_path, data_dir, cache_dir, "--config.more.steps=20", *overrides))
     output = finish(start(tmp_path, data_dir, cache_dir, "--config.more.steps=24", *overrides))
     assert "resuming from rl step 20" in output
