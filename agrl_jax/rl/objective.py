@@ -131,13 +131,36 @@ def token_logprobs(
 
     @jax.checkpoint
     def one_chunk(hidden: Array, tokens: Array) -> tuple[Array, Array]:
-        logp = jax.nn.log_softmax(unembed(hidden) / temperature)
-        entropy = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
-        return jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0], entropy
+        logits = unembed(hidden) / temperature
+        peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+        share = jnp.exp(logits - peak[..., None])  # once, for both sums
+        total = jnp.sum(share, axis=-1)
+        mean = jnp.sum(share * logits, axis=-1) / total
+        total = peak + jnp.log(total)
+        return _logit_of(logits, tokens) - total, total - mean
 
     xs = pieces(flat_hidden), pieces(flat_tokens)
     _, (logp, entropy) = jax.lax.scan(lambda _, xs: (None, one_chunk(*xs)), None, xs)
     return tuple(x.swapaxes(0, 1).reshape(len(x[0]), -1)[:, :number].reshape(tokens.shape) for x in (logp, entropy))
+
+
+@jax.custom_vjp
+def _logit_of(logits: Array, tokens: Array) -> Array:
+    """logits [..., V] at tokens [...]. By itself the gradient of a look-up scatters into zeros as large as the logits,
+    and each step of that passes over memory; written as a comparison, it becomes part of the softmax's gradient."""
+    return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+
+
+def _logit_of_forward(logits: Array, tokens: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _logit_of(logits, tokens), (tokens, jnp.arange(logits.shape[-1]))
+
+
+def _logit_of_backward(kept: tuple[Array, Array], slope: Array) -> tuple[Array, None]:
+    tokens, vocabulary = kept
+    return jnp.where(vocabulary == tokens[..., None], slope[..., None], 0.0), None
+
+
+_logit_of.defvjp(_logit_of_forward, _logit_of_backward)
 
 
 # -------------------------------------------------------------------------------------------- losses
