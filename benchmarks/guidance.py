@@ -25,7 +25,7 @@ from agrl_jax.rl.step import StepConfig
 from agrl_jax.runtime.memory import with_huge_pages
 from agrl_jax.types import Batch, TrainState
 from benchmarks import machine, results, table, workload
-from benchmarks.options import DTYPE, OUT, REPEATS
+from benchmarks.options import CHUNK, DTYPE, OUT, REPEATS
 from benchmarks.workload import Workload
 
 _MODELS = flags.DEFINE_list("models", ["quickstart", "smollm2"], "shapes of policies, whose weights are random")
@@ -74,7 +74,7 @@ def _config(work: workload.Work, capacity: float) -> StepConfig:
         threshold=0.0, capacity=capacity, replace=work.group_size // 2, source="gold", level="fixed",
         initial_level=1.0, eta=0.0, per_family=False, cap="none",
     )  # fmt: skip
-    return workload.step_config(work, guided=guided if capacity else None)
+    return workload.step_config(work, guided=guided if capacity else None, logprob_chunk=CHUNK.value)
 
 
 def _guidable(load: Workload, share: float) -> Batch:

@@ -20,11 +20,10 @@ from absl import app, flags
 from agrl_jax.policy.transformer import PolicyConfig
 from agrl_jax.runtime.memory import with_huge_pages
 from benchmarks import machine, phases, results, table, workload
-from benchmarks.options import DTYPE, MODEL, OUT, REPEATS, WORK
+from benchmarks.options import CHUNK, DTYPE, MODEL, OUT, REPEATS, WORK
 from benchmarks.workload import Work, Workload
 
 _MICRO = flags.DEFINE_integer("micro_batches", 1, "pieces of the batch in reference and gradient", lower_bound=1)
-_CHUNK = flags.DEFINE_integer("logprob_chunk", 0, "positions whose logits are held at once; 0: all", lower_bound=0)
 _REMAT = flags.DEFINE_bool("remat", False, "recompute layers in the backward pass")
 _BATCHES = flags.DEFINE_list("batches", [], "numbers of answers to decode at once, besides those of the work")
 
@@ -49,7 +48,7 @@ def launch_floor(shape: PolicyConfig, work: Work, limits: dict[str, float]) -> f
 
 
 def _load(shape: PolicyConfig, work: Work) -> Workload:
-    config = workload.step_config(work, micro_batches=_MICRO.value, logprob_chunk=_CHUNK.value)
+    config = workload.step_config(work, micro_batches=_MICRO.value, logprob_chunk=CHUNK.value)
     return workload.build(workload.draw(shape), work, config)
 
 

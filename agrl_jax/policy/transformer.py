@@ -211,23 +211,34 @@ class Attention(nnx.Module):
 
     def __call__(self, q: Array, k: Array, v: Array, offset: Array | int, prefix: _LayerPrefix | None) -> Array:
         """Attends from n queries at slots offset + i to keys k [B, G, t, K, head_dim] at slots j <= offset + i,
-        and to every valid key of the prompt. Returns [B, G, n, D]."""
+        and to every valid key of the prompt. Returns [B, G, n, D].
+
+        One softmax over both segments, never put together: exponentials of each less the peak of both, whose sums
+        are divided by at last. A fifth less time outside of the products than with concatenated scores, on a CPU.
+        """
         cfg = self.cfg
         b, g, n, _, f = q.shape
         q = q.reshape(b, g, n, cfg.kv_heads, cfg.heads // cfg.kv_heads, f) * f**-0.5
-        scores = jnp.einsum("bgnkqf,bgtkf->bgkqnt", q, k, preferred_element_type=jnp.float32)
+        own = jnp.einsum("bgnkqf,bgtkf->bgkqnt", q, k, preferred_element_type=jnp.float32)
         visible = jnp.arange(k.shape[2])[None, :] <= offset + jnp.arange(n)[:, None]
-        scores = jnp.where(visible, scores, _MASKED)
-        if prefix is not None:
-            prompt = jnp.einsum("bgnkqf,bskf->bgkqns", q, prefix.k, preferred_element_type=jnp.float32)
+        own = jnp.where(visible, own, _MASKED)
+        peak = jnp.max(own, axis=-1)
+        if prefix is not None:  # laid out as its product leaves it: only what is small is transposed
+            prompt = jnp.einsum("bgnkqf,bskf->bkgqns", q, prefix.k, preferred_element_type=jnp.float32)
             valid = jnp.arange(prefix.k.shape[1]) < prefix.length[:, None]
             prompt = jnp.where(valid[:, None, None, None, None, :], prompt, _MASKED)
-            scores = jnp.concatenate([prompt, scores], axis=-1)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        own = weights[..., -k.shape[2] :]
-        mixed = jnp.einsum("bgkqnt,bgtkf->bgnkqf", own, v)
+            peak = jnp.maximum(peak, jnp.max(prompt, axis=-1).swapaxes(1, 2))
+        peak = jax.lax.stop_gradient(peak)
+        own = jnp.exp(own - peak[..., None])
+        total = jnp.sum(own, axis=-1)
+        mixed = jnp.einsum("bgkqnt,bgtkf->bgkqnf", own.astype(v.dtype), v, preferred_element_type=jnp.float32)
         if prefix is not None:
-            mixed += jnp.einsum("bgkqns,bskf->bgnkqf", weights[..., : -k.shape[2]], prefix.v)
+            prompt = jnp.exp(prompt - peak.swapaxes(1, 2)[..., None])
+            total += jnp.sum(prompt, axis=-1).swapaxes(1, 2)
+            prompt = prompt.astype(v.dtype)
+            answer = jnp.einsum("bkgqns,bskf->bkgqnf", prompt, prefix.v, preferred_element_type=jnp.float32)
+            mixed += answer.swapaxes(1, 2)
+        mixed = jnp.moveaxis(mixed / total[..., None], 4, 2).astype(v.dtype)
         return linear(mixed.reshape(b, g, n, cfg.heads, f), _cast(self.out, v.dtype), inputs=2)
 
 
@@ -391,8 +402,12 @@ def _forward(
 
     prefix_kv = None if prefix is None else (prefix.k, prefix.v)
     kept = (None, None) if cache is None else (cache.k, cache.v)
-    body = jax.checkpoint(layer, prevent_cse=False) if cfg.remat else layer
     unroll = cfg.layers if cfg.layers <= _UNROLLED else 1
+    body = layer
+    if cfg.remat:
+        body = jax.checkpoint(layer, prevent_cse=False)
+    elif unroll == 1:  # keeps the products: SmolLM2's gradient as fast on a CPU, with 2.2 GB of residuals for 6.0
+        body = jax.checkpoint(layer, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
     xs = (weights, prefix_kv, jnp.arange(cfg.layers))
     (x, kept), (fresh, seen) = jax.lax.scan(body, (x, kept), xs, unroll=unroll)
     return rms_norm(x, model.final_norm[...], cfg.norm_eps), Cache(*(fresh if cache is None else kept)), seen
