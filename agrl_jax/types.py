@@ -94,8 +94,8 @@ class Reading:
 class Prefix:
     """Keys and values of the prompts, computed once per example and shared by its group."""
 
-    k: Array  # [L, B, S, K, D/H] compute dtype
-    v: Array  # [L, B, S, K, D/H]
+    k: Array  # [L, B, K, S, D/H] compute dtype
+    v: Array  # [L, B, K, S, D/H]
     length: Array  # [B] int32 valid entries
     last_hidden: Array  # [B, D] final hidden state at the last prompt token
 
@@ -104,8 +104,8 @@ class Prefix:
 class Cache:
     """Keys and values of the responses themselves."""
 
-    k: Array  # [L, B, G, T, K, D/H]
-    v: Array  # [L, B, G, T, K, D/H]
+    k: Array  # [L, B, G, K, T, D/H]
+    v: Array  # [L, B, G, K, T, D/H]
 
 
 @struct.dataclass

@@ -182,7 +182,7 @@ def test_types_of_parameters_states_and_logits(dtype):
     params = jax.eval_shape(init, jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
     cache = jax.eval_shape(lambda: policy.init_cache(2, 3, 5))
-    assert cache.k.shape == cache.v.shape == (9, 2, 3, 5, 2, 6) and cache.k.dtype == jnp.dtype(dtype)
+    assert cache.k.shape == cache.v.shape == (9, 2, 3, 2, 5, 6) and cache.k.dtype == jnp.dtype(dtype)
     hidden, _ = jax.eval_shape(policy.apply, params, tokens((2, 3, 5)), cache=cache)
     assert hidden.shape == (2, 3, 5, 20) and hidden.dtype == jnp.dtype(dtype)
     logits = jax.eval_shape(policy.unembed, params, hidden)

@@ -30,7 +30,7 @@ _UNROLLED = 8  # stacks up to this deep are unrolled: a quarter off the gradient
 # Logical axes of activations.
 _HIDDEN = ("batch", None, None, None)  # [B, G, n, D]
 _QUERIES = ("batch", None, None, "heads", None)  # [B, G, n, H, head_dim]
-_KEYS = ("batch", None, None, "kv_heads", None)  # [B, G, n, K, head_dim], and values
+_KEYS = ("batch", None, "kv_heads", None, None)  # [B, G, K, n, head_dim], and values
 _MASKED = -1e30  # finite, so that a query which may see nothing yields a mean, never a NaN
 
 
@@ -196,7 +196,10 @@ class Attention(nnx.Module):
             self.k_norm = _ones(f, "head_dim", dtype)
 
     def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
-        """Queries [B, G, n, H, head_dim], keys and values [B, G, n, K, head_dim], rotated."""
+        """Queries [B, G, n, H, head_dim], keys and values [B, G, K, n, head_dim], rotated.
+
+        Keys and values stand as attention reads them, so that no step of decoding transposes the cache.
+        """
         cfg, dtype = self.cfg, x.dtype
         q, k, v = (linear(x, _cast(weight, dtype)) for weight in (self.q, self.k, self.v))
         if cfg.bias:
@@ -207,10 +210,10 @@ class Attention(nnx.Module):
         if cfg.qk_norm:
             q, k = rms_norm(q, self.q_norm[...], cfg.norm_eps), rms_norm(k, self.k_norm[...], cfg.norm_eps)
         rope = rope_frequencies(cfg)
-        return rotate(q, positions, *rope), rotate(k, positions, *rope), v
+        return rotate(q, positions, *rope), rotate(k, positions, *rope).swapaxes(2, 3), v.swapaxes(2, 3)
 
     def __call__(self, q: Array, k: Array, v: Array, offset: Array | int, prefix: _LayerPrefix | None) -> Array:
-        """Attends from n queries at slots offset + i to keys k [B, G, t, K, head_dim] at slots j <= offset + i,
+        """Attends from n queries at slots offset + i to keys k [B, G, K, t, head_dim] at slots j <= offset + i,
         and to every valid key of the prompt. Returns [B, G, n, D].
 
         One softmax over both segments, never put together: exponentials of each less the peak of both, whose sums
@@ -219,24 +222,24 @@ class Attention(nnx.Module):
         cfg = self.cfg
         b, g, n, _, f = q.shape
         q = q.reshape(b, g, n, cfg.kv_heads, cfg.heads // cfg.kv_heads, f) * f**-0.5
-        own = jnp.einsum("bgnkqf,bgtkf->bgkqnt", q, k, preferred_element_type=jnp.float32)
-        visible = jnp.arange(k.shape[2])[None, :] <= offset + jnp.arange(n)[:, None]
+        own = jnp.einsum("bgnkqf,bgktf->bgkqnt", q, k, preferred_element_type=jnp.float32)
+        visible = jnp.arange(k.shape[3])[None, :] <= offset + jnp.arange(n)[:, None]
         own = jnp.where(visible, own, _MASKED)
         peak = jnp.max(own, axis=-1)
         if prefix is not None:  # laid out as its product leaves it: only what is small is transposed
-            prompt = jnp.einsum("bgnkqf,bskf->bkgqns", q, prefix.k, preferred_element_type=jnp.float32)
-            valid = jnp.arange(prefix.k.shape[1]) < prefix.length[:, None]
+            prompt = jnp.einsum("bgnkqf,bksf->bkgqns", q, prefix.k, preferred_element_type=jnp.float32)
+            valid = jnp.arange(prefix.k.shape[2]) < prefix.length[:, None]
             prompt = jnp.where(valid[:, None, None, None, None, :], prompt, _MASKED)
             peak = jnp.maximum(peak, jnp.max(prompt, axis=-1).swapaxes(1, 2))
         peak = jax.lax.stop_gradient(peak)
         own = jnp.exp(own - peak[..., None])
         total = jnp.sum(own, axis=-1)
-        mixed = jnp.einsum("bgkqnt,bgtkf->bgkqnf", own.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        mixed = jnp.einsum("bgkqnt,bgktf->bgkqnf", own.astype(v.dtype), v, preferred_element_type=jnp.float32)
         if prefix is not None:
             prompt = jnp.exp(prompt - peak.swapaxes(1, 2)[..., None])
             total += jnp.sum(prompt, axis=-1).swapaxes(1, 2)
             prompt = prompt.astype(v.dtype)
-            answer = jnp.einsum("bkgqns,bskf->bkgqnf", prompt, prefix.v, preferred_element_type=jnp.float32)
+            answer = jnp.einsum("bkgqns,bksf->bkgqnf", prompt, prefix.v, preferred_element_type=jnp.float32)
             mixed += answer.swapaxes(1, 2)
         mixed = jnp.moveaxis(mixed / total[..., None], 4, 2).astype(v.dtype)
         return linear(mixed.reshape(b, g, n, cfg.heads, f), _cast(self.out, v.dtype), inputs=2)
@@ -341,7 +344,7 @@ class Transformer(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclass
 class _LayerPrefix:
-    """One layer of a `Prefix`: k, v [B, S, K, head_dim], length [B]."""
+    """One layer of a `Prefix`: k, v [B, K, S, head_dim], length [B]."""
 
     k: Array
     v: Array
@@ -388,7 +391,7 @@ def _forward(
             if cache_k is None:
                 fresh.extend((k, v))
                 return k, v
-            at = (index, 0, 0, offset, 0, 0)  # in place: the whole cache is carried, never copied layer by layer
+            at = (index, 0, 0, 0, offset, 0)  # in place: the whole cache is carried, never copied layer by layer
             full_k = jax.lax.dynamic_update_slice(cache_k, k[None], at)
             full_v = jax.lax.dynamic_update_slice(cache_v, v[None], at)
             fresh.extend((full_k, full_v))
@@ -463,7 +466,7 @@ def build(cfg: PolicyConfig, layout: Layout = ANYWHERE) -> tuple[Policy, Callabl
         return layout.place(logits, ("batch", *[None] * (logits.ndim - 2), "vocab"))
 
     def init_cache(batch: int, group: int, length: int) -> Cache:
-        shape = (cfg.layers, batch, group, length, cfg.kv_heads, cfg.head_dim)
+        shape = (cfg.layers, batch, group, cfg.kv_heads, length, cfg.head_dim)
         empty = layout.place(jnp.zeros(shape, cfg.compute_dtype), ("layers", *_KEYS))
         return Cache(k=empty, v=empty)
 

@@ -24,6 +24,7 @@ from agrl_jax.types import Array, Cache, Params, Policy, Prefix, Rollout, RuleTa
 PURPOSE_ROLLOUT, PURPOSE_REPLAY, PURPOSE_EVALUATE, PURPOSE_JUDGE, PURPOSE_MINE = range(5)
 
 _NEVER = -1e30  # logit of a token the grammar forbids
+_BLOCK = 128  # tokens whose probabilities are added up before one of them is chosen
 
 
 def run_prompt(policy: Policy, params: Params, prompt: Array, prompt_len: Array) -> tuple[Prefix, Array]:
@@ -65,14 +66,27 @@ def choose(logits: Array, uniform: Array, temperature: float) -> tuple[Array, Ar
     if temperature == 0:
         token = jnp.argmax(logits, axis=-1)
     else:
+        # First the block of tokens, then the token within: one pass over the vocabulary; a running sum takes several.
         probability = jnp.exp(logp)
-        # Rounding in the parallel sum lifts it at tokens of probability 0 too: those are left out, and the
-        # mark is held strictly below what the others reach, so that one of them is always above it.
-        reached = jnp.where(probability > 0, jnp.cumsum(probability, axis=-1), 0.0)
-        total = jnp.max(reached, axis=-1)
-        mark = jnp.minimum(uniform * total, jnp.nextafter(total, 0.0))
-        token = jnp.argmax(reached > mark[..., None], axis=-1)
+        padding = [(0, 0)] * (probability.ndim - 1) + [(0, -probability.shape[-1] % _BLOCK)]
+        blocks = jnp.pad(probability, padding).reshape(*probability.shape[:-1], -1, _BLOCK)
+        block, rest = _invert(jnp.sum(blocks, axis=-1), uniform)
+        within = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+        token = _BLOCK * block + _invert(within, rest)[0]
     return token.astype(jnp.int32), jnp.take_along_axis(logp, token[..., None], axis=-1)[..., 0]
+
+
+def _invert(weights: Array, uniform: Array) -> tuple[Array, Array]:
+    """The index [...] at which the running sum of `weights` [..., n] passes the share `uniform` [...] of their total,
+    never that of a weight of 0; and how far into that weight, in [0, 1)."""
+    # Rounding in the parallel sum lifts it at weights of 0 too: those are left out, and the mark is held strictly
+    # below what the others reach, so that one of them is always above it.
+    reached = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0.0)
+    total = jnp.max(reached, axis=-1)
+    mark = jnp.minimum(uniform * total, jnp.nextafter(total, 0.0))
+    index = jnp.argmax(reached > mark[..., None], axis=-1)
+    weight, end = (jnp.take_along_axis(x, index[..., None], axis=-1)[..., 0] for x in (weights, reached))
+    return index, jnp.clip(1 - (end - mark) / weight, 0.0, jnp.nextafter(1.0, 0.0))
 
 
 @struct.dataclass
