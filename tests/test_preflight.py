@@ -225,8 +225,11 @@ def test_matrix_operations_of_the_step_worked_out_by_hand(monkeypatch, layers, l
     prefill = b * s * layers * (linear + attending(s))
     assert found["prefill"] == prefill
     assert found["decode"] == b * g * t * (layers * (linear + attending(s + t)) + head)
-    forward = prefill + b * g * (t - 1) * layers * (linear + attending(s + t - 1))
-    assert found["loss"] == 3 * forward + 4 * b * g * t * head  # logits are made again in the backward pass
+    answers = b * g * (t - 1)
+    forward = prefill + answers * layers * (linear + attending(s + t - 1))
+    again = b * s * layers * attending(s) + answers * layers * attending(s + t - 1)
+    # Attention of scanned layers and the logits are made again in the backward pass.
+    assert found["loss"] == 3 * forward + again + 4 * b * g * t * head
     slots, replace = b // 2, 2
     parallel = slots * replace * t * layers * (linear + attending(s + t))  # the forced prefix, over the cache
     assert found["replay"] == parallel + slots * replace * t * (layers * (linear + attending(s + t)) + head)
