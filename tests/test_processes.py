@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_main import ROOT, without_times
+from test_main import QUICK, ROOT, without_times
 
 pytestmark = pytest.mark.slow
 
@@ -29,8 +29,8 @@ class Job:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(shared / "cache"),
+        environment = os.environ | QUICK | {
+            "JAX_COMPILATION_CACHE_DIR": str(shared / "cache"),
             "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(number),
         }  # fmt: skip
         arguments = [f"--workdir={workdir}", *(["--distributed"] if number > 1 else []), *overrides]
