@@ -353,6 +353,8 @@ def plot_training(path: Path, found: Found) -> None:
         panel.set_title(name, fontsize=10)
         panel.set_xlabel("share of the budget", fontsize=8)
         panel.grid(alpha=0.3)
+    for panel in axes.flat[len(names) :]:
+        panel.set_axis_off()
     if shown:
         figure.legend(shown.values(), shown, loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=120)
