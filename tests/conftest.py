@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from agrl_jax.data import benchmark, catalog
 from agrl_jax.policy.transformer import PolicyConfig, build
 from agrl_jax.rulebook import wording
 from agrl_jax.rulebook.automaton import compile_tables
@@ -122,6 +123,16 @@ def close() -> Callable[..., None]:
         jax.tree_util.tree_map_with_path(leaf, actual, expected)
 
     return check
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The benchmark where a run finds it, with some pairs of each split: reading all takes longer than such a run."""
+    folder, make = tmp_path_factory.mktemp("data"), catalog.splits
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalog, "splits", lambda seed: make(seed, dict.fromkeys(catalog.SIZES, 1000)))
+        benchmark.builder(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")

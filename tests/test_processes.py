@@ -35,7 +35,7 @@ class Job:
         }  # fmt: skip
         arguments = [f"--workdir={workdir}", *(["--distributed"] if number > 1 else []), *overrides]
         if command == "main":
-            arguments += [f"--config={ROOT / 'tests' / 'tiny.py'}", f"--config.data.dir={shared / 'data'}", *SAME]
+            arguments += [f"--config={ROOT / 'tests' / 'tiny.py'}", f"--config.data.dir={shared}", *SAME]
         self.workdir = workdir
         self.processes = [
             subprocess.Popen(
@@ -63,9 +63,9 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The benchmark and compiled programs, for all runs of this file."""
-    return tmp_path_factory.mktemp("shared")
+def shared(data_dir: Path) -> Path:
+    """The benchmark, and beside it compiled programs and workdirs, for all runs of this file."""
+    return data_dir
 
 
 @pytest.fixture(scope="module")
