@@ -232,6 +232,12 @@ def test_the_command_refuses_a_bad_field_by_name(
     assert said in refused(tmp_path, data_dir, cache_dir, override)
 
 
+def test_the_command_refuses_a_bad_pairs_file(tmp_path: Path, data_dir: Path, cache_dir: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text("query,title,label\nboots,Boot,4\nboots,Shoe,7\n")
+    assert "row 2" in refused(tmp_path, data_dir, cache_dir, f"--config.data.path={path}", config="tiny.py:pairs")
+
+
 def refusal(workdir: Path, variant: str, **fields: object) -> str:
     """What `train`, whose user errors the command prints, raises for these fields of the tiny config."""
     config = tiny.get_config(variant)

@@ -34,7 +34,7 @@ from agrl_jax.runtime import processes, sharding
 from agrl_jax.types import Batch, TrainState
 from configs import common
 
-MESHES = ("8x1x1", "1x8x1", "2x2x2")
+MESHES = ("8x1x1", "1x8x1", "2x2x2", "1x2x4")
 
 
 def run_on_eight(function: str, *args: str, number: int = 1) -> str:
@@ -68,12 +68,14 @@ def mesh_of(sizes: str) -> jax.sharding.Mesh:
 
 @pytest.mark.slow
 def test_eight_devices_take_the_same_steps_as_one():
-    assert "compared: 8x1x1 1x8x1 2x2x2; flipped tokens: 0" in run_on_eight("compare", *MESHES)
+    assert "compared: 8x1x1 1x8x1 2x2x2 1x2x4; flipped tokens: 0" in run_on_eight("compare", *MESHES)
 
 
 @pytest.mark.slow
-def test_so_do_two_processes():
-    assert run_on_eight("compare", "1x2x4", number=2).count("compared: 1x2x4; flipped tokens: 0") == 2
+@pytest.mark.parametrize(("number", "sizes"), [(2, "1x2x4"), (4, "2x2x2")])
+def test_so_do_several_processes(number, sizes):
+    said = run_on_eight("compare", sizes, number=number)
+    assert said.count(f"compared: {sizes}; flipped tokens: 0") == number
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ class Job:
         }  # fmt: skip
         arguments = [f"--workdir={workdir}", *(["--distributed"] if number > 1 else []), *overrides]
         if command == "main":
-            arguments += [f"--config={ROOT / 'tests' / 'tiny.py'}", f"--config.data.dir={shared}", *SAME]
+            arguments += [f"--config={ROOT / 'tests' / 'tiny.py'}", f"--config.data.dir={shared / 'data'}", *SAME]
         self.workdir = workdir
         self.processes = [
             subprocess.Popen(
@@ -63,9 +63,11 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def shared(data_dir: Path) -> Path:
-    """The benchmark, and beside it compiled programs and workdirs, for all runs of this file."""
-    return data_dir
+def shared(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path:
+    """The benchmark and compiled programs, for all runs of this file."""
+    folder = tmp_path_factory.mktemp("shared")
+    (folder / "data").symlink_to(data_dir)
+    return folder
 
 
 @pytest.fixture(scope="module")
