@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from agrl_jax.runtime.config import ConfigError, exit_with, last_branch
+from agrl_jax.runtime.config import ConfigError, exit_with, last_branch, parse_flags
 from agrl_jax.runtime.metrics import console_table, say
 from experiments import results, search, study
 
@@ -64,6 +64,7 @@ def _end(seeds: Mapping[int, dict]) -> float:
 
 def main(argv: list[str]) -> None:
     """Exit code 2 where there is nothing to choose from yet."""
+    parse_flags(argv)
     try:
         fields, rows = choose()
     except ConfigError as error:

@@ -39,7 +39,7 @@ def write(sweep: Sweep, run: str, seed: int, workdir: Path, diverged: bool, dige
         "seed": seed,
         "diverged": diverged,
         "labels": study.LABELS[method],
-        "fields": dict(sweep.runs[run]) | (study.tuned().get(method, {}) if sweep.tuned else {}),
+        "fields": sweep.fields(run),
         "stage": stage,
         "scores": {} if diverged else {split: _values(card) for split, card in cards[stage].items()},
         "start": {split: _values(card) for split, card in cards["sft"].items()},

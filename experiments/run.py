@@ -27,7 +27,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from agrl_jax.runtime.config import ConfigError, exit_with
+from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
 from agrl_jax.runtime.metrics import progress, say
 from experiments import results, study
 from experiments.study import Sweep
@@ -212,7 +212,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_list("only", [], "Names of runs; by default all.")
     flags.DEFINE_list("seeds", [], "Seeds; by default all.")
     overrides = [word for word in argv if word.startswith("--config.")]
-    flags.FLAGS([word for word in argv if word not in overrides])
+    parse_flags([word for word in argv if word not in overrides])
     values = flags.FLAGS
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -84,14 +84,19 @@ class Sweep:
     def get_config(self, arg: str | None = None) -> ConfigDict:
         """The config of one run: `RUN` or `RUN,seed=K`."""
         spec = parse_arg(arg, variant=tuple(self.runs), seed=0)
-        fields = dict(self.runs[spec.variant])
-        method = fields.pop("method", spec.variant)
+        method = self.runs[spec.variant].get("method", spec.variant)
         c = common.with_method(self.base(), method)
         c.seed = spec.seed
         if last_branch(method) == "more":
             c.eval.every *= 3  # its steps are a third as long
-        c.update_from_flattened_dict({**(tuned().get(method, {}) if self.tuned else {}), **fields})
+        c.update_from_flattened_dict(self.fields(spec.variant))
         return c
+
+    def fields(self, run: str) -> dict[str, Any]:
+        """In what a run differs from its method on the study policy: its own fields over what the search chose."""
+        own = dict(self.runs[run])
+        method = own.pop("method", run)
+        return (tuned().get(method, {}) if self.tuned else {}) | own
 
     def jobs(self) -> Iterator[tuple[str, int]]:
         """Every run with every seed; all runs of a seed before the next seed."""

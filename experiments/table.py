@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from agrl_jax import scorecard
-from agrl_jax.runtime.config import ConfigError, exit_with
+from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
 from agrl_jax.runtime.metrics import say
 from agrl_jax.scorecard import Judgements
 from experiments import results, study
@@ -386,7 +386,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("sweep", None, "A file with a SWEEP, such as experiments/main_table.py.", required=True)
     flags.DEFINE_string("results", str(study.RESULTS), "Where results are kept.")
     flags.DEFINE_integer("bootstrap", 2000, "Resamples.", lower_bound=0)
-    flags.FLAGS(argv)
+    parse_flags(argv)
     try:
         path = write(study.load(flags.FLAGS.sweep, flags.FLAGS.results), flags.FLAGS.bootstrap)
     except ConfigError as error:

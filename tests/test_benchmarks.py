@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
+import quick
 from tiny import get_config
 
 from agrl_jax.data import benchmark, catalog
@@ -149,9 +150,8 @@ def test_the_training_loop_is_set_against_its_bare_step(tmp_path: Path, monkeypa
 def test_command_writes_results_of_which_the_table_is_made(command: tuple[str, ...], tmp_path: Path) -> None:
     name, *arguments = command
     out = tmp_path / f"{name}.json"
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     words = [sys.executable, "-m", f"benchmarks.{name}", f"--out={out}", "--repeats=1", *arguments]
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(words, cwd=ROOT, env=os.environ | quick.COMPILING, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(out.read_text())
     assert found["benchmark"] == name and found["machine"]["cores"] > 0

@@ -15,8 +15,9 @@ from pathlib import Path
 import mini_sweep
 import numpy as np
 import pytest
+import quick
 
-from agrl_jax.runtime.config import ConfigError, validate, validate_together
+from agrl_jax.runtime.config import ConfigError, flatten, validate, validate_together
 from experiments import ablations, choose, esci, longer, main_table, results, search, study, table
 from experiments import run as run_sweep
 
@@ -33,6 +34,8 @@ def test_every_run_of_a_sweep_has_a_config_in_order(sweep: study.Sweep) -> None:
         validate(config)
         validate_together(config)
         assert config.seed == seed and config.method in study.LABELS
+        assert sweep.fields(run).items() <= flatten(config).items()
+        assert config.method != "sft" or config.rl.steps == 0
 
 
 def test_runs_share_a_warm_start_exactly_if_they_differ_after_it_alone() -> None:
@@ -66,8 +69,14 @@ def test_a_file_that_is_no_sweep_is_refused(name: str, said: str, monkeypatch: p
         study.load(name, "results")
 
 
+@pytest.mark.parametrize("module", ["run", "table", "choose"])
+def test_a_mistyped_flag_is_refused_in_one_line(module: str, capfd: pytest.CaptureFixture) -> None:
+    assert subprocess.run([sys.executable, "-m", f"experiments.{module}", "--swep=x"], cwd=ROOT).returncode == 2
+    assert capfd.readouterr().err.startswith("error: Unknown command line flag 'swep'")
+
+
 def command(folder: Path, module: str, *more: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    environment = os.environ | quick.ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     words = [sys.executable, "-m", module, f"--sweep={mini_sweep.__file__}", f"--results={folder / 'results'}"]
     return subprocess.Popen(
         [*words, *more], env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT

@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+import quick
 import tiny
 
 from agrl_jax import judgements, train
 from agrl_jax.runtime.metrics import read_jsonl
 
 ROOT = Path(__file__).parent.parent
-QUICK = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling takes most of the time
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +33,7 @@ def start(workdir: Path, data_dir: Path, cache_dir: Path, *overrides: str, confi
         sys.executable, "-m", "agrl_jax.main", f"--config={ROOT / 'tests' / config}", f"--workdir={workdir}",
         f"--config.data.dir={data_dir}", *overrides,
     ]  # fmt: skip
-    environment = os.environ | QUICK | {"JAX_COMPILATION_CACHE_DIR": str(cache_dir)}
+    environment = os.environ | quick.ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(cache_dir)}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from conftest import END, RESPONSE_LEN, VOCABULARY, Small, make_small
 
 from agrl_jax import assemble, train
@@ -42,10 +43,10 @@ def run_on_eight(function: str, *args: str, number: int = 1) -> str:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // number}",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_COORDINATOR_ADDRESS": address,
-        "JAX_NUM_PROCESSES": str(number), "PYTHONPATH": os.pathsep.join(sys.path),
+    flags = f"{quick.ENVIRONMENT['XLA_FLAGS']} --xla_force_host_platform_device_count={8 // number}"
+    environment = os.environ | quick.ENVIRONMENT | {
+        "XLA_FLAGS": flags, "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(number),
+        "PYTHONPATH": os.pathsep.join(sys.path),
     }  # fmt: skip
     started = [
         subprocess.Popen(

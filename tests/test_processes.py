@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_main import QUICK, ROOT, without_times
+import quick
+from test_main import ROOT, without_times
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +30,7 @@ class Job:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
-        environment = os.environ | QUICK | {
+        environment = os.environ | quick.ENVIRONMENT | {
             "JAX_COMPILATION_CACHE_DIR": str(shared / "cache"),
             "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(number),
         }  # fmt: skip
