@@ -8,10 +8,10 @@ from __future__ import annotations
 from experiments import study
 
 PAIRS = {
-    "data.source": "pairs", "data.prompt_len": 96, "policy.vocab_size": 4000, "sft.source": "both",
+    "data.source": "pairs", "data.prompt_len": 64, "policy.vocab_size": 4000, "sft.source": "both", "sft.steps": 1000,
     "guidance.source": "own", "rl.batch_size": 32,
 }  # fmt: skip
-RL = PAIRS | {"rl.steps": 98}  # what the budget lets through
+RL = PAIRS | {"rl.steps": 105}  # what the budget lets through
 
 SWEEP = study.Sweep("esci", runs={"sft": PAIRS, "grpo": RL, "dpo": PAIRS, "agrl": RL}, seeds=(0, 1, 2))
 get_config = SWEEP.get_config
