@@ -98,7 +98,11 @@ def test_runs_are_chosen_by_name_and_seed() -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep_killed_and_started_again_makes_each_run_once_and_a_table_of_them(tmp_path: Path) -> None:
+def test_a_sweep_killed_and_started_again_makes_each_run_once_and_a_table_of_them(
+    tmp_path: Path, data_dir: Path
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "data").symlink_to(data_dir)
     kept = tmp_path / "results" / "mini"
     process = run(tmp_path)
     while not list(kept.glob("*.json")):  # of the warm starts, which are results of their own
