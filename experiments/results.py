@@ -27,7 +27,7 @@ WATCHED = ("reward/equal_groups", "policy/entropy", "policy/kl", "optim/grad_nor
 def write(sweep: Sweep, run: str, seed: int, workdir: Path, diverged: bool, digest: str) -> None:
     """Writes the result of the run in `workdir`; `digest` says of which config."""
     config = json.loads((workdir / "config.json").read_text())
-    method = sweep.get_config(f"{run},seed={seed}").method
+    method = sweep.method(run)
     rows = read_jsonl(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
     after = [row for row in rows if row["stage"] != "sft"]  # of the shared warm start
     cards = scorecard.read(workdir / "scorecard.json")

@@ -84,7 +84,7 @@ class Sweep:
     def get_config(self, arg: str | None = None) -> ConfigDict:
         """The config of one run: `RUN` or `RUN,seed=K`."""
         spec = parse_arg(arg, variant=tuple(self.runs), seed=0)
-        method = self.runs[spec.variant].get("method", spec.variant)
+        method = self.method(spec.variant)
         c = common.with_method(self.base(), method)
         c.seed = spec.seed
         if last_branch(method) == "more":
@@ -92,11 +92,14 @@ class Sweep:
         c.update_from_flattened_dict(self.fields(spec.variant))
         return c
 
+    def method(self, run: str) -> str:
+        """The method of a run."""
+        return self.runs[run].get("method", run)
+
     def fields(self, run: str) -> dict[str, Any]:
         """In what a run differs from its method on the study policy: its own fields over what the search chose."""
-        own = dict(self.runs[run])
-        method = own.pop("method", run)
-        return (tuned().get(method, {}) if self.tuned else {}) | own
+        own = {name: value for name, value in self.runs[run].items() if name != "method"}
+        return (tuned().get(self.method(run), {}) if self.tuned else {}) | own
 
     def jobs(self) -> Iterator[tuple[str, int]]:
         """Every run with every seed; all runs of a seed before the next seed."""
