@@ -77,6 +77,8 @@ def _text_logprobs(
 ) -> Array:
     """[B, values] log-probability of each value's text after the first `at` [B] of `tokens` [B, T]."""
     width = texts.tokens.shape[2]
+    # What lies beyond the texts of this part need not be computed. (One more token, so that there always is input.)
+    tokens = tokens[:, : 1 + int(texts.length[: place + 1].max(axis=1).sum())]
     inside = jnp.arange(tokens.shape[1]) - at[:, None]
     text = jnp.asarray(texts.tokens[place])[:, jnp.clip(inside, 0, width - 1)].swapaxes(0, 1)  # [B, values, T]
     candidates = jnp.where((inside < 0)[:, None], tokens[:, None], text)
