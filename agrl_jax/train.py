@@ -355,12 +355,14 @@ def _run_stage(
     """
     config = run.config
     budget = (stage == "rl" and config.rl.budget) or math.inf
+    batch = run.put_batch(next(batches))
     with progress(stage, total, int(state.step)) as bar:
         for done in range(int(state.step) + 1, total + 1):
             if spent >= budget:
                 break
             began = time.monotonic()
-            state, metrics, seen = step(state, run.put_batch(next(batches)))
+            state, metrics, seen = step(state, batch)
+            batch = run.put_batch(next(batches))  # made while the device is busy with this one
             row = {name: float(value) for name, value in jax.device_get(metrics).items()}
             spent += round(row["budget/tokens"])
             last = done == total or spent >= budget

@@ -3,20 +3,22 @@
     python -m benchmarks.startup [--config=configs/quickstart.py] [--loop_steps=40] [--out=FILE.json]
 
 The training command itself is started twice, on one compilation cache that is empty the first time; it is timed to the
-first row of its log. Then the training loop runs in this process, and its steps are set against the bare compiled step
-on the same state: the difference is what the host adds and does not hide behind the device. Last, pairs are tokenised
-and batched, against the target of 100,000 a minute on two cores.
+first row of its log. Then the training loop runs in this process, and each of its steps is set against the compiled
+step within it: the difference is what the host adds and does not hide behind the device. Last, pairs are tokenised and
+batched, against the target of 100,000 a minute on two cores.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,7 +36,6 @@ from agrl_jax.policy.tokenizer import Tokenizer, train_bpe
 from agrl_jax.rulebook import book, wording
 from agrl_jax.runtime.memory import with_huge_pages
 from agrl_jax.runtime.metrics import MetricsWriter, read_jsonl
-from agrl_jax.types import Batch
 from benchmarks import machine, results, table
 from benchmarks.machine import ROOT
 from benchmarks.options import OUT
@@ -82,38 +83,49 @@ def _timed_run(command: Sequence[str], environment: dict[str, str], log: Path) -
 
 
 def host_share(config: ConfigDict, steps: int, folder: str) -> dict[str, float]:
-    """Seconds of a step in the training loop and of the bare compiled step, and what of the former the host adds."""
+    """Seconds of a step of the training loop, of the compiled step within it, and the share of the rest, the host's,
+    in which the device has nothing to do."""
     written: list[float] = []
-    bare: list[float] = []
-    original, write = train._run_stage, MetricsWriter.write
+    compiled: list[Future[float]] = []
+    run_stage, write = train._run_stage, MetricsWriter.write
 
     def noting(writer: MetricsWriter, stage: str, *args: Any) -> None:
         write(writer, stage, *args)
         if stage == "rl":
             written.append(time.perf_counter())
 
-    def stage_then_bare(run: Any, stage: str, state: Any, step: Any, *args: Any, **more: Any) -> Any:
-        batches: Iterator[Batch] = args[1]
-        state = original(run, stage, state, step, *args, **more)
-        if stage == "rl":
-            run.checkpoints.wait()
-            batch = run.put_batch(next(batches))
-            for _ in range(steps - 1):
-                began = time.perf_counter()
-                state, *_ = jax.block_until_ready(step(state, batch))
-                bare.append(time.perf_counter() - began)
-        return state
+    def timing(run: Any, stage: str, state: Any, step: Any, *args: Any, **more: Any) -> Any:
+        def timed(*given: Any) -> Any:
+            began = time.perf_counter()
+            state, metrics, *rest = step(*given)
+            if stage == "rl":
+                compiled.append(watcher.submit(lambda: _now(metrics) - began))
+            return state, metrics, *rest
+
+        return run_stage(run, stage, state, timed, *args, **more)
 
     with (
+        ThreadPoolExecutor(1) as watcher,
         mock.patch.object(MetricsWriter, "write", noting),
-        mock.patch.object(train, "_run_stage", stage_then_bare),
+        mock.patch.object(train, "_run_stage", timing),
     ):
         with config.unlocked():
             config.update_from_flattened_dict(SHORT | {"rl.steps": steps, "data.dir": f"{folder}/data"})
         train.train(config, f"{folder}/loop", say=lambda *_: None)
-    loop = statistics.median(after - before for before, after in zip(written, written[1:], strict=False))
-    device = statistics.median(bare)
-    return {"loop_step": loop, "bare_step": device, "host_share": max(0.0, 1 - device / loop)}
+    loop = [after - before for before, after in itertools.pairwise(written)]
+    device = [future.result() for future in compiled[1:]]
+    shares = [1 - busy / whole for busy, whole in zip(device, loop, strict=True)]
+    return {
+        "loop_step": statistics.median(loop),
+        "compiled_step": statistics.median(device),
+        "host_share": statistics.median(shares),
+    }
+
+
+def _now(arrays: Any) -> float:
+    """The time at which arrays are there."""
+    jax.block_until_ready(arrays)
+    return time.perf_counter()
 
 
 def tokenising(number: int) -> list[dict[str, Any]]:
