@@ -332,6 +332,7 @@ def blanks(config: ConfigDict, model: Model, split: EncodedSplit) -> tuple[RuleT
 
 def _training_texts(config: ConfigDict, rules: RuleBook, data: Data) -> Iterable[str]:
     """What the small tokenizer is trained on: training pairs alone, as prompts and gold responses."""
+    before, between, after = wording.prompt_pieces(rules, config.data.style)
     for pair in [*data.sft, *data.splits["train"]]:
-        yield wording.prompt(rules, pair.query, item_text(pair), config.data.style)
+        yield before + pair.query + between + item_text(pair) + after
         yield "".join(wording.gold_segments(rules, pair.tier, pair.steps))
