@@ -60,8 +60,8 @@ CONTENDERS = {
     "tunix": Contender("tunix_grpo", (("google-tunix==0.1.7",),), gpu_install=("jax[cuda13]",)),
 }
 
-# By work and platform. A: the head in pieces made the gradient faster than all at once. B: what 24 GB should hold,
-# not run yet. `--settings` tries others.
+# By work and platform. A: the head in pieces made the gradient faster than all at once. B: what 24 GB holds (Tunix's
+# has not been tried). `--settings` tries others.
 SETTINGS: dict[tuple[str, str, str], dict[str, Any]] = {
     ("ours", "A", "cpu"): {"logprob_chunk": 256},
     ("ours", "B", "cpu"): {"micro_batches": 4, "logprob_chunk": 256},
