@@ -118,7 +118,7 @@ def host_share(config: ConfigDict, steps: int, folder: str) -> dict[str, float]:
     return {
         "loop_step": statistics.median(loop),
         "compiled_step": statistics.median(device),
-        "host_share": statistics.median(shares),
+        "host_share": max(0.0, statistics.median(shares)),
     }
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from experiments import study
 
+# A shorter warm start than the study's: each step fills in what is unknown, and takes longer.
 PAIRS = {
     "data.source": "pairs", "data.prompt_len": 64, "policy.vocab_size": 4000, "sft.source": "both", "sft.steps": 1000,
     "guidance.source": "own", "rl.batch_size": 32,
 }  # fmt: skip
-# Fewer steps than the study's warm start: each fills in what is unknown, and takes four times as long.
 RL = PAIRS | {"rl.steps": 105}  # what the budget lets through
 
 SWEEP = study.Sweep("esci", runs={"sft": PAIRS, "grpo": RL, "dpo": PAIRS, "agrl": RL}, seeds=(0, 1, 2))

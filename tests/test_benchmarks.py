@@ -133,7 +133,7 @@ def test_the_training_loop_is_set_against_its_compiled_step(tmp_path: Path, monk
     few = catalog.splits(0, dict.fromkeys(catalog.SIZES, 64))
     monkeypatch.setattr(benchmark, "load_benchmark", lambda *_: few)
     found = startup.host_share(get_config("benchmark"), 4, str(tmp_path))
-    assert found["loop_step"] > 0 and found["compiled_step"] > 0 and found["host_share"] < 1
+    assert found["loop_step"] > 0 and found["compiled_step"] > 0 and 0 <= found["host_share"] < 1
 
 
 @pytest.mark.slow
