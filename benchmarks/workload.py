@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +176,11 @@ def build(
     state = TrainState(params, jax.jit(tx.init)(params), jnp.int32(0), key, memory, jnp.int32(0))
     batch = _batch(rules, work, prompts(tokenizer, work) if tokens is None else tokens)
     names = tuple(step.name for step in rules.steps)
-    lay_out = partial(transformer.cast_weights, shape)
+
+    def lay_out(params: Params) -> Params:
+        cast = transformer.cast_weights(shape, params)
+        return transformer.unstack(cast) if jax.default_backend() == "gpu" else cast
+
     step = make_step(policy, tables, names, update, config, lambda params: (policy, lay_out(params)))
     batch = jax.device_put(batch)
     return Workload(policy, shape, work, config, tables, lay_out, update, step, state, batch, reference)

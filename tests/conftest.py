@@ -21,6 +21,8 @@ from agrl_jax.rulebook.automaton import compile_tables
 from agrl_jax.rulebook.book import RuleBook, load
 from agrl_jax.types import Batch, Params, Policy, RuleTables
 
+jax.config.update("jax_default_matmul_precision", "highest")  # a GPU multiplies float32 with 10 bits of it, else
+
 # Steps fit (yes 0, part 1, no 2) and brand (ok 0, off 1); tiers good 0, fair 1, bad 2.
 BOOK = """\
 name: tiny

@@ -472,7 +472,7 @@ for case in ("llama", "qwen3_moe"):
 
 def run_python(source: str, *args: str, **environment: str) -> str:
     """Runs a program in a process of its own, on the CPU; returns what it prints."""
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent), *sys.path])
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": paths} | environment
     done = subprocess.run([sys.executable, "-c", source, *args], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

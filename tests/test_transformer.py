@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agrl_jax.policy.transformer import PolicyConfig, RopeScaling, build, count_parameters
+from agrl_jax.policy.transformer import PolicyConfig, RopeScaling, build, count_parameters, einsum, unstack
 from agrl_jax.rl.rollout import predicting_hidden, prefill
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -74,8 +74,9 @@ def test_sharing_padding_and_caching_change_nothing(variant):
             hidden, cache = policy.apply(params, token, offset=t, prefix=prefix, cache=cache)
             return cache, hidden[:, :, 0]
 
-        cache, one_by_one = jax.lax.scan(decode, policy.init_cache(2, 3, 5), jnp.arange(5))
-        first, halfway = policy.apply(params, response[..., :2], prefix=prefix, cache=policy.init_cache(2, 3, 5))
+        empty = policy.init_cache(params, 2, 3, 5)
+        cache, one_by_one = jax.lax.scan(decode, empty, jnp.arange(5))
+        first, halfway = policy.apply(params, response[..., :2], prefix=prefix, cache=empty)
         second, in_pieces = policy.apply(params, response[..., 2:], offset=2, prefix=prefix, cache=halfway)
         _, fresh = policy.apply(params, response, prefix=prefix)
         decoded = jnp.moveaxis(one_by_one, 0, 2)
@@ -87,6 +88,37 @@ def test_sharing_padding_and_caching_change_nothing(variant):
     np.testing.assert_allclose(pieces, decoded, atol=1e-5)
     for cache in caches[1:]:
         jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), cache, caches[0])
+
+
+@variants
+def test_layers_apart_are_the_same_policy(variant):
+    policy, params, _ = drawn(dataclasses.replace(BASE, **variant))
+    prompt, response = tokens((2, 4)), tokens((2, 3, 5), seed=1)
+
+    @jax.jit
+    def run(params):
+        prefix = prefill(policy, params, prompt, PROMPT_LEN)
+        hidden, cache = policy.apply(params, response[..., :4], prefix=prefix, cache=policy.init_cache(params, 2, 3, 5))
+        last, cache = policy.apply(params, response[..., 4:], offset=4, prefix=prefix, cache=cache)
+        return policy.unembed(params, jnp.concatenate([hidden, last], axis=2)), cache
+
+    (logits, cache), (expected, stacked) = run(unstack(params)), run(params)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    assert len(cache.k) == variant.get("layers", BASE.layers)
+    np.testing.assert_allclose(jnp.stack(cache.k), stacked.k, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_gradient_of_einsum_is_that_of_jax_but_for_rounding(dtype, tolerance, close):
+    rng = np.random.default_rng(0)
+    x, y, into = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((2, 3, 4), (2, 5, 4), (2, 3, 5)))
+
+    def gradient(product):
+        return jax.grad(lambda x, y: jnp.sum(product("bik,bjk->bij", x, y) * into), argnums=(0, 1))(x, y)
+
+    found, exact = gradient(einsum), gradient(partial(jnp.einsum, preferred_element_type=jnp.float32))
+    assert {leaf.dtype for leaf in found} == {jnp.dtype(dtype)}
+    close(found, exact, tolerance)
 
 
 def test_rematerialisation_changes_no_gradient(close):
@@ -181,7 +213,7 @@ def test_types_of_parameters_states_and_logits(dtype):
     policy, init, _ = build(cfg)
     params = jax.eval_shape(init, jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
-    cache = jax.eval_shape(lambda: policy.init_cache(2, 3, 5))
+    cache = jax.eval_shape(lambda: policy.init_cache(params, 2, 3, 5))
     assert cache.k.shape == cache.v.shape == (9, 2, 3, 2, 5, 6) and cache.k.dtype == jnp.dtype(dtype)
     hidden, _ = jax.eval_shape(policy.apply, params, tokens((2, 3, 5)), cache=cache)
     assert hidden.shape == (2, 3, 5, 20) and hidden.dtype == jnp.dtype(dtype)

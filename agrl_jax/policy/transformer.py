@@ -3,7 +3,8 @@
 RMSNorm before each sub-layer, rotary positions, grouped-query attention, SwiGLU; tied or untied
 embeddings, attention biases, query/key norms, scaled rotary frequencies and a mixture of experts by
 config, so that Llama, Qwen2, Qwen3 and Qwen3-MoE shapes are the same code. Layers are stacked on a
-leading axis and scanned, so that compile time does not grow with depth.
+leading axis and scanned, so that compile time does not grow with depth; for decoding on a GPU they can
+be taken apart (`unstack`).
 
 The modules are split once into a graph definition and parameters (`build`); from there on only pure
 functions of the parameters are used. Responses attend to two segments: the keys and values of their
@@ -16,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from agrl_jax.policy import decode_attention
 from agrl_jax.policy.lora import Adapted
 from agrl_jax.types import ANYWHERE, Array, Cache, Layout, Params, Policy, Prefix
 
@@ -131,6 +134,31 @@ def linear(x: Array, weight: Array | Adapted, inputs: int = 1) -> Array:
     return flat.reshape(*x.shape[: x.ndim - inputs], *weight.shape[inputs:])
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def einsum(spec: str, x: Array, y: Array) -> Array:
+    """The einsum of two arrays of one dtype, added up and returned in float32.
+
+    In the gradient the cotangent is first rounded to that dtype. Left in float32, as JAX would have it, the products
+    of the gradient are float32 too: of a policy in bfloat16, a quarter of the gradient's time on an H100.
+    """
+    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+
+
+def _einsum_forward(spec: str, x: Array, y: Array) -> tuple[Array, tuple[Array, Array]]:
+    return einsum(spec, x, y), (x, y)
+
+
+def _einsum_backward(spec: str, operands: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    x, y = operands
+    cotangent = cotangent.astype(x.dtype)
+    (grad_x,) = jax.linear_transpose(lambda x: jnp.einsum(spec, x, y), x)(cotangent)
+    (grad_y,) = jax.linear_transpose(lambda y: jnp.einsum(spec, x, y), y)(cotangent)
+    return grad_x, grad_y
+
+
+einsum.defvjp(_einsum_forward, _einsum_backward)
+
+
 def _cast(param: nnx.Param, dtype: Any) -> Any:
     """A weight, with its adapters where it has them, in the dtype to compute in."""
     return jax.tree.map(lambda x: x.astype(dtype), param.get_value())
@@ -212,37 +240,62 @@ class Attention(nnx.Module):
         rope = rope_frequencies(cfg)
         return rotate(q, positions, *rope), rotate(k, positions, *rope).swapaxes(2, 3), v.swapaxes(2, 3)
 
-    def __call__(self, q: Array, k: Array, v: Array, offset: Array | int, prefix: _LayerPrefix | None) -> Array:
+    def __call__(
+        self, q: Array, k: Array, v: Array, offset: Array | None, prefix: _LayerPrefix | None, layout: Layout
+    ) -> Array:
         """Attends from n queries at slots offset + i to keys k [B, G, K, t, head_dim] at slots j <= offset + i,
-        and to every valid key of the prompt. Returns [B, G, n, D].
-
-        One softmax over both segments, never put together: exponentials of each less the peak of both, whose sums
-        are divided by at last. A fifth less time outside of the products than with concatenated scores, on a CPU.
-        """
+        and to every valid key of the prompt. Returns [B, G, n, D]. `offset` is None where k are the n tokens' own."""
         cfg = self.cfg
         b, g, n, _, f = q.shape
         q = q.reshape(b, g, n, cfg.kv_heads, cfg.heads // cfg.kv_heads, f) * f**-0.5
-        own = jnp.einsum("bgnkqf,bgktf->bgkqnt", q, k, preferred_element_type=jnp.float32)
-        visible = jnp.arange(k.shape[3])[None, :] <= offset + jnp.arange(n)[:, None]
-        own = jnp.where(visible, own, _MASKED)
-        peak = jnp.max(own, axis=-1)
-        if prefix is not None:  # laid out as its product leaves it: only what is small is transposed
-            prompt = jnp.einsum("bgnkqf,bksf->bkgqns", q, prefix.k, preferred_element_type=jnp.float32)
-            valid = jnp.arange(prefix.k.shape[2]) < prefix.length[:, None]
-            prompt = jnp.where(valid[:, None, None, None, None, :], prompt, _MASKED)
-            peak = jnp.maximum(peak, jnp.max(prompt, axis=-1).swapaxes(1, 2))
-        peak = jax.lax.stop_gradient(peak)
-        own = jnp.exp(own - peak[..., None])
-        total = jnp.sum(own, axis=-1)
-        mixed = jnp.einsum("bgkqnt,bgktf->bgkqnf", own.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        if prefix is not None:
-            prompt = jnp.exp(prompt - peak.swapaxes(1, 2)[..., None])
-            total += jnp.sum(prompt, axis=-1).swapaxes(1, 2)
-            prompt = prompt.astype(v.dtype)
-            answer = jnp.einsum("bkgqns,bksf->bkgqnf", prompt, prefix.v, preferred_element_type=jnp.float32)
-            mixed += answer.swapaxes(1, 2)
-        mixed = jnp.moveaxis(mixed / total[..., None], 4, 2).astype(v.dtype)
-        return linear(mixed.reshape(b, g, n, cfg.heads, f), _cast(self.out, v.dtype), inputs=2)
+        q = q.transpose(0, 1, 3, 4, 2, 5)
+        if n == 1 and offset is not None and prefix is not None and decode_attention.supports(v.dtype, f):
+            mixed = _attend_once(q[:, :, :, :, 0], k, v, offset, prefix, layout)[:, :, :, :, None]
+        else:
+            mixed = _attend(q, k, v, 0 if offset is None else offset, prefix)
+        mixed = jnp.moveaxis(mixed, 4, 2).astype(v.dtype).reshape(b, g, n, cfg.heads, f)
+        return linear(mixed, _cast(self.out, v.dtype), inputs=2)
+
+
+def _attend(q: Array, k: Array, v: Array, offset: Array | int, prefix: _LayerPrefix | None) -> Array:
+    """Attention of scaled queries [B, G, K, Q, n, head_dim], in that shape, in float32; as `Attention` has it.
+
+    One softmax over both segments, never put together: exponentials of each less the peak of both, whose sums
+    are divided by at last. A fifth less time outside of the products than with concatenated scores, on a CPU.
+    Every product leaves its result as the next one takes it: only queries and answers, which are small, are transposed.
+    """
+    own = einsum("bgkqnf,bgktf->bgkqnt", q, k)
+    visible = jnp.arange(k.shape[3])[None, :] <= offset + jnp.arange(q.shape[4])[:, None]
+    own = jnp.where(visible, own, _MASKED)
+    peak = jnp.max(own, axis=-1)
+    if prefix is not None:
+        prompt = einsum("bkgqnf,bksf->bkgqns", q.swapaxes(1, 2), prefix.k)
+        valid = jnp.arange(prefix.k.shape[2]) < prefix.length[:, None]
+        prompt = jnp.where(valid[:, None, None, None, None, :], prompt, _MASKED)
+        peak = jnp.maximum(peak, jnp.max(prompt, axis=-1).swapaxes(1, 2))
+    peak = jax.lax.stop_gradient(peak)
+    own = jnp.exp(own - peak[..., None])
+    total = jnp.sum(own, axis=-1)
+    mixed = einsum("bgkqnt,bgktf->bgkqnf", own.astype(v.dtype), v)
+    if prefix is not None:
+        prompt = jnp.exp(prompt - peak.swapaxes(1, 2)[..., None])
+        total += jnp.sum(prompt, axis=-1).swapaxes(1, 2)
+        mixed += einsum("bkgqns,bksf->bkgqnf", prompt.astype(v.dtype), prefix.v).swapaxes(1, 2)
+    return mixed / total[..., None]
+
+
+def _attend_once(q: Array, k: Array, v: Array, offset: Array, prefix: _LayerPrefix, layout: Layout) -> Array:
+    """`_attend` of one query an answer [B, G, K, Q, head_dim]: on an NVIDIA GPU by a kernel, in the dtype of `v`."""
+
+    def plain(q: Array, k: Array, v: Array, offset: Array, *prefix: Array) -> Array:
+        return _attend(q[:, :, :, :, None], k, v, offset, _LayerPrefix(*prefix))[:, :, :, :, 0].astype(v.dtype)
+
+    def attend(*args: Array) -> Array:
+        return jax.lax.platform_dependent(*args, cuda=decode_attention.decode_attention, default=plain)
+
+    prompt = ("batch", *_KEYS[2:])
+    axes = (_KEYS, _KEYS, _KEYS, (), prompt, prompt, ("batch",))
+    return layout.split(attend, axes, _KEYS)(q, k, v, jnp.asarray(offset), prefix.k, prefix.v, prefix.length)
 
 
 class FeedForward(nnx.Module):
@@ -355,7 +408,7 @@ Observe = Callable[[Any, Array], Any]
 
 
 def _run_block(
-    block: Block, x: Array, positions: Array, offset: Array | int, prefix: _LayerPrefix | None,
+    block: Block, x: Array, positions: Array, offset: Array | None, prefix: _LayerPrefix | None,
     remember: Callable[[Array, Array], tuple[Array, Array]], layout: Layout, observe: Observe,
 ) -> tuple[Array, Any]:
     """One layer; `remember` stores the new keys and values and returns those to attend to.
@@ -365,22 +418,34 @@ def _run_block(
     eps = block.cfg.norm_eps
     q, k, v = block.attention.project(rms_norm(x, block.attention_norm[...], eps), positions)
     q, k, v = layout.place(q, _QUERIES), layout.place(k, _KEYS), layout.place(v, _KEYS)
-    x = layout.place(x + block.attention(q, *remember(k, v), offset, prefix), _HIDDEN)
+    x = layout.place(x + block.attention(q, *remember(k, v), offset, prefix, layout), _HIDDEN)
     y = rms_norm(x, block.mlp_norm[...], eps)
     return layout.place(x + block.mlp(y, layout), _HIDDEN), observe(block.mlp, y)
 
 
 def _forward(
-    cfg: PolicyConfig, model: Transformer, tokens: Array, offset: Array | int, prefix: Prefix | None,
-    cache: Cache | None, layout: Layout, observe: Observe = lambda mlp, x: None,
+    cfg: PolicyConfig, merge: Callable[[Params], Transformer], params: Params, tokens: Array, offset: Array | int,
+    prefix: Prefix | None, cache: Cache | None, layout: Layout, observe: Observe = lambda mlp, x: None,
 ) -> tuple[Array, Cache, Any]:
-    """The layers as one scan; see `build` for the contract. Also returns what `observe` saw, stacked by layer."""
-    dtype = jnp.dtype(cfg.compute_dtype)
+    """See `build` for the contract. Also returns what `observe` saw, by layer."""
+    model = merge(params)
     table = layout.place(model.embedding[...], ("vocab", None))  # split along D, every device would look up all rows
-    x = layout.place(table[tokens].astype(dtype), _HIDDEN)
+    x = layout.place(table[tokens].astype(jnp.dtype(cfg.compute_dtype)), _HIDDEN)
     start = 0 if prefix is None else prefix.length[:, None, None]
     positions = start + offset + jnp.broadcast_to(jnp.arange(tokens.shape[2]), (tokens.shape[0], 1, tokens.shape[2]))
-    graph, weights = nnx.split(model.blocks)
+    run = partial(_run_block, positions=positions, offset=None if cache is None else offset, layout=layout,
+                  observe=observe)  # fmt: skip
+    layers = _loop if isinstance(params["blocks"], tuple) else _scan
+    x, cache, seen = layers(cfg, merge, params, x, offset, prefix, cache, run)
+    return rms_norm(x, model.final_norm[...], cfg.norm_eps), cache, seen
+
+
+def _scan(
+    cfg: PolicyConfig, merge: Callable[[Params], Transformer], params: Params, x: Array, offset: Array | int,
+    prefix: Prefix | None, cache: Cache | None, run: Callable[..., tuple[Array, Any]],
+) -> tuple[Array, Cache, Any]:
+    """The layers as one scan over their stacked weights."""
+    graph, weights = nnx.split(merge(params).blocks)
 
     def layer(carry: tuple[Array, Any], xs: tuple[Any, Any, Array]) -> tuple[tuple[Array, Any], Any]:
         x, (cache_k, cache_v) = carry
@@ -398,9 +463,7 @@ def _forward(
             return full_k[index], full_v[index]
 
         layer_prefix = None if prefix_kv is None else _LayerPrefix(*prefix_kv, prefix.length)
-        block = nnx.merge(graph, block_weights)
-        first = 0 if cache_k is None else offset  # slot of the first query among the keys
-        x, seen = _run_block(block, x, positions, first, layer_prefix, remember, layout, observe)
+        x, seen = run(nnx.merge(graph, block_weights), x, prefix=layer_prefix, remember=remember)
         return ((x, (None, None)), (tuple(fresh), seen)) if cache_k is None else ((x, tuple(fresh)), (None, seen))
 
     prefix_kv = None if prefix is None else (prefix.k, prefix.v)
@@ -413,7 +476,32 @@ def _forward(
         body = jax.checkpoint(layer, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
     xs = (weights, prefix_kv, jnp.arange(cfg.layers))
     (x, kept), (fresh, seen) = jax.lax.scan(body, (x, kept), xs, unroll=unroll)
-    return rms_norm(x, model.final_norm[...], cfg.norm_eps), Cache(*(fresh if cache is None else kept)), seen
+    return x, Cache(*(fresh if cache is None else kept)), seen
+
+
+def _loop(
+    cfg: PolicyConfig, merge: Callable[[Params], Transformer], params: Params, x: Array, offset: Array | int,
+    prefix: Prefix | None, cache: Cache | None, run: Callable[..., tuple[Array, Any]],
+) -> tuple[Array, Cache, Any]:
+    """The layers one after the other, their weights, prefix and cache apart."""
+    kept: list[tuple[Array, Array]] = []
+    seen = []
+    for index, weights in enumerate(params["blocks"]):
+
+        def remember(k: Array, v: Array, index: int = index) -> tuple[Array, Array]:
+            if cache is not None:
+                k, v = (
+                    jax.lax.dynamic_update_slice(whole[index], new, (0, 0, 0, offset, 0))
+                    for whole, new in ((cache.k, k), (cache.v, v))
+                )
+            kept.append((k, v))
+            return k, v
+
+        layer_prefix = None if prefix is None else _LayerPrefix(prefix.k[index], prefix.v[index], prefix.length)
+        block = merge({**params, "blocks": weights}).blocks
+        x, saw = run(block, x, prefix=layer_prefix, remember=remember)
+        seen.append(saw)
+    return x, Cache(*zip(*kept, strict=True)), seen
 
 
 def _structure(cfg: PolicyConfig) -> tuple[nnx.State, Callable[[Params], Transformer]]:
@@ -421,6 +509,8 @@ def _structure(cfg: PolicyConfig) -> tuple[nnx.State, Callable[[Params], Transfo
     graph, template = nnx.split(nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(params=0))))
 
     def merge(params: Params) -> Transformer:
+        if isinstance(params["blocks"], tuple):  # of layers: the first stands for them
+            params = {**params, "blocks": params["blocks"][0]}
         state = jax.tree.map(lambda x: x, template)
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(graph, state)
@@ -438,7 +528,8 @@ def build(cfg: PolicyConfig, layout: Layout = ANYWHERE) -> tuple[Policy, Callabl
     at slots offset .. offset + n - 1 of their response (of their prompt, where `prefix` is None), and
     returns the final hidden states [B, G, n, D] and the keys and values. Without a cache the n tokens
     see the prefix and each other, causally, and the returned cache holds their n entries. With one,
-    their entries are written at `offset`, and they see the prefix and all slots up to their own.
+    their entries are written at `offset`, and they see the prefix and all slots up to their own. Of
+    parameters that are `unstack`ed, so are the prefix and the cache.
     """
     template, merge = _structure(cfg)
     axes = jax.tree.map(
@@ -454,7 +545,7 @@ def build(cfg: PolicyConfig, layout: Layout = ANYWHERE) -> tuple[Policy, Callabl
         params: Params, tokens: Array, *, offset: Array | int = 0, prefix: Prefix | None = None,
         cache: Cache | None = None,
     ) -> tuple[Array, Cache]:
-        return _forward(cfg, merge(params), tokens, offset, prefix, cache, layout)[:2]
+        return _forward(cfg, merge, params, tokens, offset, prefix, cache, layout)[:2]
 
     def unembed(params: Params, hidden: Array) -> Array:
         """Logits [B, ..., V] in float32 from hidden states [B, ..., D]."""
@@ -462,12 +553,15 @@ def build(cfg: PolicyConfig, layout: Layout = ANYWHERE) -> tuple[Policy, Callabl
         head = model.embedding[...].T if cfg.tied else model.head[...]
         # One product of two matrices, as in `linear`: a gradient 1.4 times as fast on a CPU.
         flat, head = hidden.reshape(-1, cfg.width), head.astype(hidden.dtype)
-        logits = jnp.matmul(flat, head, preferred_element_type=jnp.float32).reshape(*hidden.shape[:-1], -1)
+        logits = einsum("nd,dv->nv", flat, head).reshape(*hidden.shape[:-1], -1)
         return layout.place(logits, ("batch", *[None] * (logits.ndim - 2), "vocab"))
 
-    def init_cache(batch: int, group: int, length: int) -> Cache:
-        shape = (cfg.layers, batch, group, cfg.kv_heads, length, cfg.head_dim)
-        empty = layout.place(jnp.zeros(shape, cfg.compute_dtype), ("layers", *_KEYS))
+    def init_cache(params: Params, batch: int, group: int, length: int) -> Cache:
+        shape = (batch, group, cfg.kv_heads, length, cfg.head_dim)
+        if isinstance(params["blocks"], tuple):
+            empty = tuple(layout.place(jnp.zeros(shape, cfg.compute_dtype), _KEYS) for _ in params["blocks"])
+        else:
+            empty = layout.place(jnp.zeros((cfg.layers, *shape), cfg.compute_dtype), ("layers", *_KEYS))
         return Cache(k=empty, v=empty)
 
     return Policy(apply, unembed, init_cache), init, axes
@@ -508,7 +602,7 @@ def build_expert_load(cfg: PolicyConfig, layout: Layout = ANYWHERE) -> Callable[
             counts = jax.nn.one_hot(chosen, cfg.experts).sum(axis=2) / cfg.experts_per_token
             return ExpertLoad(*(jnp.einsum("bne,bn->e", y, weight) for y in (counts, probability)))
 
-        return _forward(cfg, merge(params), tokens[:, None], 0, None, None, layout, observe)[2]
+        return _forward(cfg, merge, params, tokens[:, None], 0, None, None, layout, observe)[2]
 
     return expert_load
 
@@ -524,6 +618,17 @@ def cast_weights(cfg: PolicyConfig, params: Params) -> Params:
         return leaf if name == "router" or name.endswith("norm") else leaf.astype(cfg.compute_dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def unstack(params: Params) -> Params:
+    """`params` with the weights of each layer in a dict of their own, in place of those stacked on an axis.
+
+    A GPU reads stacked weights through a copy of each layer's, for every token that is decoded: apart, a shape of 1B
+    parameters decodes 1.7 times as fast on an H100. On a CPU nothing is gained, and compiling takes longer.
+    """
+    leaves, structure = jax.tree.flatten(params["blocks"])
+    layers = zip(*(list(leaf) for leaf in leaves), strict=True)
+    return {**params, "blocks": tuple(jax.tree.unflatten(structure, layer) for layer in layers)}
 
 
 def count_parameters(params: Params) -> int:

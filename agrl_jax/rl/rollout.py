@@ -32,7 +32,8 @@ def run_prompt(policy: Policy, params: Params, prompt: Array, prompt_len: Array)
     the hidden states [B, S, D]."""
     hidden, cache = policy.apply(params, prompt[:, None])
     last = jnp.take_along_axis(hidden[:, 0], prompt_len[:, None, None] - 1, axis=1)[:, 0]
-    return Prefix(k=cache.k[:, :, 0], v=cache.v[:, :, 0], length=prompt_len, last_hidden=last), hidden[:, 0]
+    k, v = jax.tree.map(lambda x: jnp.squeeze(x, -4), (cache.k, cache.v))
+    return Prefix(k=k, v=v, length=prompt_len, last_hidden=last), hidden[:, 0]
 
 
 def prefill(policy: Policy, params: Params, prompt: Array, prompt_len: Array) -> Prefix:
@@ -62,18 +63,28 @@ def choose(logits: Array, uniform: Array, temperature: float) -> tuple[Array, Ar
     Returns the token [...] and its log-probability under the distribution sampled from; at temperature
     0, the likeliest token and its log-probability at temperature 1.
     """
-    logp = jax.nn.log_softmax(logits if temperature == 0 else logits / temperature)
+    if temperature != 0:
+        logits = logits / temperature
+    # First the block of tokens, then the token within. A block's peak and the sum of exponentials over it come from one
+    # pass over the vocabulary; a softmax of the whole takes two, and a running sum several.
+    padding = [(0, 0)] * (logits.ndim - 1) + [(0, -logits.shape[-1] % _BLOCK)]
+    blocks = jnp.pad(logits, padding, constant_values=-jnp.inf).reshape(*logits.shape[:-1], -1, _BLOCK)
+    peaks = jnp.maximum(jnp.max(blocks, axis=-1), _NEVER)
+    shares = jnp.sum(jnp.exp(blocks - peaks[..., None]), axis=-1)
+    peak = jnp.max(peaks, axis=-1)
+    shares *= jnp.exp(peaks - peak[..., None])
     if temperature == 0:
         token = jnp.argmax(logits, axis=-1)
     else:
-        # First the block of tokens, then the token within: one pass over the vocabulary; a running sum takes several.
-        probability = jnp.exp(logp)
-        padding = [(0, 0)] * (probability.ndim - 1) + [(0, -probability.shape[-1] % _BLOCK)]
-        blocks = jnp.pad(probability, padding).reshape(*probability.shape[:-1], -1, _BLOCK)
-        block, rest = _invert(jnp.sum(blocks, axis=-1), uniform)
-        within = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
-        token = _BLOCK * block + _invert(within, rest)[0]
-    return token.astype(jnp.int32), jnp.take_along_axis(logp, token[..., None], axis=-1)[..., 0]
+        block, rest = _invert(shares, uniform)
+        within = _at(blocks, block[..., None], axis=-2)
+        token = _BLOCK * block + _invert(jnp.exp(within - _at(peaks, block)[..., None]), rest)[0]
+    return token.astype(jnp.int32), _at(logits, token) - peak - jnp.log(jnp.sum(shares, axis=-1))
+
+
+def _at(x: Array, index: Array, axis: int = -1) -> Array:
+    """The entries of x at `index` along an axis, which is dropped."""
+    return jnp.squeeze(jnp.take_along_axis(x, jnp.expand_dims(index, axis), axis=axis), axis)
 
 
 def _invert(weights: Array, uniform: Array) -> tuple[Array, Array]:
@@ -85,7 +96,7 @@ def _invert(weights: Array, uniform: Array) -> tuple[Array, Array]:
     total = jnp.max(reached, axis=-1)
     mark = jnp.minimum(uniform * total, jnp.nextafter(total, 0.0))
     index = jnp.argmax(reached > mark[..., None], axis=-1)
-    weight, end = (jnp.take_along_axis(x, index[..., None], axis=-1)[..., 0] for x in (weights, reached))
+    weight, end = _at(weights, index), _at(reached, index)
     return index, jnp.clip(1 - (end - mark) / weight, 0.0, jnp.nextafter(1.0, 0.0))
 
 
@@ -132,7 +143,7 @@ def rollout(
         t=jnp.int32(0),
         hidden=_first_hidden(prefix, g),
         done=jnp.zeros((b, g), bool),
-        cache=policy.init_cache(b, g, length),
+        cache=policy.init_cache(params, b, g, length),
         tokens=jnp.full((b, g, length), end_token, jnp.int32),
         logp=jnp.zeros((b, g, length), jnp.float32),
         valid=jnp.zeros((b, g, length), bool),

@@ -238,7 +238,7 @@ def make_step(
         lengths = jnp.where(used, lengths, cfg.response_len)
         shape = (row.shape[0], number)
         shared = Prefix(
-            *guidance.gather((prefix.k, prefix.v), selection, axis=1),
+            *guidance.gather((prefix.k, prefix.v), selection, axis=-4),
             *guidance.gather((prefix.length, prefix.last_hidden), selection),
         )
         return sample(
