@@ -4,12 +4,14 @@
 
 One of them grows at a time, from the base. Each point is a process of its own, so that its peak memory (RSS; on a GPU
 the device's) is its own too; beside it stands the memory of the program's temporary arrays by the compiler's account.
-Each curve is fitted by a power of the size: the slope of the logarithms. Writes the results and a plot beside them.
+Each curve is fitted by a power of the size: the slope of the logarithms. Writes the results as they come and a plot
+beside them; the same command again goes on where one was broken off.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -74,24 +76,36 @@ def fit(sizes: Sequence[float], values: Sequence[float | None]) -> float | None:
     return float(np.polyfit(np.log(sizes), np.log(np.array(values, float)), 1)[0])
 
 
-def _points(base: str, work_name: str, factors: Sequence[int]) -> list[dict[str, Any]]:
-    """All points, each measured in a process of its own."""
-    shape, work = workload.SHAPES[base], workload.WORKS[work_name]
-    found = []
-    for axis in AXES:
-        for factor in factors:
-            bigger, more = grown(shape, work, axis, factor)
-            point = {"shape": dataclasses.asdict(bigger), "work": dataclasses.asdict(more)}
-            command = [
-                sys.executable, "-m", "benchmarks.growth", f"--point={json.dumps(point)}",
-                f"--repeats={REPEATS.value}", f"--dtype={DTYPE.value}",
-            ]  # fmt: skip
-            done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-            figures = json.loads(done.stdout.splitlines()[-1])
-            size = figures["parameters"] if axis == "parameters" else (point["work"] | point["shape"])[axis]
-            found.append({"axis": axis, "size": size, **figures})
-            print(f"{axis} {size}: {figures['seconds']:.3g} s", flush=True)
-    return found
+def _measure_all(found: dict[str, Any], factors: Sequence[int], path: Path) -> None:
+    """Adds the points that `found` does not have yet, each measured in a process of its own, and writes them."""
+    shape, work, points = workload.SHAPES[found["model"]], workload.WORKS[found["work"]], found["points"]
+    done = {(point["axis"], point["factor"]) for point in points}
+    for axis, factor in itertools.product(AXES, factors):
+        if (axis, factor) in done:
+            continue
+        bigger, more = grown(shape, work, axis, factor)
+        point = {"shape": dataclasses.asdict(bigger), "work": dataclasses.asdict(more)}
+        command = [
+            sys.executable, "-m", "benchmarks.growth", f"--point={json.dumps(point)}",
+            f"--repeats={REPEATS.value}", f"--dtype={DTYPE.value}",
+        ]  # fmt: skip
+        output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+        figures = json.loads(output.splitlines()[-1])
+        size = figures["parameters"] if axis == "parameters" else (point["work"] | point["shape"])[axis]
+        points.append({"axis": axis, "factor": factor, "size": size, **figures})
+        results.write(path, found)
+        print(f"{axis} {size}: {figures['seconds']:.3g} s", flush=True)
+
+
+def _broken_off(found: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """The points in the file, if they are of this very work, device and commit and were never fitted."""
+
+    def identity(found: dict[str, Any]) -> list[Any]:
+        return [found.get("model"), found.get("work"), *(found["machine"][key] for key in ("device", "commit"))]
+
+    earlier = json.loads(path.read_text()) if path.exists() else None
+    same = earlier is not None and "fits" not in earlier and identity(earlier) == identity(found)
+    return earlier["points"] if same else []
 
 
 def _fits(points: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
@@ -132,12 +146,13 @@ def main(argv: Sequence[str]) -> None:
         shape = dataclasses.replace(PolicyConfig(**point["shape"]), compute_dtype=machine.dtype_of(DTYPE.value))
         print(json.dumps(measure(shape, Work(**point["work"]), REPEATS.value)))
         return
-    points = _points(_BASE.value, _WORK.value, [int(factor) for factor in _FACTORS.value])
-    found = {
-        "benchmark": "growth", "model": _BASE.value, "work": _WORK.value, "machine": machine.describe(),
-        "points": points, "fits": _fits(points),
-    }  # fmt: skip
     path = results.path_of(OUT.value, f"growth_{_BASE.value}")
+    found: dict[str, Any] = {
+        "benchmark": "growth", "model": _BASE.value, "work": _WORK.value, "machine": machine.describe(), "points": [],
+    }  # fmt: skip
+    found["points"] = _broken_off(found, path)
+    _measure_all(found, [int(factor) for factor in _FACTORS.value], path)
+    found["fits"] = _fits(found["points"])
     results.write(path, found)
     draw(found, path.with_suffix(".png"))
     print(table.of(found))

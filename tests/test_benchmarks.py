@@ -91,6 +91,17 @@ def test_growth_is_fitted_by_a_power() -> None:
     assert growth.grown(shape, TINY, "group_size", 4)[1].group_size == 8
 
 
+def test_growth_goes_on_where_it_was_broken_off(tmp_path: Path) -> None:
+    path, points = tmp_path / "growth.json", [{"axis": "group_size", "factor": 1}]
+    found = {"model": "tiny", "work": "tiny", "machine": {"device": "d", "commit": "c"}, "points": points}
+    assert growth._broken_off(found, path) == []
+    path.write_text(json.dumps(found))
+    assert growth._broken_off(found | {"points": []}, path) == points
+    assert growth._broken_off(found | {"machine": {"device": "d", "commit": "other"}}, path) == []
+    path.write_text(json.dumps(found | {"fits": {}}))  # it was finished: measure all again
+    assert growth._broken_off(found, path) == []
+
+
 def test_as_many_groups_can_be_guided_as_are_asked_for(load: workload.Workload) -> None:
     known = guidance._guidable(load, 0.25).known_parts
     assert (known > 0).tolist() == [True, False, False, False]
