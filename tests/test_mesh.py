@@ -25,7 +25,7 @@ import quick
 from conftest import END, RESPONSE_LEN, VOCABULARY, Small, make_small
 
 from agrl_jax import assemble, train
-from agrl_jax.policy import transformer
+from agrl_jax.policy import decode_attention, transformer
 from agrl_jax.rl import guidance
 from agrl_jax.rl.objective import token_logprobs
 from agrl_jax.rl.rollout import PURPOSE_ROLLOUT, predicting_hidden, prefill, row_keys
@@ -82,6 +82,11 @@ def test_so_do_several_processes(number, sizes):
 @pytest.mark.slow
 def test_so_do_experts_that_are_spread_over_devices():
     assert "compared: 2x2x2 1x2x4; flipped tokens: 0" in run_on_eight("compare_experts", "2x2x2", "1x2x4")
+
+
+@pytest.mark.slow
+def test_so_does_decoding_as_a_gpu_does_it():
+    assert "compared: 2x2x2 1x2x4; flipped tokens: 0" in run_on_eight("compare_as_on_gpu", "2x2x2", "1x2x4")
 
 
 RATE = 0.5  # of plain gradient descent
@@ -176,6 +181,14 @@ def compare(*meshes: str, **shape: int) -> None:
 
 def compare_experts(*meshes: str) -> None:
     compare(*meshes, experts=4, experts_per_token=2)
+
+
+def compare_as_on_gpu(*meshes: str) -> None:
+    """With layers apart, and each device's attention as a function of its own, whose place a kernel takes there."""
+    gathered = sharding.gathered
+    sharding.gathered = lambda *args: transformer.unstack(gathered(*args))
+    decode_attention.supports = lambda *_: True
+    compare(*meshes)
 
 
 def close(sizes: str, path: Any, found: np.ndarray, expected: np.ndarray) -> None:

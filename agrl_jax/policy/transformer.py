@@ -139,7 +139,8 @@ def einsum(spec: str, x: Array, y: Array) -> Array:
     """The einsum of two arrays of one dtype, added up and returned in float32.
 
     In the gradient the cotangent is first rounded to that dtype. Left in float32, as JAX would have it, the products
-    of the gradient are float32 too: of a policy in bfloat16, a quarter of the gradient's time on an H100.
+    of the gradient are float32 too. With scores laid out as in `_attend` that was 22% of the gradient's time, of 1B
+    parameters in bfloat16 on an H100.
     """
     return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
 
