@@ -160,14 +160,18 @@ def test_matrix_operations_of_loops_branches_and_gradients():
             x = jax.lax.while_loop(lambda s: (s[0] < 7) & (s[1][0, 0] < 1), lambda s: (s[0] + 1, s[1] @ w), (0, x))[1]
         with jax.named_scope("branch"):
             x = jax.lax.cond(x[0, 0] > 0, lambda x: x @ w, lambda x: x, x)
+        with jax.named_scope("platform"):  # of the two, one is there, and that one always
+            x = jax.lax.platform_dependent(x, cuda=lambda x: x @ w @ w, default=lambda x: x @ w)
         with jax.named_scope("gradient"):
             return jax.grad(lambda w: jnp.sum(jax.checkpoint(lambda w: jnp.tanh(x @ w))(w)))(w)
 
     jaxpr = jax.make_jaxpr(function)(jnp.ones((2, 4)), jnp.ones((4, 4))).jaxpr
     one = 2 * 2 * 4 * 4
-    phases = ("scan", "while", "branch", "gradient")
+    phases = ("scan", "while", "branch", "platform", "gradient")
     found = matrix_flops(jaxpr, phases, branch_share=0.5)
-    assert found == {"scan": 3 * one, "while": 7 * one, "branch": one / 2, "gradient": 3 * one}  # forward twice
+    assert found == {
+        "scan": 3 * one, "while": 7 * one, "branch": one / 2, "platform": one, "gradient": 3 * one  # forward twice
+    }  # fmt: skip
 
 
 def test_matrix_operations_of_ragged_products():

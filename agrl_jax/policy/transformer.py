@@ -436,17 +436,20 @@ def _forward(
     positions = start + offset + jnp.broadcast_to(jnp.arange(tokens.shape[2]), (tokens.shape[0], 1, tokens.shape[2]))
     run = partial(_run_block, positions=positions, offset=None if cache is None else offset, layout=layout,
                   observe=observe)  # fmt: skip
-    layers = _loop if isinstance(params["blocks"], tuple) else _scan
-    x, cache, seen = layers(cfg, merge, params, x, offset, prefix, cache, run)
+    if isinstance(params["blocks"], tuple):
+        blocks = [merge({**params, "blocks": weights}).blocks for weights in params["blocks"]]
+        x, cache, seen = _loop(blocks, x, offset, prefix, cache, run)
+    else:
+        x, cache, seen = _scan(cfg, model.blocks, x, offset, prefix, cache, run)
     return rms_norm(x, model.final_norm[...], cfg.norm_eps), cache, seen
 
 
 def _scan(
-    cfg: PolicyConfig, merge: Callable[[Params], Transformer], params: Params, x: Array, offset: Array | int,
-    prefix: Prefix | None, cache: Cache | None, run: Callable[..., tuple[Array, Any]],
+    cfg: PolicyConfig, blocks: Block, x: Array, offset: Array | int, prefix: Prefix | None, cache: Cache | None,
+    run: Callable[..., tuple[Array, Any]],
 ) -> tuple[Array, Cache, Any]:
     """The layers as one scan over their stacked weights."""
-    graph, weights = nnx.split(merge(params).blocks)
+    graph, weights = nnx.split(blocks)
 
     def layer(carry: tuple[Array, Any], xs: tuple[Any, Any, Array]) -> tuple[tuple[Array, Any], Any]:
         x, (cache_k, cache_v) = carry
@@ -481,13 +484,13 @@ def _scan(
 
 
 def _loop(
-    cfg: PolicyConfig, merge: Callable[[Params], Transformer], params: Params, x: Array, offset: Array | int,
-    prefix: Prefix | None, cache: Cache | None, run: Callable[..., tuple[Array, Any]],
+    blocks: list[Block], x: Array, offset: Array | int, prefix: Prefix | None, cache: Cache | None,
+    run: Callable[..., tuple[Array, Any]],
 ) -> tuple[Array, Cache, Any]:
     """The layers one after the other, their weights, prefix and cache apart."""
     kept: list[tuple[Array, Array]] = []
     seen = []
-    for index, weights in enumerate(params["blocks"]):
+    for index, block in enumerate(blocks):
 
         def remember(k: Array, v: Array, index: int = index) -> tuple[Array, Array]:
             if cache is not None:
@@ -499,7 +502,6 @@ def _loop(
             return k, v
 
         layer_prefix = None if prefix is None else _LayerPrefix(prefix.k[index], prefix.v[index], prefix.length)
-        block = merge({**params, "blocks": weights}).blocks
         x, saw = run(block, x, prefix=layer_prefix, remember=remember)
         seen.append(saw)
     return x, Cache(*zip(*kept, strict=True)), seen

@@ -17,10 +17,10 @@ def matrix_flops(jaxpr: Any, phases: Sequence[str], branch_share: float = 1.0, s
     """Floating-point operations of all devices by phase, and "other": two for each product, rematerialised ones too.
 
     Scans are counted in full, and a `while` from 0 to the number that its counter is compared to; `branch_share` is
-    how often the first branch of a `cond` is not taken. A phase is the first of `phases` in the name stack
-    (`jax.named_scope`). Within a `shard_map`, each device counts; but of ragged products, whose groups are split over
-    the devices that have the same rows, each of `shards` different pieces of the rows counts once. Raises ValueError
-    for a `while` without such a number.
+    how often the first branch of a `cond` is not taken. Of a choice by platform its default counts. A phase is the
+    first of `phases` in the name stack (`jax.named_scope`). Within a `shard_map`, each device counts; but of ragged
+    products, whose groups are split over the devices that have the same rows, each of `shards` different pieces of the
+    rows counts once. Raises ValueError for a `while` without such a number.
     """
     found: Counter[str] = Counter()
 
@@ -34,6 +34,8 @@ def matrix_flops(jaxpr: Any, phases: Sequence[str], branch_share: float = 1.0, s
                 found[own] += times * _ragged(eqn) / repeated
             elif name == "shard_map":
                 walk(params["jaxpr"], times * params["mesh"].size, own, params["mesh"].size / shards)
+            elif name == "cond" and params.get("branches_platforms"):  # a choice by platform: kernels stand before it
+                walk(params["branches"][-1].jaxpr, times, own, repeated)
             elif name == "cond":
                 first, *others = params["branches"]
                 walk(first.jaxpr, times * (1 - branch_share), own, repeated)
