@@ -209,7 +209,7 @@ def test_smollm2_learns_the_form_of_answers_on_two_cores(tmp_path: Path, monkeyp
     config = importlib.import_module("configs.smollm2_135m").get_config("cpu")
     config.rulebook.path = str(tmp_path / "short.yaml")
     config.data.update(prompt_len=288, response_len=20)
-    config.sft.update(steps=14, learning_rate=1e-4, warmup=2)
+    config.sft.update(steps=16, batch_size=2, learning_rate=1e-4, warmup=2)
     config.rl.update(steps=2, warmup=1)
     config.reward.overlong_from = 18
     config.eval.update(pairs=8, validation_pairs=8, pass_pairs=0)
