@@ -78,6 +78,9 @@ class BenchmarkError(ValueError):
 
 def compare(names: Sequence[str], overrides: dict[str, Any], cache: Path, out: Path) -> dict[str, Any]:
     """Runs the contenders in turn and writes the results as they come."""
+    for flag, listed in (("only", names), ("here", _HERE.value)):
+        for name in set(listed) - set(CONTENDERS):
+            raise BenchmarkError(f"--{flag}={name}: not one of {', '.join(CONTENDERS)}")
     work = workload.WORKS[WORK.value]
     before = _machine(DTYPE.value)
     dtype = before.pop("dtype")
@@ -122,8 +125,6 @@ def _task(cache: Path, work: Work, dtype: str) -> protocol.Task:
 
 
 def _can_run(name: str, platform: str) -> bool:
-    if name not in CONTENDERS:
-        raise BenchmarkError(f"--only={name}: not one of {', '.join(CONTENDERS)}")
     if CONTENDERS[name].needs_gpu and platform == "cpu":
         print(f"{name}: left out, since it needs a GPU")
         return False
