@@ -151,8 +151,8 @@ def decode_layout(
     """The function `(trained, base) -> params` that lays out for decoding what a stage trains, over its base.
 
     Decoding uses the parameters once for each token. So they are cast to the dtype in which the policy computes with
-    them, and gathered over `fsdp` (unless `mesh.gather_decode` is False), before the loop and not inside it; on a GPU
-    their layers are taken apart. Without a stage, `trained` are all parameters.
+    them, and gathered over `fsdp` (unless `mesh.gather_decode` is False), before the loop and not inside it, and then
+    laid out as the platform reads them best. Without a stage, `trained` are all parameters.
     """
     adapters = adapters_of(config, stage) if stage else None
     gather = partial(sharding.gathered, mesh) if config.mesh.get("gather_decode", True) else lambda axes, params: params
@@ -161,7 +161,7 @@ def decode_layout(
         whole = gather(model.axes, transformer.cast_weights(model.shape, trained if adapters is None else base))
         if adapters is not None:
             whole = lora.attach(whole, gather(lora.adapter_axes(model.axes, adapters), trained), adapters)
-        return transformer.unstack(whole) if mesh.devices.flat[0].platform == "gpu" else whole
+        return transformer.for_decoding(whole, mesh.devices.flat[0].platform)
 
     return jax.jit(lay_out)
 

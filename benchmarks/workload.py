@@ -178,8 +178,7 @@ def build(
     names = tuple(step.name for step in rules.steps)
 
     def lay_out(params: Params) -> Params:
-        cast = transformer.cast_weights(shape, params)
-        return transformer.unstack(cast) if jax.default_backend() == "gpu" else cast
+        return transformer.for_decoding(transformer.cast_weights(shape, params), jax.default_backend())
 
     step = make_step(policy, tables, names, update, config, lambda params: (policy, lay_out(params)))
     batch = jax.device_put(batch)

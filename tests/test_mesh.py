@@ -85,8 +85,9 @@ def test_so_do_experts_that_are_spread_over_devices():
 
 
 @pytest.mark.slow
-def test_so_does_decoding_as_a_gpu_does_it():
-    assert "compared: 2x2x2 1x2x4; flipped tokens: 0" in run_on_eight("compare_as_on_gpu", "2x2x2", "1x2x4")
+@pytest.mark.parametrize(("platform", "sizes"), [("cpu", "2x2x2"), ("gpu", "1x2x4")])
+def test_so_does_decoding_as_a_platform_does_it(platform, sizes):
+    assert f"compared: {sizes}; flipped tokens: 0" in run_on_eight("compare_as_on", platform, sizes)
 
 
 RATE = 0.5  # of plain gradient descent
@@ -183,11 +184,12 @@ def compare_experts(*meshes: str) -> None:
     compare(*meshes, experts=4, experts_per_token=2)
 
 
-def compare_as_on_gpu(*meshes: str) -> None:
-    """With layers apart, and each device's attention as a function of its own, whose place a kernel takes there."""
+def compare_as_on(platform: str, *meshes: str) -> None:
+    """With weights as they are decoded with on a platform; and on a GPU with each device's attention as a function of
+    its own, whose place a kernel takes there."""
     gathered = sharding.gathered
-    sharding.gathered = lambda *args: transformer.unstack(gathered(*args))
-    decode_attention.supports = lambda *_: True
+    sharding.gathered = lambda *args: transformer.for_decoding(gathered(*args), platform)
+    decode_attention.supports = lambda *_: platform == "gpu"
     compare(*meshes)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agrl_jax.policy.transformer import PolicyConfig, RopeScaling, build, count_parameters, einsum, unstack
+from agrl_jax.policy.transformer import PolicyConfig, RopeScaling, build, count_parameters, einsum, for_decoding
 from agrl_jax.rl.rollout import predicting_hidden, prefill
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -90,19 +90,20 @@ def test_sharing_padding_and_caching_change_nothing(variant):
         jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), cache, caches[0])
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @variants
-def test_layers_apart_are_the_same_policy(variant):
+def test_laid_out_for_decoding_it_is_the_same_policy(variant, platform):
     policy, params, _ = drawn(dataclasses.replace(BASE, **variant))
-    prompt, response = tokens((2, 4)), tokens((2, 3, 5), seed=1)
+    prompt, response = tokens((2, 4)), tokens((2, 9, 5), seed=1)  # more than a few rows at first, few at last
 
     @jax.jit
     def run(params):
         prefix = prefill(policy, params, prompt, PROMPT_LEN)
-        hidden, cache = policy.apply(params, response[..., :4], prefix=prefix, cache=policy.init_cache(params, 2, 3, 5))
+        hidden, cache = policy.apply(params, response[..., :4], prefix=prefix, cache=policy.init_cache(params, 2, 9, 5))
         last, cache = policy.apply(params, response[..., 4:], offset=4, prefix=prefix, cache=cache)
         return policy.unembed(params, jnp.concatenate([hidden, last], axis=2)), cache
 
-    (logits, cache), (expected, stacked) = run(unstack(params)), run(params)
+    (logits, cache), (expected, stacked) = run(for_decoding(params, platform)), run(params)
     np.testing.assert_allclose(logits, expected, atol=1e-5)
     assert len(cache.k) == variant.get("layers", BASE.layers)
     np.testing.assert_allclose(jnp.stack(cache.k), stacked.k, atol=1e-5)

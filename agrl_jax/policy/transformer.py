@@ -3,8 +3,8 @@
 RMSNorm before each sub-layer, rotary positions, grouped-query attention, SwiGLU; tied or untied
 embeddings, attention biases, query/key norms, scaled rotary frequencies and a mixture of experts by
 config, so that Llama, Qwen2, Qwen3 and Qwen3-MoE shapes are the same code. Layers are stacked on a
-leading axis and scanned, so that compile time does not grow with depth; for decoding on a GPU they can
-be taken apart (`unstack`).
+leading axis and scanned, so that compile time does not grow with depth; for decoding they are taken
+apart where that is faster (`for_decoding`).
 
 The modules are split once into a graph definition and parameters (`build`); from there on only pure
 functions of the parameters are used. Responses attend to two segments: the keys and values of their
@@ -24,11 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from agrl_jax.policy import decode_attention
 from agrl_jax.policy.lora import Adapted
 from agrl_jax.types import ANYWHERE, Array, Cache, Layout, Params, Policy, Prefix
 
+_FEW = 32  # rows up to which a CPU is faster with the weight on the left of the product; see `OutputsFirst`
 _UNROLLED = 8  # stacks up to this deep are unrolled: a quarter off the gradient's time on a CPU, for more to compile
 # Logical axes of activations.
 _HIDDEN = ("batch", None, None, None)  # [B, G, n, D]
@@ -121,7 +123,19 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return (x32 * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-def linear(x: Array, weight: Array | Adapted, inputs: int = 1) -> Array:
+@jax.tree_util.register_dataclass
+@dataclass
+class OutputsFirst:
+    """A matrix of a layer, laid out for a CPU to decode with.
+
+    XLA's CPU product packs what stands on its right anew each time. With few rows that is most of the work where it is
+    the weight, and nothing where it is the rows: SmolLM2 decodes 32 answers 1.3 times as fast.
+    """
+
+    matrix: Array  # [out..., in...]
+
+
+def linear(x: Array, weight: Array | OutputsFirst | Adapted, inputs: int = 1) -> Array:
     """x [..., in...] times weight [in..., out...], where the first `inputs` axes of weight are its inputs.
 
     As one product of two matrices: on a CPU, XLA's gradient of the same product with x in four dimensions takes
@@ -129,6 +143,13 @@ def linear(x: Array, weight: Array | Adapted, inputs: int = 1) -> Array:
     """
     if isinstance(weight, Adapted):
         return linear(x, weight.weight, inputs) + linear(linear(x, weight.a, inputs), weight.b)
+    if isinstance(weight, OutputsFirst):
+        *outputs, size = *weight.matrix.shape[:-inputs], math.prod(weight.matrix.shape[-inputs:])
+        rows, matrix = x.reshape(-1, size), weight.matrix.reshape(-1, size)
+        # Without the barrier XLA turns the transposed product around again.
+        few = len(rows) <= _FEW
+        flat = jax.lax.optimization_barrier(matrix @ rows.T).T if few else rows @ matrix.T
+        return flat.reshape(*x.shape[: x.ndim - inputs], *outputs)
     size = math.prod(weight.shape[:inputs])
     flat = x.reshape(-1, size) @ weight.reshape(size, -1)
     return flat.reshape(*x.shape[: x.ndim - inputs], *weight.shape[inputs:])
@@ -532,7 +553,7 @@ def build(cfg: PolicyConfig, layout: Layout = ANYWHERE) -> tuple[Policy, Callabl
     returns the final hidden states [B, G, n, D] and the keys and values. Without a cache the n tokens
     see the prefix and each other, causally, and the returned cache holds their n entries. With one,
     their entries are written at `offset`, and they see the prefix and all slots up to their own. Of
-    parameters that are `unstack`ed, so are the prefix and the cache.
+    parameters whose layers are apart (`for_decoding`), so are the prefix and the cache.
     """
     template, merge = _structure(cfg)
     axes = jax.tree.map(
@@ -623,15 +644,33 @@ def cast_weights(cfg: PolicyConfig, params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def unstack(params: Params) -> Params:
-    """`params` with the weights of each layer in a dict of their own, in place of those stacked on an axis.
+def for_decoding(params: Params, platform: str) -> Params:
+    """`params` as they are decoded with on a platform, "cpu", "gpu" or "tpu"; the policy computes the same with them.
 
-    A GPU reads stacked weights through a copy of each layer's, for every token that is decoded: apart, a shape of 1B
-    parameters decodes 1.7 times as fast on an H100. On a CPU nothing is gained, and compiling takes longer.
+    Stacked weights are read through a copy of each layer's, for every token that is decoded. So on a CPU and a GPU the
+    weights of each layer are in a dict of their own: a shape of 1B parameters decodes 1.7 times as fast on an H100,
+    SmolLM2 1.2 times as fast on two CPU cores. On a CPU the layers' matrices are moreover `OutputsFirst`.
     """
+    if platform == "tpu":
+        return params
     leaves, structure = jax.tree.flatten(params["blocks"])
-    layers = zip(*(list(leaf) for leaf in leaves), strict=True)
-    return {**params, "blocks": tuple(jax.tree.unflatten(structure, layer) for layer in layers)}
+    layers = [jax.tree.unflatten(structure, layer) for layer in zip(*(list(leaf) for leaf in leaves), strict=True)]
+    return {**params, "blocks": tuple(_outputs_first(layer) if platform == "cpu" else layer for layer in layers)}
+
+
+def _outputs_first(layer: Params) -> Params:
+    """One layer's weights with its matrices `OutputsFirst`, those of a mixture's experts excepted."""
+    inputs = {("attention", name): 2 if name == "out" else 1 for name in ("q", "k", "v", "out")}
+    if "router" not in layer["mlp"]:
+        inputs |= {("mlp", name): 1 for name in ("gate", "up", "down")}
+
+    def turned(weight: Array | Adapted, inputs: int) -> OutputsFirst | Adapted:
+        if isinstance(weight, Adapted):
+            return weight.replace(weight=turned(weight.weight, inputs))
+        return OutputsFirst(jnp.moveaxis(weight, range(inputs), range(-inputs, 0)))
+
+    weights = flatten_dict(layer)
+    return unflatten_dict(weights | {path: turned(weights[path], number) for path, number in inputs.items()})
 
 
 def count_parameters(params: Params) -> int:
