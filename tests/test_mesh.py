@@ -355,7 +355,7 @@ def check_data_axis(found: list[Operation], shape: Sizes) -> None:
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_vocabulary_times_length():
+def test_memory_does_not_grow_with_vocabulary_times_length(quick_compiles):
     """The logits of a whole batch are never held: twice the vocabulary and twice the length add up, and no more."""
     small = Sizes(batch=8, layers=1, vocab=2000, response=16)
     large = small._replace(vocab=4000, response=32)

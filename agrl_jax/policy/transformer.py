@@ -25,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental.layout import Layout as MemoryOrder
+from jax.experimental.layout import with_layout_constraint
 
 from agrl_jax.policy import decode_attention
 from agrl_jax.policy.lora import Adapted
@@ -667,7 +669,9 @@ def _outputs_first(layer: Params) -> Params:
     def turned(weight: Array | Adapted, inputs: int) -> OutputsFirst | Adapted:
         if isinstance(weight, Adapted):
             return weight.replace(weight=turned(weight.weight, inputs))
-        return OutputsFirst(jnp.moveaxis(weight, range(inputs), range(-inputs, 0)))
+        matrix = jnp.moveaxis(weight, range(inputs), range(-inputs, 0))
+        # Else XLA first copies each layer out as it was, and holds both.
+        return OutputsFirst(with_layout_constraint(matrix, MemoryOrder(tuple(range(matrix.ndim)))))
 
     weights = flatten_dict(layer)
     return unflatten_dict(weights | {path: turned(weights[path], number) for path, number in inputs.items()})
