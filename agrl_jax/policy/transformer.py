@@ -148,9 +148,10 @@ def linear(x: Array, weight: Array | OutputsFirst | Adapted, inputs: int = 1) ->
     if isinstance(weight, OutputsFirst):
         *outputs, size = *weight.matrix.shape[:-inputs], math.prod(weight.matrix.shape[-inputs:])
         rows, matrix = x.reshape(-1, size), weight.matrix.reshape(-1, size)
-        # Without the barrier XLA turns the transposed product around again.
-        few = len(rows) <= _FEW
-        flat = jax.lax.optimization_barrier(matrix @ rows.T).T if few else rows @ matrix.T
+        if len(rows) > _FEW:
+            flat = rows @ matrix.T
+        else:  # behind a barrier, or XLA turns the product around again
+            flat = jax.lax.optimization_barrier(matrix @ rows.T).T
         return flat.reshape(*x.shape[: x.ndim - inputs], *outputs)
     size = math.prod(weight.shape[:inputs])
     flat = x.reshape(-1, size) @ weight.reshape(size, -1)
