@@ -85,9 +85,9 @@ def test_so_do_experts_that_are_spread_over_devices():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("platform", "sizes"), [("cpu", "2x2x2"), ("gpu", "1x2x4")])
-def test_so_does_decoding_as_a_platform_does_it(platform, sizes):
-    assert f"compared: {sizes}; flipped tokens: 0" in run_on_eight("compare_as_on", platform, sizes)
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_so_does_decoding_as_a_platform_does_it(platform):
+    assert "compared: 2x2x2 1x2x4; flipped tokens: 0" in run_on_eight("compare_as_on", platform, "2x2x2", "1x2x4")
 
 
 RATE = 0.5  # of plain gradient descent

@@ -29,7 +29,7 @@ from jax.experimental.layout import Layout as MemoryOrder
 from jax.experimental.layout import with_layout_constraint
 
 from agrl_jax.policy import decode_attention
-from agrl_jax.policy.lora import Adapted
+from agrl_jax.policy.lora import MODULES, Adapted
 from agrl_jax.types import ANYWHERE, Array, Cache, Layout, Params, Policy, Prefix
 
 _FEW = 32  # rows up to which a CPU is faster with the weight on the left of the product; see `OutputsFirst`
@@ -663,9 +663,6 @@ def for_decoding(params: Params, platform: str) -> Params:
 
 def _outputs_first(layer: Params) -> Params:
     """One layer's weights with its matrices `OutputsFirst`, those of a mixture's experts excepted."""
-    inputs = {("attention", name): 2 if name == "out" else 1 for name in ("q", "k", "v", "out")}
-    if "router" not in layer["mlp"]:
-        inputs |= {("mlp", name): 1 for name in ("gate", "up", "down")}
 
     def turned(weight: Array | Adapted, inputs: int) -> OutputsFirst | Adapted:
         if isinstance(weight, Adapted):
@@ -675,7 +672,11 @@ def _outputs_first(layer: Params) -> Params:
         return OutputsFirst(with_layout_constraint(matrix, MemoryOrder(tuple(range(matrix.ndim)))))
 
     weights = flatten_dict(layer)
-    return unflatten_dict(weights | {path: turned(weights[path], number) for path, number in inputs.items()})
+    of_experts = ("mlp", "router") in weights
+    for path, weight in weights.items():
+        if path[-1] in MODULES and not (of_experts and path[0] == "mlp"):
+            weights[path] = turned(weight, inputs=2 if path[-1] == "out" else 1)
+    return unflatten_dict(weights)
 
 
 def count_parameters(params: Params) -> int:
