@@ -1,12 +1,11 @@
 """Tunix's GRPO learner with its vanilla rollout.
 
 Settings: `micro_batch` and `logps_batch`, the prompts that go through the gradient and the reference at once (all: no
-accumulation), and `remat`, the name of a `RematConfig`.
+accumulation).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -63,9 +62,6 @@ def run(task: Task, report: Report) -> None:
             rollout_config=rollout,
         ),
     )
-    # Only now, for training alone: Tunix's sampler, which has its definition of the model by now, fails with any other.
-    for layer in cluster.actor_trainer.model.layers:
-        layer.config = dataclasses.replace(shape, remat_config=model.RematConfig[task.settings.get("remat", "NONE")])
     learner = GRPOLearner(
         rl_cluster=cluster,
         algo_config=GRPOConfig(num_generations=task.group_size, beta=BETA, kl_loss_mode="low_var_kl"),
