@@ -12,5 +12,5 @@ DTYPE = flags.DEFINE_enum(
     "dtype", "auto", ["auto", "float32", "bfloat16"], "of the arithmetic; auto: float32 on a CPU, else bfloat16"
 )
 REPEATS = flags.DEFINE_integer("repeats", 3, "times each figure is taken", lower_bound=1)
-CHUNK = flags.DEFINE_integer("logprob_chunk", 256, "positions whose logits are held at once; 0: all", lower_bound=0)
+CHUNK = flags.DEFINE_integer("logprob_chunk", 0, "positions whose logits are held at once; 0: all", lower_bound=0)
 OUT = flags.DEFINE_string("out", "", "results file; by default a name in benchmarks/results")

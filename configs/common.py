@@ -147,7 +147,7 @@ def base() -> ConfigDict:
     c.objective.kl_weight = 0.0
     c.objective.entropy_weight = 0.003
     c.objective.mask_truncated = False  # answers without an end give no gradient
-    c.objective.logprob_chunk = 0  # positions whose logits a device holds at once; 0: all
+    c.objective.logprob_chunk = 0  # positions whose logits a device holds at once, to be recomputed; 0: all, kept
 
     c.guidance = ConfigDict()  # see agrl_jax/rl/guidance.py
     c.guidance.enabled = True

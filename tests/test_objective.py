@@ -146,19 +146,23 @@ def test_log_probabilities_and_entropies_by_hand():
     np.testing.assert_allclose(np.exp(logp[0, 0]), [4 / 6, 1 / 82], rtol=1e-5)  # squares: 1, 1, 4 and 1, 81
 
 
-def test_chunks_change_neither_values_nor_gradients():
+def test_values_and_gradients_are_those_of_log_softmax_in_chunks_of_any_size():
     rng = np.random.default_rng(0)
     hidden, head = rng.normal(size=(2, 3, 4, 5)).astype(np.float32), rng.normal(size=(5, 11)).astype(np.float32)
     tokens = rng.integers(0, 11, (2, 3, 4))
     weight = rng.normal(size=(2, 2, 3, 4))
 
     def value(hidden, head, chunk):
-        pair = token_logprobs(lambda h: h @ head, hidden, tokens, 0.7, chunk)
+        if chunk is None:
+            logp = jax.nn.log_softmax(hidden @ head / 0.7)
+            pair = jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0], -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+        else:
+            pair = token_logprobs(lambda h: h @ head, hidden, tokens, 0.7, chunk)
         return sum(jnp.sum(w * x) for w, x in zip(weight, pair, strict=True)), pair
 
     run = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True), static_argnums=2)
-    (_, whole), gradients = run(hidden, head, 0)
-    for chunk in (1, 7, 24, 100):  # one by one; with a remainder; exactly all; more than there are
+    (_, whole), gradients = run(hidden, head, None)
+    for chunk in (0, 1, 7, 24, 100):  # none; one by one; with a remainder; exactly all; more than there are
         (_, chunked), chunked_gradients = run(hidden, head, chunk)
         for a, b in zip((*chunked, *chunked_gradients), (*whole, *gradients), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)

@@ -213,11 +213,12 @@ def config(**fields):
 
 @pytest.mark.parametrize("layers", [2, 8])
 @pytest.mark.parametrize("length", [16, 64])
-@pytest.mark.parametrize("micro", [1, 4])
-def test_matrix_operations_of_the_step_worked_out_by_hand(monkeypatch, layers, length, micro):
-    found = step_flops(
-        monkeypatch, **{"policy.layers": layers, "data.response_len": length, "rl.micro_batches": micro}
-    )
+@pytest.mark.parametrize(("micro", "chunk"), [(1, 0), (4, 8)])
+def test_matrix_operations_of_the_step_worked_out_by_hand(monkeypatch, layers, length, micro, chunk):
+    found = step_flops(monkeypatch, **{
+        "policy.layers": layers, "data.response_len": length, "rl.micro_batches": micro,
+        "objective.logprob_chunk": chunk,
+    })  # fmt: skip
     b, g, s, t, v = 8, 4, 96, length, 600
     d, hf, kf, m = 32, 32, 16, 64  # width, heads, key/value heads, feed-forward
     linear = 2 * (d * hf + 2 * d * kf + hf * d + 3 * d * m)  # of a token in a layer
@@ -232,8 +233,8 @@ def test_matrix_operations_of_the_step_worked_out_by_hand(monkeypatch, layers, l
     answers = b * g * (t - 1)
     forward = prefill + answers * layers * (linear + attending(s + t - 1))
     again = b * s * layers * attending(s) + answers * layers * attending(s + t - 1)
-    # Attention of scanned layers and the logits are made again in the backward pass.
-    assert found["loss"] == 3 * forward + again + 4 * b * g * t * head
+    # Attention of scanned layers, and logits in chunks, are made again in the backward pass.
+    assert found["loss"] == 3 * forward + again + (4 if chunk else 3) * b * g * t * head
     slots, replace = b // 2, 2
     parallel = slots * replace * t * layers * (linear + attending(s + t))  # the forced prefix, over the cache
     assert found["replay"] == parallel + slots * replace * t * (layers * (linear + attending(s + t)) + head)

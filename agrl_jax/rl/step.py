@@ -67,7 +67,7 @@ class StepConfig:
     epochs: int  # passes over each rollout
     minibatches: int  # updates per pass
     micro_batches: int  # pieces of a minibatch, to save memory
-    logprob_chunk: int  # positions whose logits are held at once, over all devices; 0: all
+    logprob_chunk: int  # positions whose logits are held at once, over all devices; 0: all, and kept
     total_steps: int  # of the run: what a guidance cap is measured against
     shards: int  # data shards of the mesh
     inspect: int  # examples whose rollouts are returned, to be decoded and shown
