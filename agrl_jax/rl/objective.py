@@ -118,7 +118,7 @@ def token_logprobs(
     Works through `chunk` positions at a time, as many of each example, and recomputes logits in the backward pass, so
     that no more than [chunk, V] logits are ever held ([B, V], if B is more than `chunk`). A piece has all examples in
     it, so that each data shard works on its own. With a `chunk` of 0 all logits are worked out at once and kept for
-    the backward pass: where they fit, the gradient of SmolLM2's head takes a third less time so.
+    the backward pass: where they fit, the gradient of SmolLM2's head takes a quarter less time so, on a CPU.
     """
     flat_hidden = hidden.reshape(tokens.shape[0], -1, hidden.shape[-1])  # [B, positions, D]
     flat_tokens = tokens.reshape(tokens.shape[0], -1)
