@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from functools import partial
 
 import jax
@@ -110,12 +111,15 @@ def test_laid_out_for_decoding_it_is_the_same_policy(variant, platform):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
-def test_gradient_of_einsum_is_that_of_jax_but_for_rounding(dtype, tolerance, close):
+@pytest.mark.parametrize("spec", ["bgik,bjk->bgij", "bgij,bjk->bgik", "nd,dv->nv"])  # scores, their values, logits
+def test_gradient_of_einsum_is_that_of_jax_but_for_rounding(spec, dtype, tolerance, close):
     rng = np.random.default_rng(0)
-    x, y, into = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((2, 3, 4), (2, 5, 4), (2, 3, 5)))
+    sizes = {"b": 2, "g": 3, "i": 4, "j": 5, "k": 6, "n": 7, "d": 8, "v": 9}
+    shapes = [[sizes[axis] for axis in axes] for axes in re.split(",|->", spec)]
+    x, y, into = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
 
     def gradient(product):
-        return jax.grad(lambda x, y: jnp.sum(product("bik,bjk->bij", x, y) * into), argnums=(0, 1))(x, y)
+        return jax.grad(lambda x, y: jnp.sum(product(spec, x, y) * into), argnums=(0, 1))(x, y)
 
     found, exact = gradient(einsum), gradient(partial(jnp.einsum, preferred_element_type=jnp.float32))
     assert {leaf.dtype for leaf in found} == {jnp.dtype(dtype)}

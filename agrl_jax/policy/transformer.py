@@ -15,6 +15,7 @@ runs over both, so sharing is exact.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -176,8 +177,13 @@ def _einsum_forward(spec: str, x: Array, y: Array) -> tuple[Array, tuple[Array, 
 def _einsum_backward(spec: str, operands: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
     x, y = operands
     cotangent = cotangent.astype(x.dtype)
-    (grad_x,) = jax.linear_transpose(lambda x: jnp.einsum(spec, x, y), x)(cotangent)
-    (grad_y,) = jax.linear_transpose(lambda y: jnp.einsum(spec, x, y), y)(cotangent)
+    left, right, out = re.split(",|->", spec)
+    grad_x = jnp.einsum(f"{out},{right}->{left}", cotangent, y)
+    # Asked for with its last two axes swapped, the gradient of keys has queries on the left of its product. Otherwise
+    # the scores' cotangent stands there, far larger, which XLA's CPU product first copies into another order: 7% of the
+    # gradient's time of SmolLM2, with prompts of 600 tokens and 16 answers to each.
+    swapped = f"{right[:-2]}{right[-1]}{right[-2]}"
+    grad_y = jnp.einsum(f"{left},{out}->{swapped}", x, cotangent).swapaxes(-1, -2)
     return grad_x, grad_y
 
 
