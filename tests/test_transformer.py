@@ -111,7 +111,9 @@ def test_laid_out_for_decoding_it_is_the_same_policy(variant, platform):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
-@pytest.mark.parametrize("spec", ["bgik,bjk->bgij", "bgij,bjk->bgik", "nd,dv->nv"])  # scores, their values, logits
+@pytest.mark.parametrize(
+    "spec", ["bik,bjk->bij", "bgik,bjk->bgij", "bgij,bjk->bgik", "nd,dv->nv"]  # scores, of a group; values; logits
+)
 def test_gradient_of_einsum_is_that_of_jax_but_for_rounding(spec, dtype, tolerance, close):
     rng = np.random.default_rng(0)
     sizes = {"b": 2, "g": 3, "i": 4, "j": 5, "k": 6, "n": 7, "d": 8, "v": 9}
