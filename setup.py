@@ -8,7 +8,7 @@ setup(
     description="LLM judges of e-commerce search relevance, trained by rule-aware, guided reinforcement learning",
     python_requires=">=3.11",
     packages=find_packages(include=["agrl_jax", "agrl_jax.*"]),
-    package_data={"agrl_jax": ["rulebook/*.yaml", "data/*.yaml", "data/ontology/*.yaml", "html/*"]},
+    package_data={"agrl_jax": ["rulebook/*.yaml", "data/bundled/ontology/*.yaml", "evaluation/html/*"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",

@@ -15,16 +15,17 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from agrl_jax import assemble, scorecard
 from agrl_jax.data import pipeline
+from agrl_jax.evaluation import intervals, metrics, tables
 from agrl_jax.runtime import processes, sharding
 from agrl_jax.runtime.checkpoint import SFT_END
 from agrl_jax.runtime.config import define_distributed_flag, exit_with, parse_flags
+from agrl_jax.runtime.console import progress, say
 from agrl_jax.runtime.memory import with_huge_pages
-from agrl_jax.runtime.metrics import progress, say
+from agrl_jax.training import assemble
 
 
-def evaluate(workdir: str, stages: list[str], splits: list[str], pairs: int) -> scorecard.Scorecards:
+def evaluate(workdir: str, stages: list[str], splits: list[str], pairs: int) -> metrics.Scorecards:
     """Scorecards `{stage: {split: scores}}` of checkpoints of a workdir; stages are named as training names them."""
     folder = epath.Path(workdir)
     config = assemble.read_config(folder)
@@ -39,7 +40,7 @@ def evaluate(workdir: str, stages: list[str], splits: list[str], pairs: int) -> 
     if unknown:
         raise ValueError(f"--splits: {unknown[0]!r} is not a split of {workdir}; there are {', '.join(data.splits)}")
     splits = splits or list(data.eval_splits)
-    cards: scorecard.Scorecards = {}
+    cards: metrics.Scorecards = {}
     with progress("evaluate", len(stages) * len(splits)) as bar:
         for stage in stages:
             params = lay_out(_params(folder, config, model, mesh, stage), None)
@@ -48,7 +49,7 @@ def evaluate(workdir: str, stages: list[str], splits: list[str], pairs: int) -> 
                 split = assemble.encode(config, model, data, data.splits[name])
                 rows = pipeline.stratified(split, pairs or len(split), config.data.seed)
                 judged = evaluator.judge(params, split, rows)
-                card[name] = scorecard.score(judged, rules, bootstrap=config.eval.bootstrap, seed=config.seed)
+                card[name] = intervals.score(judged, rules, bootstrap=config.eval.bootstrap, seed=config.seed)
                 bar.update(sum(len(c) for c in cards.values()))
     return cards
 
@@ -86,8 +87,8 @@ def main(argv: list[str]) -> None:
     out = epath.Path(values.out or epath.Path(values.workdir) / "scorecard_full.json")
     with processes.first_alone("write"):  # the others leave after it
         if jax.process_index() == 0:
-            scorecard.write(out, cards)
-    say(scorecard.table(cards))
+            tables.write(out, cards)
+    say(tables.table(cards))
     say(f"written to {out}")
 
 

@@ -17,17 +17,19 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from agrl_jax import assemble, cuts, scorecard, trained
-from agrl_jax.cuts import CutsError
 from agrl_jax.data import pipeline
-from agrl_jax.policy import loading
+from agrl_jax.evaluation import tables
+from agrl_jax.evaluation.metrics import ScorecardError
+from agrl_jax.judging import cuts, trained
+from agrl_jax.judging.cuts import CutsError
+from agrl_jax.policy import huggingface
 from agrl_jax.policy.transformer import count_parameters
 from agrl_jax.rulebook import book, wording
 from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.runtime import processes, sharding
 from agrl_jax.runtime.config import exit_with, parse_flags, resolve
-from agrl_jax.runtime.metrics import say
-from agrl_jax.scorecard import ScorecardError
+from agrl_jax.runtime.console import say
+from agrl_jax.training import assemble
 from agrl_jax.types import Params
 
 RULEBOOK_FILE = "rulebook.yaml"
@@ -63,7 +65,7 @@ def export(workdir: str, out: str, stage: str = "best", dtype: str | None = None
         "stage": where,
         "config": resolve(config),
     }
-    loading.save_pretrained(
+    huggingface.save_pretrained(
         target, model.shape, params, model.tokenizer, dtype=dtype,
         generation_config={"max_new_tokens": config.data.response_len},
         card=_card(target.name, folder, config, model, count_parameters(params), where),
@@ -105,9 +107,9 @@ def _card(
         _training(config, where),
     ]
     if (folder / "scorecard.json").exists():
-        cards = scorecard.read(folder / "scorecard.json")
+        cards = tables.read(folder / "scorecard.json")
         sections.append(f"## Scorecard\n\nOf the end of each stage; exported is {where}.")
-        sections.append(scorecard.to_markdown(cards).strip())
+        sections.append(tables.to_markdown(cards).strip())
     return "\n\n".join(sections) + "\n"
 
 

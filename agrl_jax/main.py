@@ -22,19 +22,19 @@ def main(argv: list[str]) -> None:
     Exit codes: 2 for bad input, 1 for a run that diverged or lost one of its processes, 128 + signal if stopped.
     """
     parse_flags(argv)
-    from agrl_jax import train  # after the flags: a typo is answered at once, not after JAX has started
     from agrl_jax.runtime import processes
+    from agrl_jax.training import run  # after the flags: a typo is answered at once, not after JAX has started
 
     try:
         processes.connect(flags.FLAGS.distributed)
-        train.train(flags.FLAGS.config, flags.FLAGS.workdir)
-    except train.Interrupted as stop:
+        run.train(flags.FLAGS.config, flags.FLAGS.workdir)
+    except run.Interrupted as stop:
         print(stop, file=sys.stderr)
         raise SystemExit(128 + stop.signum) from None
-    except train.Diverged as error:
+    except run.Diverged as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    except train.USER_ERRORS as error:
+    except run.USER_ERRORS as error:
         exit_with(error)
     except Exception as error:
         processes.leave(error)

@@ -18,10 +18,11 @@ import polars as pl
 from absl import flags
 from etils import epath
 
-from agrl_jax import judgements, scorecard
-from agrl_jax.html import render
+from agrl_jax.evaluation import judgements, tables
+from agrl_jax.evaluation.html import render
 from agrl_jax.runtime.config import exit_with, parse_flags
-from agrl_jax.runtime.metrics import read_jsonl, say
+from agrl_jax.runtime.console import say
+from agrl_jax.runtime.logs import read_jsonl
 
 RISE, FALL = 0.02, 0.02  # of a part and of validation accuracy, over three validations in a row: an alarm
 
@@ -70,11 +71,11 @@ def _run(workdir: epath.Path) -> dict[str, Any]:
     elif "reward/gated" not in curves:
         missing.append("Gate firings were not logged by this run.")
     samples = _file(workdir / "samples.jsonl", read_jsonl, [], "no rollouts to browse", missing)
-    cards = _file(workdir / "scorecard.json", scorecard.read, {}, "no scorecard yet", missing)
+    cards = _file(workdir / "scorecard.json", tables.read, {}, "no scorecard yet", missing)
     frame = _file(workdir / judgements.FILE, judgements.read, None, "no confusion matrices", missing)
     return {
         "name": str(workdir), "stage": stage, "curves": curves, "parts": parts, "samples": samples, "missing": missing,
-        "sheets": list(scorecard.sheets(cards)), "confusions": [] if frame is None else confusions(frame),
+        "sheets": list(tables.sheets(cards)), "confusions": [] if frame is None else confusions(frame),
         "alarms": alarms(curves, parts),
     }  # fmt: skip
 

@@ -31,14 +31,15 @@ import numpy as np
 import rich.table
 from absl import flags
 
-from agrl_jax import trained
 from agrl_jax.data.pairs import PairsError
 from agrl_jax.data.rows import Record, open_rows
-from agrl_jax.html import render
-from agrl_jax.judge import USER_ERRORS, Judge, Judgement
+from agrl_jax.evaluation.html import render
+from agrl_jax.judging import trained
+from agrl_jax.judging.engine import Judge, Judgement
+from agrl_jax.judging.files import USER_ERRORS
 from agrl_jax.runtime import processes
 from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
-from agrl_jax.runtime.metrics import console_table, progress, say
+from agrl_jax.runtime.console import console_table, progress, say
 
 _SHOWN = ("title", "brand", "color", "category", "price", "description")
 _ANSWERS = ("left", "same", "right")

@@ -21,7 +21,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.preprocessing import StandardScaler
 
-from agrl_jax.data.benchmark import load_benchmark
+from agrl_jax.data.bundled.benchmark import load_benchmark
 from agrl_jax.data.pairs import Pair, item_text
 from agrl_jax.rulebook import book
 

@@ -24,7 +24,7 @@ import matplotlib
 import numpy as np
 from absl import app, flags
 
-from agrl_jax.policy.transformer import PolicyConfig
+from agrl_jax.policy.layers import PolicyConfig
 from agrl_jax.runtime.memory import with_huge_pages
 from benchmarks import machine, results, table, workload
 from benchmarks.contenders.protocol import peak_rss

@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import app, flags
 
-from agrl_jax.policy.transformer import PolicyConfig
+from agrl_jax.policy.layers import PolicyConfig
 from agrl_jax.runtime.memory import with_huge_pages
 from benchmarks import machine, phases, results, table, workload
 from benchmarks.options import CHUNK, DTYPE, MODEL, OUT, REPEATS, WORK

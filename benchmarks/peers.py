@@ -27,7 +27,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from agrl_jax.policy import loading
+from agrl_jax.policy import huggingface, loading
 from agrl_jax.runtime.memory import with_huge_pages
 from benchmarks import results, table, workload
 from benchmarks.contenders import protocol
@@ -114,7 +114,7 @@ def _task(cache: Path, work: Work, dtype: str) -> protocol.Task:
     if not folder.exists():
         fresh = folder.with_suffix(".part")
         shutil.rmtree(fresh, ignore_errors=True)
-        loading.save_pretrained(fresh, *workload.load(MODEL.value))
+        huggingface.save_pretrained(fresh, *workload.load(MODEL.value))
         fresh.rename(folder)
     tokenizer = loading.read_tokenizer(folder)
     texts = [tokenizer.decode(prompt) for prompt in workload.prompts(tokenizer, work)]

@@ -17,10 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from agrl_jax.policy.transformer import PolicyConfig
+from agrl_jax.policy import scoring
+from agrl_jax.policy.layers import PolicyConfig
+from agrl_jax.policy.scoring import predicting_hidden, prefill
 from agrl_jax.rl import objective, reader
 from agrl_jax.rl.reward import score
-from agrl_jax.rl.rollout import PURPOSE_ROLLOUT, predicting_hidden, prefill, rollout, row_keys
+from agrl_jax.rl.rollout import PURPOSE_ROLLOUT, rollout, row_keys
 from agrl_jax.types import Array, Batch, Params, Rollout
 from benchmarks.workload import NEVER, Workload
 
@@ -133,7 +135,7 @@ def _logprobs(load: Workload, params: Params, batch: Batch, rolled: Rollout) -> 
     hidden = predicting_hidden(load.policy, params, prefix, rolled.tokens)
     unembed = partial(load.policy.unembed, params)
     config = load.config
-    return objective.token_logprobs(unembed, hidden, rolled.tokens, config.temperature, config.logprob_chunk)
+    return scoring.token_logprobs(unembed, hidden, rolled.tokens, config.temperature, config.logprob_chunk)
 
 
 def _loss(load: Workload, params: Params, batch: Batch, rolled: Rollout) -> Array:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from absl import app, flags
 
 from agrl_jax import preflight
+from agrl_jax.bounds import compile
 from benchmarks.machine import ROOT
 
 _ONLY = flags.DEFINE_list("only", [], "rows to compile, CONFIG@TOPOLOGY; or all")
@@ -72,7 +73,7 @@ def _line(row: Row, figures: dict[str, Any]) -> str:
         f"{figures['devices']} x {chip['name']}",
         ", ".join(f"`{name}={value}`" for name, value in row.fields.items()),
         "yes" if figures["fits"] else "no",
-        f"{memory['total'] / preflight.GIB:.2g} of {chip['memory'] / preflight.GIB:.0f}",
+        f"{memory['total'] / compile.GIB:.2g} of {chip['memory'] / compile.GIB:.0f}",
     ]
     if figures["phases"]:
         whole = figures["seconds"]
@@ -86,7 +87,7 @@ def _line(row: Row, figures: dict[str, Any]) -> str:
 
 
 def main(_: list[str]) -> None:
-    preflight.only_compile()
+    compile.only_compile()
     for row in ROWS:
         if row.name in _ONLY.value or "all" in _ONLY.value:
             figures = compile_row(row)

@@ -27,15 +27,16 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from agrl_jax import train
-from agrl_jax.data import benchmark, catalog, pipeline
+from agrl_jax.data import pipeline
+from agrl_jax.data.bundled import benchmark, catalog
 from agrl_jax.data.pairs import Pair
 from agrl_jax.policy import loading
 from agrl_jax.policy.smollm2 import NotInstalledError, find_smollm2
 from agrl_jax.policy.tokenizer import Tokenizer, train_bpe
 from agrl_jax.rulebook import book, wording
+from agrl_jax.runtime.logs import MetricsWriter, read_jsonl
 from agrl_jax.runtime.memory import with_huge_pages
-from agrl_jax.runtime.metrics import MetricsWriter, read_jsonl
+from agrl_jax.training import run
 from benchmarks import machine, results, table
 from benchmarks.machine import ROOT
 from benchmarks.options import OUT
@@ -87,7 +88,7 @@ def host_share(config: ConfigDict, steps: int, folder: str) -> dict[str, float]:
     in which the device has nothing to do."""
     written: list[float] = []
     compiled: list[Future[float]] = []
-    run_stage, write = train._run_stage, MetricsWriter.write
+    run_stage, write = run._run_stage, MetricsWriter.write
 
     def noting(writer: MetricsWriter, stage: str, *args: Any) -> None:
         write(writer, stage, *args)
@@ -107,11 +108,11 @@ def host_share(config: ConfigDict, steps: int, folder: str) -> dict[str, float]:
     with (
         ThreadPoolExecutor(1) as watcher,
         mock.patch.object(MetricsWriter, "write", noting),
-        mock.patch.object(train, "_run_stage", timing),
+        mock.patch.object(run, "_run_stage", timing),
     ):
         with config.unlocked():
             config.update_from_flattened_dict(SHORT | {"rl.steps": steps, "data.dir": f"{folder}/data"})
-        train.train(config, f"{folder}/loop", say=lambda *_: None)
+        run.train(config, f"{folder}/loop", say=lambda *_: None)
     loop = [after - before for before, after in itertools.pairwise(written)]
     device = [future.result() for future in compiled[1:]]
     shares = [1 - busy / whole for busy, whole in zip(device, loop, strict=True)]

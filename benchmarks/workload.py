@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agrl_jax.policy import loading, transformer
+from agrl_jax.policy import decoding, loading, transformer
+from agrl_jax.policy.layers import PolicyConfig
 from agrl_jax.policy.smollm2 import NotInstalledError, find_smollm2
 from agrl_jax.policy.tokenizer import Tokenizer, train_bpe
-from agrl_jax.policy.transformer import PolicyConfig
 from agrl_jax.rl import guidance
 from agrl_jax.rl.guidance import GuidanceConfig
 from agrl_jax.rl.objective import ObjectiveConfig
@@ -178,7 +178,7 @@ def build(
     names = tuple(step.name for step in rules.steps)
 
     def lay_out(params: Params) -> Params:
-        return transformer.for_decoding(transformer.cast_weights(shape, params), jax.default_backend())
+        return decoding.for_decoding(transformer.cast_weights(shape, params), jax.default_backend())
 
     step = make_step(policy, tables, names, update, config, lambda params: (policy, lay_out(params)))
     batch = jax.device_put(batch)

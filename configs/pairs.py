@@ -11,18 +11,18 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from agrl_jax import recipes
 from agrl_jax.runtime.config import parse_arg
-from configs import common
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The quickstart's policy and method, on pairs whose steps may be unknown."""
-    variant = parse_arg(arg, variant=tuple(common.METHODS)).variant
-    c = common.base()
+    variant = parse_arg(arg, variant=tuple(recipes.METHODS)).variant
+    c = recipes.base()
     c.data.source = "pairs"
     c.data.prompt_len = 96  # real titles are longer
     c.policy.vocab_size = 4000  # and their words more varied
     c.rl.steps = 150
     c.guidance.source = "own"  # of most real pairs the tier alone is known
     c.eval.every = 25
-    return common.with_method(c, variant)
+    return recipes.with_method(c, variant)

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from agrl_jax import recipes
 from agrl_jax.runtime.config import parse_arg
-from configs import common
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The defaults of `common`, which are chosen for this run."""
-    variant = parse_arg(arg, variant=tuple(common.METHODS)).variant
-    return common.with_method(common.base(), variant)
+    variant = parse_arg(arg, variant=tuple(recipes.METHODS)).variant
+    return recipes.with_method(recipes.base(), variant)

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from agrl_jax import recipes
 from agrl_jax.runtime.config import parse_arg
-from configs import common, language_model
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The shared settings: parameters, gradients and AdamW's moments take 10 GB."""
-    variant = parse_arg(arg, variant=tuple(common.METHODS)).variant
-    return common.with_method(language_model.base(), variant)
+    variant = parse_arg(arg, variant=tuple(recipes.METHODS)).variant
+    return recipes.with_method(recipes.language_model(), variant)

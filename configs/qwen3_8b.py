@@ -11,16 +11,16 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from agrl_jax import recipes
 from agrl_jax.runtime.config import parse_arg
-from configs import common, language_model
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The shared settings, with the parameters spread over all devices."""
-    variant = parse_arg(arg, variant=tuple(common.METHODS)).variant
-    c = language_model.base()
+    variant = parse_arg(arg, variant=tuple(recipes.METHODS)).variant
+    c = recipes.language_model()
     c.mesh.data, c.mesh.fsdp = 1, -1  # parameters, gradients and AdamW's moments take 131 GB, split over the devices
     c.sft.learning_rate = 1e-5  # a large model takes smaller steps
     c.checkpoint.every = 100  # a checkpoint has 98 GB
     c.checkpoint.keep = 1
-    return common.with_method(c, variant)
+    return recipes.with_method(c, variant)

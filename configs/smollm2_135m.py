@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from agrl_jax import recipes
 from agrl_jax.runtime.config import parse_arg
-from configs import common, language_model
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The shared settings with higher learning rates; `cpu` is a first look, in an hour or so and 8 GB."""
-    args = parse_arg(arg, variant=tuple(common.METHODS), cpu=False)
-    c = language_model.base()
+    args = parse_arg(arg, variant=tuple(recipes.METHODS), cpu=False)
+    c = recipes.language_model()
     c.policy.pretrained = "smollm2"  # the GGUF file in the wheel; what it holds in 4 and 8 bits is trained in 32
     c.policy.compute_dtype = "float32"  # small enough, and CPUs are slow in bfloat16
     c.sft.learning_rate = 5e-5  # a small model bears larger steps
@@ -31,4 +31,4 @@ def get_config(arg: str | None = None) -> ConfigDict:
         c.guidance.replace = 2  # of 4
         c.eval.update(every=0, pairs=32, validation_pairs=32, pass_k=4, pass_pairs=8, batch_size=4)
         c.checkpoint.every = 10  # steps take about a minute
-    return common.with_method(c, args.variant)
+    return recipes.with_method(c, args.variant)

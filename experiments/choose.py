@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from agrl_jax.runtime.config import ConfigError, exit_with, last_branch, parse_flags
-from agrl_jax.runtime.metrics import console_table, say
+from agrl_jax.runtime.console import console_table, say
 from experiments import results, search, study
 
 LAST = 3  # validations: one alone is noisy

@@ -11,12 +11,12 @@ import jax
 import numpy as np
 import polars as pl
 
-from agrl_jax import judgements, scorecard
+from agrl_jax.evaluation import judgements, metrics, tables
+from agrl_jax.evaluation.metrics import Judgements
 from agrl_jax.rulebook import book
 from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.runtime.config import last_branch
-from agrl_jax.runtime.metrics import read_jsonl
-from agrl_jax.scorecard import Judgements
+from agrl_jax.runtime.logs import read_jsonl
 from experiments import study
 from experiments.study import Sweep
 
@@ -30,7 +30,7 @@ def write(sweep: Sweep, run: str, seed: int, workdir: Path, diverged: bool, dige
     method = sweep.method(run)
     rows = read_jsonl(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
     after = [row for row in rows if row["stage"] != "sft"]  # of the shared warm start
-    cards = scorecard.read(workdir / "scorecard.json")
+    cards = tables.read(workdir / "scorecard.json")
     stage = method if method in cards else "sft"
     result = {
         "method": method,
@@ -101,7 +101,7 @@ def _keep_judgements(workdir: Path, stage: str, path: Path) -> None:
     frame.with_columns(number).write_parquet(path, compression="zstd")
 
 
-def _values(card: scorecard.Scores) -> dict[str, Any]:
+def _values(card: metrics.Scores) -> dict[str, Any]:
     """A scorecard without intervals, which over one run are of no use here."""
     cuts = ("by_family", "by_seen")
     values = {name: measure["value"] for name, measure in card.items() if name not in cuts}

@@ -28,7 +28,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
-from agrl_jax.runtime.metrics import progress, say
+from agrl_jax.runtime.console import progress, say
 from experiments import results, study
 from experiments.study import Sweep
 

@@ -19,8 +19,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from agrl_jax import recipes
 from agrl_jax.runtime.config import ConfigError, config_digest, flatten, last_branch, matches, parse_arg, resolve
-from configs import common
 
 RESULTS = Path(__file__).parent / "results"
 TUNED = RESULTS / "tuned.json"  # what the search chose: {method: fields}
@@ -49,7 +49,7 @@ def base() -> ConfigDict:
 
     Half the quickstart's batch and a third of its rates do better with so few tokens.
     """
-    c = common.base()
+    c = recipes.base()
     c.sft.steps = 2250
     c.rl.steps = 130  # the length of the schedule; the budget ends a run
     c.rl.batch_size = 32
@@ -85,7 +85,7 @@ class Sweep:
         """The config of one run: `RUN` or `RUN,seed=K`."""
         spec = parse_arg(arg, variant=tuple(self.runs), seed=0)
         method = self.method(spec.variant)
-        c = common.with_method(self.base(), method)
+        c = recipes.with_method(self.base(), method)
         c.seed = spec.seed
         if last_branch(method) == "more":
             c.eval.every *= 3  # its steps are a third as long

@@ -19,10 +19,10 @@ import matplotlib
 import numpy as np
 from absl import flags
 
-from agrl_jax import scorecard
+from agrl_jax.evaluation import intervals
+from agrl_jax.evaluation.metrics import Judgements
 from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
-from agrl_jax.runtime.metrics import say
-from agrl_jax.scorecard import Judgements
+from agrl_jax.runtime.console import say
 from experiments import results, study
 from experiments.study import Sweep
 
@@ -76,7 +76,7 @@ def resampled(found: Found, split: str, bootstrap: int, family: str | None = Non
         judged = [_judgements(result, split, family) for result in seeds.values() if not result["diverged"]]
         if judged:
             rules = results.rules(next(iter(seeds.values())))
-            measured[run] = scorecard.over_seeds(judged, rules, bootstrap)
+            measured[run] = intervals.over_seeds(judged, rules, bootstrap)
     return measured
 
 

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agrl_jax.data import benchmark, catalog
-from agrl_jax.policy.transformer import PolicyConfig, build
+from agrl_jax.data.bundled import benchmark, catalog
+from agrl_jax.policy.layers import PolicyConfig
+from agrl_jax.policy.transformer import build
 from agrl_jax.rulebook import wording
 from agrl_jax.rulebook.automaton import compile_tables
 from agrl_jax.rulebook.book import RuleBook, load

@@ -13,8 +13,8 @@ import pytest
 import quick
 from tiny import get_config
 
-from agrl_jax.data import benchmark, catalog
-from agrl_jax.policy import loading
+from agrl_jax.data.bundled import benchmark, catalog
+from agrl_jax.policy import huggingface
 from benchmarks import growth, guidance, phases, startup, table, workload
 from benchmarks.contenders import ours, protocol
 
@@ -38,7 +38,7 @@ def load(model: tuple) -> workload.Workload:
 def test_our_contender_makes_whole_steps_of_the_work(
     model: tuple, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    loading.save_pretrained(tmp_path / "model", *model)
+    huggingface.save_pretrained(tmp_path / "model", *model)
     tokenizer = model[2]
     texts = [tokenizer.decode(prompt) for prompt in workload.prompts(tokenizer, TINY)]
     task = protocol.Task(str(tmp_path / "model"), texts, 12, 2, 16, "float32", 1, 1, {"micro_batches": 2})

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from agrl_jax.data import benchmark, catalog, world
-from agrl_jax.data.dice import Dice, point
-from agrl_jax.data.items import Item, make_item
+from agrl_jax.data.bundled import benchmark, catalog, world
+from agrl_jax.data.bundled.dice import Dice, point
+from agrl_jax.data.bundled.items import Item, make_item
+from agrl_jax.data.bundled.queries import Limit, Query, make_query
 from agrl_jax.data.pairs import Pair, PairsError, item_text
-from agrl_jax.data.queries import Limit, Query, make_query
 from agrl_jax.rulebook import book
 
 # sha256 of the default splits of seed 0. If it changes on purpose, `catalog.VERSION` rises too.

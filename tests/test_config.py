@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_flags
 
+from agrl_jax import recipes
 from agrl_jax.runtime import config as cfg
 from agrl_jax.runtime.config import ConfigError, Rule
-from configs import common
 
 # ------------------------------------------------------------------------- the argument of a config file
 
@@ -90,7 +90,7 @@ def test_rule_says_what_would_be_right():
 
 
 def test_the_default_config_obeys_the_rules_and_has_no_field_without_one():
-    config = common.base()
+    config = recipes.base()
     cfg.validate(config)
     cfg.validate_together(config, data_shards=1)
     assert set(cfg.flatten(config)) == set(cfg.RULES)
@@ -98,7 +98,7 @@ def test_the_default_config_obeys_the_rules_and_has_no_field_without_one():
 
 @pytest.mark.parametrize("name", sorted(cfg.RULES))
 def test_each_field_is_checked(name):
-    config = common.base()
+    config = recipes.base()
     with config.unlocked(), config.ignore_type():
         config.update_from_flattened_dict({name: ["neither number nor text"]})
     with pytest.raises(ConfigError, match=f"^config: {name} is "):
@@ -106,7 +106,7 @@ def test_each_field_is_checked(name):
 
 
 def test_all_problems_come_in_one_message():
-    config = common.base()
+    config = recipes.base()
     config.rl.group_size = 1
     config.objective.loss = "gropo"
     config.guidance.threshold = 1.5
@@ -122,7 +122,7 @@ def test_all_problems_come_in_one_message():
 
 
 def test_a_field_that_a_config_file_misspells_is_refused():
-    config = common.base()
+    config = recipes.base()
     with config.unlocked():
         config.rl.stpes = 3
     with pytest.raises(ConfigError, match="unknown field rl.stpes; did you mean rl.steps"):
@@ -139,10 +139,10 @@ def test_a_field_without_a_rule_keeps_the_type_of_the_reference():
 def test_check_known_names_the_nearest_fields():
     config = ConfigDict({"rl": {"stpes": 3, "group_size": 8}, "stepz": 1})
     with pytest.raises(ConfigError) as error:
-        cfg.check_known(config, common.base())
+        cfg.check_known(config, recipes.base())
     assert "unknown field rl.stpes; did you mean rl.steps" in str(error.value)
     assert "unknown field stepz; did you mean " in str(error.value)
-    cfg.check_known(ConfigDict({"rl": {"steps": 3}}), common.base())
+    cfg.check_known(ConfigDict({"rl": {"steps": 3}}), recipes.base())
 
 
 # ----------------------------------------------------------------------------------- fields in agreement
@@ -170,7 +170,7 @@ def test_check_known_names_the_nearest_fields():
     ],
 )
 def test_fields_that_do_not_go_together_are_refused(changes, shards, message):
-    config = common.base()
+    config = recipes.base()
     config.update_from_flattened_dict(changes)
     cfg.validate(config)
     with pytest.raises(ConfigError) as error:
@@ -180,7 +180,7 @@ def test_fields_that_do_not_go_together_are_refused(changes, shards, message):
 
 
 def test_guidance_that_is_off_needs_no_capacity():
-    config = common.base()
+    config = recipes.base()
     config.update_from_flattened_dict({"guidance.enabled": False, "guidance.capacity": 0.0, "guidance.replace": 99})
     cfg.validate_together(config)
 
@@ -196,12 +196,12 @@ def test_resolve_follows_references_and_is_json():
 
 
 def test_digest_changes_with_the_fields_that_count():
-    one, two = common.base(), common.base()
+    one, two = recipes.base(), recipes.base()
     two.eval.every, two.eval.pairs = 7, 3
     assert cfg.config_digest(one) != cfg.config_digest(two)
     assert cfg.config_digest(one, ignore=("eval",)) == cfg.config_digest(two, ignore=("eval",))
     assert cfg.config_digest(one, ignore=("eva",)) != cfg.config_digest(two, ignore=("eva",))
-    assert cfg.config_digest(one) == cfg.config_digest(common.base())
+    assert cfg.config_digest(one) == cfg.config_digest(recipes.base())
 
 
 def test_diff_reads_as_lines():
@@ -211,7 +211,7 @@ def test_diff_reads_as_lines():
         "b: (absent) -> x",
         "rl.group_size: 8 -> 16",
     ]
-    assert cfg.diff(common.base(), common.base()) == []
+    assert cfg.diff(recipes.base(), recipes.base()) == []
 
 
 # -------------------------------------------------------------------------------------- the command line

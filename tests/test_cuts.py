@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from agrl_jax import cuts
-from agrl_jax.cuts import CutsError, Fit
+from agrl_jax.judging import cuts
+from agrl_jax.judging.cuts import CutsError, Fit
 
 TIERS = ["good", "fair", "bad"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from agrl_jax.policy import decode_attention
-from agrl_jax.policy.transformer import _attend, _LayerPrefix
+from agrl_jax.policy.attention import LayerPrefix, _attend
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -27,7 +27,7 @@ def both(b: int, g: int, kv_heads: int, heads: int, f: int, s: int, t: int, offs
     run = jax.jit(partial(decode_attention.decode_attention, interpret=not GPU))
     kernel = run(q, k, v, jnp.int32(offset), *prefix)
     wide = (x.astype(jnp.float32) for x in (q[:, :, :, :, None], k, v))
-    plain = _attend(*wide, offset, _LayerPrefix(*(x.astype(jnp.float32) for x in prefix[:2]), prefix[2]))
+    plain = _attend(*wide, offset, LayerPrefix(*(x.astype(jnp.float32) for x in prefix[:2]), prefix[2]))
     return np.asarray(kernel, np.float32), np.asarray(plain[:, :, :, :, 0])
 
 

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from workdirs import make_workdir
 
-from agrl_jax import cuts, scorecard, trained
-from agrl_jax.cuts import Fit
+from agrl_jax.evaluation import tables
 from agrl_jax.export import export
-from agrl_jax.judge import Judge
-from agrl_jax.policy.loading import LoadingError
+from agrl_jax.judging import cuts, trained
+from agrl_jax.judging.cuts import Fit
+from agrl_jax.judging.engine import Judge
+from agrl_jax.judging.trained import TrainedError
+from agrl_jax.policy.families import LoadingError
 from agrl_jax.rulebook import book
 from agrl_jax.runtime.config import ConfigError
-from agrl_jax.trained import TrainedError
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -36,7 +37,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "run").mkdir()
     make_workdir(folder / "run", path=str(folder / "mine.yaml"), order="respond_then_think")
     measure = {"value": 0.625, "low": 0.5, "high": 0.75, "n": 40}
-    scorecard.write(folder / "run" / "scorecard.json", {"agrl": {"b_eval": {"accuracy": measure}}})
+    tables.write(folder / "run" / "scorecard.json", {"agrl": {"b_eval": {"accuracy": measure}}})
     return folder / "run"
 
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import END, RESPONSE_LEN, WORDS
 
 from agrl_jax.data.pipeline import PartTexts
-from agrl_jax.rl.rollout import prefill
+from agrl_jax.policy.scoring import prefill
 from agrl_jax.supervised import sft
 from agrl_jax.supervised.fill import filled_responses, tokens_scored
 from agrl_jax.types import UNKNOWN

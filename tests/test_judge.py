@@ -16,15 +16,15 @@ import pyarrow.parquet as pq
 import pytest
 from workdirs import make_workdir
 
-from agrl_jax import cuts, trained
-from agrl_jax import judge as judge_module
-from agrl_jax.cuts import CutsError
 from agrl_jax.data.pairs import PairsError
 from agrl_jax.data.rows import OutputError
-from agrl_jax.judge import Judge, judge_file
+from agrl_jax.judging import cuts, engine, trained
+from agrl_jax.judging.cuts import CutsError
+from agrl_jax.judging.engine import Judge
+from agrl_jax.judging.files import judge_file
+from agrl_jax.judging.trained import Settings, TrainedError
 from agrl_jax.rulebook import book, wording
 from agrl_jax.runtime.checkpoint import CheckpointError
-from agrl_jax.trained import Settings, TrainedError
 
 ROOT = Path(__file__).parent.parent
 BATCH = 4
@@ -166,7 +166,7 @@ def test_a_broken_row_of_a_file_is_reported_by_number(judge: Judge, tmp_path: Pa
 def test_work_that_was_stopped_goes_on_and_comes_out_the_same(
     judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(judge_module, "_CHUNK_BATCHES", 2)
+    monkeypatch.setattr(engine, "_CHUNK_BATCHES", 2)
     source = str(write_csv(tmp_path / "in.csv", some_rows(21)))
     judge_file(judge, source, str(tmp_path / "whole.jsonl"))
     calls = []

@@ -10,8 +10,9 @@ import polars as pl
 import pytest
 from test_scorecard import BOOK, judgements, random_judgements, values
 
-from agrl_jax import judgements as kept
-from agrl_jax.scorecard import ScorecardError, over_seeds, paired_difference, score
+from agrl_jax.evaluation import judgements as kept
+from agrl_jax.evaluation.intervals import over_seeds, paired_difference, score
+from agrl_jax.evaluation.metrics import ScorecardError
 
 
 def test_the_file_gives_back_what_was_judged_by_stage_and_split(tmp_path: Path) -> None:

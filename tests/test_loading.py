@@ -19,10 +19,11 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from agrl_jax.policy import loading
+from agrl_jax.policy import families, huggingface, loading
 from agrl_jax.policy import tokenizer as tokenizers
-from agrl_jax.policy.loading import LoadingError
-from agrl_jax.policy.transformer import PolicyConfig, RopeScaling, build
+from agrl_jax.policy.families import LoadingError
+from agrl_jax.policy.layers import PolicyConfig, RopeScaling
+from agrl_jax.policy.transformer import build
 
 Q = gguf.GGMLQuantizationType
 
@@ -45,7 +46,7 @@ def test_what_was_loaded_is_written_back_tensor_by_tensor(case, tmp_path):
     original = hf_models.write(tmp_path / "in", case)
     cfg, params, tokenizer = loading.load_pretrained(tmp_path / "in")
     assert loading.read_config(tmp_path / "in") == cfg
-    loading.save_pretrained(tmp_path / "out", cfg, params, tokenizer)
+    huggingface.save_pretrained(tmp_path / "out", cfg, params, tokenizer)
     equal(load_file(tmp_path / "out" / "model.safetensors"), original)
     again, reloaded, _ = loading.load_pretrained(tmp_path / "out")
     assert again == cfg
@@ -77,7 +78,7 @@ def test_yarn_scales_attention_as_its_paper_says_unless_told(tmp_path):
 def test_shards_are_written_and_read(tmp_path):
     hf_models.write(tmp_path / "in", "qwen3_moe")
     cfg, params, tokenizer = loading.load_pretrained(tmp_path / "in")
-    loading.save_pretrained(tmp_path / "out", cfg, params, tokenizer, max_shard_bytes=60_000)
+    huggingface.save_pretrained(tmp_path / "out", cfg, params, tokenizer, max_shard_bytes=60_000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
@@ -95,7 +96,7 @@ def test_parameters_take_the_dtype_asked_for(stored_wanted, tmp_path):
     cfg, params, tokenizer = loading.load_pretrained(tmp_path, param_dtype=wanted, compute_dtype="bfloat16")
     assert (cfg.param_dtype, cfg.compute_dtype) == (wanted, "bfloat16")
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(wanted)}
-    loading.save_pretrained(tmp_path / "out", cfg, params, tokenizer)
+    huggingface.save_pretrained(tmp_path / "out", cfg, params, tokenizer)
     equal(
         load_file(tmp_path / "out" / "model.safetensors"),
         {name: x.astype(jnp.dtype(wanted)) for name, x in rounded.items()},
@@ -106,7 +107,7 @@ def test_a_policy_from_scratch_is_exported_as_qwen3(tmp_path):
     tokenizer = hf_models.tokenizer()
     cfg = PolicyConfig(tokenizer.vocab_size, width=24, layers=2, heads=2, kv_heads=1, head_dim=16, mlp=40, qk_norm=True)
     params = build(cfg)[1](jax.random.key(0))
-    loading.save_pretrained(
+    huggingface.save_pretrained(
         tmp_path, cfg, params, tokenizer, card="# A judge\n", dtype="bfloat16",
         generation_config={"max_new_tokens": 24},
     )  # fmt: skip
@@ -132,14 +133,14 @@ def test_shapes_of_no_family_are_not_exported(shape, message, tmp_path):
     cfg = PolicyConfig(**{"vocab_size": 280, "width": 32, "layers": 1, "heads": 4, "kv_heads": 2, "head_dim": 8,
                           "mlp": 8, **shape})  # fmt: skip
     with pytest.raises(LoadingError, match=message):
-        loading.save_pretrained(tmp_path / "out", cfg, {}, hf_models.tokenizer())
+        huggingface.save_pretrained(tmp_path / "out", cfg, {}, hf_models.tokenizer())
     assert not (tmp_path / "out").exists()
 
 
 def test_an_export_never_mixes_with_files_that_are_there(tmp_path):
     hf_models.write(tmp_path, "llama")
     with pytest.raises(LoadingError, match="should be an empty folder"):
-        loading.save_pretrained(tmp_path, *loading.load_pretrained(tmp_path))
+        huggingface.save_pretrained(tmp_path, *loading.load_pretrained(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------ refused
@@ -261,7 +262,7 @@ def test_spoilt_bytes_never_end_in_another_error(tmp_path):
 
 def loading_parts(folder: Path):
     cfg, tensors = loading._open(folder, "float32", "float32")
-    return cfg, loading._leaves(cfg), tensors
+    return cfg, families.leaves_of(cfg), tensors
 
 
 # --------------------------------------------------------------------------------------------- GGUF
@@ -365,7 +366,7 @@ def test_quantised_tensors_are_dequantised_exactly(kind, tmp_path):
             tensors[name], kinds[name] = random_blocks(kind, weight.shape, i), kind
     write_gguf(tmp_path / "model.gguf", config, tensors, kinds)
     cfg, params, tokenizer = loading.load_pretrained(tmp_path / "model.gguf")
-    loading.save_pretrained(tmp_path / "out", cfg, params, tokenizer)
+    huggingface.save_pretrained(tmp_path / "out", cfg, params, tokenizer)
 
     names = {gguf_name: name for name, gguf_name in GGUF_NAMES.items()}
     with safe_open(tmp_path / "out" / "model.safetensors", "np") as exported:

@@ -16,13 +16,16 @@ from ml_collections import ConfigDict
 from test_pretrained import make_config, run, save_model, small_benchmark  # noqa: F401 (a fixture for this module too)
 from tiny import get_config
 
-from agrl_jax import assemble, export, trained
+from agrl_jax import export
+from agrl_jax.judging import trained
 from agrl_jax.policy import loading, lora
+from agrl_jax.policy.layers import PolicyConfig
 from agrl_jax.policy.lora import LoraConfig
-from agrl_jax.policy.transformer import PolicyConfig, build, count_parameters
+from agrl_jax.policy.transformer import build, count_parameters
 from agrl_jax.runtime import optim, sharding
 from agrl_jax.runtime.config import ConfigError, validate_together
-from agrl_jax.runtime.metrics import read_jsonl
+from agrl_jax.runtime.logs import read_jsonl
+from agrl_jax.training import assemble
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -16,8 +16,9 @@ import pytest
 import quick
 import tiny
 
-from agrl_jax import judgements, train
-from agrl_jax.runtime.metrics import read_jsonl
+from agrl_jax.evaluation import judgements
+from agrl_jax.runtime.logs import read_jsonl
+from agrl_jax.training import run
 
 ROOT = Path(__file__).parent.parent
 
@@ -242,8 +243,8 @@ def refusal(workdir: Path, variant: str, **fields: object) -> str:
     """What `train`, whose user errors the command prints, raises for these fields of the tiny config."""
     config = tiny.get_config(variant)
     config.update_from_flattened_dict(fields)
-    with pytest.raises(train.USER_ERRORS) as error:
-        train.train(config, str(workdir))
+    with pytest.raises(run.USER_ERRORS) as error:
+        run.train(config, str(workdir))
     return str(error.value)
 
 

@@ -24,16 +24,16 @@ import pytest
 import quick
 from conftest import END, RESPONSE_LEN, VOCABULARY, Small, make_small
 
-from agrl_jax import assemble, train
-from agrl_jax.policy import decode_attention, transformer
+from agrl_jax import recipes
+from agrl_jax.policy import decode_attention, decoding, layers, transformer
+from agrl_jax.policy.scoring import predicting_hidden, prefill, token_logprobs
 from agrl_jax.rl import guidance
-from agrl_jax.rl.objective import token_logprobs
-from agrl_jax.rl.rollout import PURPOSE_ROLLOUT, predicting_hidden, prefill, row_keys
+from agrl_jax.rl.rollout import PURPOSE_ROLLOUT, row_keys
 from agrl_jax.rl.step import make_step
 from agrl_jax.rulebook.automaton import compile_tables
 from agrl_jax.runtime import processes, sharding
+from agrl_jax.training import assemble, programs
 from agrl_jax.types import Batch, TrainState
-from configs import common
 
 MESHES = ("8x1x1", "1x8x1", "2x2x2", "1x2x4")
 
@@ -188,7 +188,7 @@ def compare_as_on(platform: str, *meshes: str) -> None:
     """With weights as they are decoded with on a platform; and on a GPU with each device's attention as a function of
     its own, whose place a kernel takes there."""
     gathered = sharding.gathered
-    sharding.gathered = lambda *args: transformer.for_decoding(gathered(*args), platform)
+    sharding.gathered = lambda *args: decoding.for_decoding(gathered(*args), platform)
     decode_attention.supports = lambda *_: platform == "gpu"
     compare(*meshes)
 
@@ -221,7 +221,7 @@ class Sizes(NamedTuple):
 
 def compile_step(mesh: jax.sharding.Mesh, sizes: Sizes) -> jax.stages.Compiled:
     """The program of reinforcement learning that training would run, with two micro-batches and a KL term."""
-    config = common.base()
+    config = recipes.base()
     config.rl.update(batch_size=sizes.batch, group_size=sizes.group, micro_batches=2, matrix_rate=0.0)
     config.data.update(prompt_len=sizes.prompt, response_len=sizes.response)
     config.objective.update(logprob_chunk=sizes.chunk, kl="k3", kl_weight=0.1)
@@ -231,7 +231,7 @@ def compile_step(mesh: jax.sharding.Mesh, sizes: Sizes) -> jax.stages.Compiled:
         small = make_small(Path(folder))
     words = [*VOCABULARY[:END], *(b"w%d" % i for i in range(sizes.vocab - len(VOCABULARY))), None]
     tables = jax.tree.map(np.asarray, compile_tables(small.book, words, sizes.vocab - 1))
-    shape = transformer.PolicyConfig(
+    shape = layers.PolicyConfig(
         vocab_size=sizes.vocab, width=sizes.width, layers=sizes.layers, heads=sizes.heads, kv_heads=sizes.kv_heads,
         head_dim=sizes.head_dim, mlp=sizes.mlp, tied=False, remat=True, experts=sizes.experts,
         experts_per_token=2 if sizes.experts else 0,
@@ -239,7 +239,7 @@ def compile_step(mesh: jax.sharding.Mesh, sizes: Sizes) -> jax.stages.Compiled:
     policy, init, axes = transformer.build(shape, sharding.placing(mesh))
     model = assemble.Model(small.book, None, tables, shape, policy, init, axes)
     start = assemble.param_shapes(init, axes, mesh)
-    program = train.rl_program(config, mesh, model, train.Weights(start), rows=1000, families=2)
+    program = programs.rl_program(config, mesh, model, programs.Weights(start), rows=1000, families=2)
     example = small.batch([(0, 0)])
     widths = {"prompt": sizes.prompt, "gold": sizes.response}
 

@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event
 
-from agrl_jax.runtime import metrics
+from agrl_jax.runtime import logs
 from agrl_jax.runtime.checkpoint import Checkpointer
-from agrl_jax.runtime.metrics import MetricsWriter, console_table, progress, read_jsonl
+from agrl_jax.runtime.console import console_table, progress
+from agrl_jax.runtime.logs import MetricsWriter, read_jsonl
 
 
 def write_run(workdir, steps, resume=None):
@@ -64,14 +65,14 @@ def test_what_is_not_finite_is_null_and_the_file_stays_json(tmp_path):
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))
 def test_a_float32_reads_back_bit_for_bit(value):
-    written = json.loads(json.dumps(metrics._plain(np.float32(value))))
+    written = json.loads(json.dumps(logs._plain(np.float32(value))))
     assert np.float32(written).tobytes() == np.float32(value).tobytes()
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_a_float64_reads_back_bit_for_bit(value):
     for form in (value, np.float64(value)):
-        assert np.float64(json.loads(json.dumps(metrics._plain(form)))).tobytes() == np.float64(value).tobytes()
+        assert np.float64(json.loads(json.dumps(logs._plain(form)))).tobytes() == np.float64(value).tobytes()
 
 
 def test_samples_keep_their_order_and_text(tmp_path):
@@ -117,10 +118,10 @@ def test_without_a_checkpoint_the_logs_start_empty(tmp_path):
 def test_a_kill_while_the_log_is_cut_leaves_the_old_one(tmp_path, monkeypatch):
     write_run(tmp_path, WHOLE)
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    path = type(metrics.epath.Path(tmp_path))
+    path = type(epath.Path(tmp_path))
     monkeypatch.setattr(path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        metrics.cut_rows(tmp_path / "metrics.jsonl", ("sft", 1))
+        logs.cut_rows(tmp_path / "metrics.jsonl", ("sft", 1))
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 

@@ -9,15 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agrl_jax.rl.objective import (
-    ObjectiveConfig,
-    advantages,
-    kl_estimate,
-    loss_terms,
-    part_of_token,
-    token_logprobs,
-    token_weights,
-)
+from agrl_jax.policy.scoring import token_logprobs
+from agrl_jax.rl.objective import ObjectiveConfig, advantages, kl_estimate, loss_terms, part_of_token, token_weights
 from agrl_jax.rl.reward import Score
 from agrl_jax.types import Reading, Rollout
 

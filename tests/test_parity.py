@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agrl_jax.policy import loading, smollm2
+from agrl_jax.policy import huggingface, loading, smollm2
+from agrl_jax.policy.scoring import predicting_hidden, prefill
 from agrl_jax.policy.transformer import build, build_expert_load
-from agrl_jax.rl.rollout import predicting_hidden, prefill, rollout, row_keys
+from agrl_jax.rl.rollout import rollout, row_keys
 from agrl_jax.types import ANYWHERE
 
 GOLDENS = Path(__file__).parent / "goldens" / "logits.npz"
@@ -107,7 +108,7 @@ def test_models_made_by_transformers_give_its_logits(case, tmp_path):
 @cases
 def test_exported_models_give_transformers_our_logits(case, tmp_path):
     cfg, params, tokenizer = loaded(case)
-    loading.save_pretrained(tmp_path / "out", cfg, params, tokenizer)
+    huggingface.save_pretrained(tmp_path / "out", cfg, params, tokenizer)
     model = hf_model(tmp_path / "out")
     assert model.config.model_type == hf_models.CASES[case]["model_type"]
     tokens = hf_models.tokens(case, 1, LENGTH, cfg.vocab_size)
@@ -173,7 +174,7 @@ def test_a_mixture_is_its_chosen_experts_weighed():
 
     from flax import nnx
 
-    from agrl_jax.policy.transformer import MixtureOfExperts
+    from agrl_jax.policy.experts import MixtureOfExperts
 
     module = MixtureOfExperts(cfg, nnx.Rngs(params=0))
     for name, weight in layer.items():
@@ -226,7 +227,7 @@ def smol(tmp_path_factory):
         path = smollm2.find_smollm2()
         cfg, params, tokenizer = loading.load_pretrained(path)
         folder = tmp_path_factory.mktemp("smol") / "export"
-        loading.save_pretrained(folder, cfg, params, tokenizer)
+        huggingface.save_pretrained(folder, cfg, params, tokenizer)
         return path, cfg, params, tokenizer, folder
     pytest.skip(f"needs {smollm2.INSTALL}")
 

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from agrl_jax import preflight, train
+from agrl_jax import preflight
+from agrl_jax.bounds import compile, hlo
+from agrl_jax.bounds.compile import CHIPS, Chip, Memory, Report
+from agrl_jax.bounds.flops import matrix_flops
 from agrl_jax.policy import loading, transformer
-from agrl_jax.preflight import CHIPS, Chip, Memory, Report
-from agrl_jax.runtime import hlo
-from agrl_jax.runtime.flops import matrix_flops
+from agrl_jax.training import run
 
 ROOT = Path(__file__).parent.parent
 CHIP = Chip("test", 1e12, 2**30, 1e11, 1e10)
@@ -189,7 +190,7 @@ def step_flops(monkeypatch, **fields):
     monkeypatch.setattr(preflight, "traffic", lambda *_: {})
     monkeypatch.setattr(transformer, "_UNROLLED", 0)
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: _Compiled())
-    report = preflight.compile_step(config(**fields), jax.devices()[:1], CHIP)
+    report = compile.compile_step(config(**fields), jax.devices()[:1], CHIP)
     return {name: phase.flops for name, phase in report.phases.items()}
 
 
@@ -244,7 +245,7 @@ def test_guided_share_weighs_the_replay_alone(monkeypatch):
     monkeypatch.setattr(preflight, "traffic", lambda *_: {})
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: _Compiled())
     whole, half = (
-        preflight.compile_step(config(), jax.devices()[:1], CHIP, guided_share=share).phases for share in (1.0, 0.5)
+        compile.compile_step(config(), jax.devices()[:1], CHIP, guided_share=share).phases for share in (1.0, 0.5)
     )
     assert half["replay"].flops == whole["replay"].flops / 2
     assert half["decode"] == whole["decode"] and half["loss"] == whole["loss"]
@@ -256,7 +257,7 @@ def test_refill_samples_again_and_stages_without_rl_are_refused(monkeypatch):
     assert {name: thrice[name] / once[name] for name in once} == {"prefill": 3, "decode": 3, "loss": 1, "update": 1}
     for fields in ({"method": "dpo"}, {"method": "sft", "rl.steps": 0}):
         with pytest.raises(ValueError, match=f"method={fields['method']} makes no step of RL"):
-            preflight.compile_step(config(**fields), jax.devices()[:1], CHIP)
+            compile.compile_step(config(**fields), jax.devices()[:1], CHIP)
 
 
 @pytest.mark.slow
@@ -264,7 +265,7 @@ def test_traffic_of_the_step_scales_with_layers_and_length(monkeypatch, quick_co
     monkeypatch.setattr(transformer, "_UNROLLED", 0)
 
     def phases(**fields):
-        return preflight.compile_step(config(**fields), jax.devices()[:1], CHIP).phases
+        return compile.compile_step(config(**fields), jax.devices()[:1], CHIP).phases
 
     def moved(phase, *of):
         return [each[phase].bytes for each in of]
@@ -298,7 +299,7 @@ def test_traffic_of_the_step_scales_with_layers_and_length(monkeypatch, quick_co
     ],
 )
 def test_warnings_of_the_first_rollout_name_what_to_change(figures, warnings):
-    first, *found = train.first_look(config(), figures)
+    first, *found = run.first_look(config(), figures)
     assert "before the first update" in first and len(found) == len(warnings)
     assert all(field in line for field, line in zip(warnings, found, strict=True))
 
@@ -318,7 +319,7 @@ def test_a_program_that_the_compiler_finds_too_large(monkeypatch, message, tempo
         raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {message}")
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", too_large)
-    found = preflight.compile_step(config(), jax.devices()[:1], CHIP)
+    found = compile.compile_step(config(), jax.devices()[:1], CHIP)
     memory = found.memory
     assert not found.fits and not found.phases and memory.parameters > 0
     assert (memory.temporaries if temporaries else memory.total) == pytest.approx(20.5 * 2**30)
@@ -334,18 +335,18 @@ def test_what_makes_it_fit_is_found_in_four_trials_at_most():
         return report(1.0e9, fits=True) if len(tried) == 3 else spread
 
     large = config(**{"rl.batch_size": 64, "rl.group_size": 8})
-    changes, found = preflight.make_it_fit(large, report(1.5e9), third_fits)
+    changes, found = compile.make_it_fit(large, report(1.5e9), third_fits)
     assert found.fits and len(tried) == len(set(tried)) == 3
     assert changes["mesh.fsdp"] == -1 and changes["mesh.data"] == 1  # most of it is state
     assert large.mesh.fsdp == 1  # the config that was asked for is left as it was
     tried.clear()
-    changes, found = preflight.make_it_fit(config(), report(9e9), lambda c: (tried.append(c), report(9e9))[1])
+    changes, found = compile.make_it_fit(config(), report(9e9), lambda c: (tried.append(c), report(9e9))[1])
     assert not found.fits and 1 <= len(tried) <= 4
 
 
 def test_a_topology_that_there_is_not():
     with pytest.raises(ValueError, match="--topology=v9z:4x4: .* such as v5e:4x4"):
-        preflight.find_devices("v9z:4x4")
+        compile.find_devices("v9z:4x4")
 
 
 def test_shapes_of_models_that_are_not_here():

@@ -19,14 +19,17 @@ from ml_collections import ConfigDict
 from test_chat import CHATML
 from tiny import get_config
 
-from agrl_jax import assemble, evaluate, train, trained
-from agrl_jax.data import benchmark, catalog
+from agrl_jax import evaluate
+from agrl_jax.data.bundled import benchmark, catalog
+from agrl_jax.judging import trained
 from agrl_jax.policy import loading
 from agrl_jax.policy.smollm2 import NotInstalledError, find_smollm2
 from agrl_jax.rulebook import book, wording
 from agrl_jax.runtime import sharding
 from agrl_jax.runtime.config import ConfigError, validate, validate_together
-from agrl_jax.runtime.metrics import read_jsonl
+from agrl_jax.runtime.logs import read_jsonl
+from agrl_jax.training import assemble
+from agrl_jax.training.run import USER_ERRORS, train
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -63,7 +66,7 @@ def make_config(model: Path | str) -> ConfigDict:
 
 
 def run(config: ConfigDict, workdir: Path) -> dict:
-    return train.train(config, str(workdir), say=lambda *_: None)
+    return train(config, str(workdir), say=lambda *_: None)
 
 
 @pytest.mark.slow
@@ -148,9 +151,9 @@ def test_a_model_that_is_not_there_is_refused_in_one_message(
     monkeypatch.setattr("agrl_jax.policy.smollm2.DISTRIBUTION", "no-such-distribution")
     config = make_config("")
     config.update_from_flattened_dict(fields)
-    with pytest.raises(train.USER_ERRORS, match=said):
+    with pytest.raises(USER_ERRORS, match=said):
         run(config, tmp_path)
-    assert issubclass(NotInstalledError, train.USER_ERRORS)
+    assert issubclass(NotInstalledError, USER_ERRORS)
 
 
 # ------------------------------------------------------------------------------------------- the configs

@@ -12,10 +12,11 @@ import pytest
 from conftest import RESPONSE_LEN
 from test_step import CONFIG, KEY, B, G, N, fresh_state, jitted
 
+from agrl_jax.policy.scoring import prefill
 from agrl_jax.rl import reader
 from agrl_jax.rl.refill import Groups, exchange, refill
 from agrl_jax.rl.reward import score
-from agrl_jax.rl.rollout import PURPOSE_ROLLOUT, prefill, rollout, row_keys
+from agrl_jax.rl.rollout import PURPOSE_ROLLOUT, rollout, row_keys
 from agrl_jax.types import Rollout
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

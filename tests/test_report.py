@@ -9,7 +9,8 @@ import polars as pl
 import pytest
 from test_scorecard import BOOK, random_judgements
 
-from agrl_jax import judgements, report, scorecard
+from agrl_jax import report
+from agrl_jax.evaluation import intervals, judgements, tables
 
 HOSTILE = "<script>document.title = 'taken'</script><b>shoes</b>"
 
@@ -41,7 +42,7 @@ def make(folder: Path) -> Path:
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in rows))
     judged = random_judgements(1)
     judgements.write(folder / judgements.FILE, "rl", {"b_eval": judged}, BOOK)
-    scorecard.write(folder / "scorecard.json", {"rl": {"b_eval": scorecard.score(judged, BOOK, bootstrap=20)}})
+    tables.write(folder / "scorecard.json", {"rl": {"b_eval": intervals.score(judged, BOOK, bootstrap=20)}})
     return folder
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from agrl_jax.data.pairs import Pair
+from agrl_jax.evaluation.samples import score_answers
 from agrl_jax.policy.tokenizer import train_bpe
 from agrl_jax.rl import reader
 from agrl_jax.rl.reward import RewardConfig, component_names, is_consistent, score
 from agrl_jax.rulebook.automaton import compile_tables
-from agrl_jax.samples import score_answers
 from agrl_jax.types import UNKNOWN, Batch, Reading, Rollout
 
 # The rule book of conftest: fit yes 0, part 1, no 2; brand ok 0, off 1; tiers good 0, fair 1, bad 2.

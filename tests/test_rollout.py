@@ -9,18 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agrl_jax.policy.transformer import PolicyConfig, build
+from agrl_jax.policy.layers import PolicyConfig
+from agrl_jax.policy.scoring import predicting_hidden, prefill, token_logprobs
+from agrl_jax.policy.transformer import build
 from agrl_jax.rl import reader
-from agrl_jax.rl.objective import token_logprobs
-from agrl_jax.rl.rollout import (
-    PURPOSE_REPLAY,
-    PURPOSE_ROLLOUT,
-    choose,
-    predicting_hidden,
-    prefill,
-    rollout,
-    row_keys,
-)
+from agrl_jax.rl.rollout import PURPOSE_REPLAY, PURPOSE_ROLLOUT, choose, rollout, row_keys
 from agrl_jax.rulebook import wording
 from agrl_jax.rulebook.automaton import compile_tables
 from agrl_jax.rulebook.book import load

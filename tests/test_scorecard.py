@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from agrl_jax import scorecard
+from agrl_jax.evaluation import intervals, metrics, tables
+from agrl_jax.evaluation.intervals import paired_difference, score
+from agrl_jax.evaluation.metrics import Judgements, ScorecardError
 from agrl_jax.rulebook.book import RuleBook, Step, Tier, load
-from agrl_jax.scorecard import Judgements, ScorecardError, paired_difference, score
 from agrl_jax.types import UNKNOWN
 
 BOOK = load("four_tier")
@@ -249,7 +250,7 @@ def test_families_and_unseen_are_scored_on_their_own_pairs():
     assert list(scores["by_family"]) == ["brand", "negation", "plain"] and list(scores["by_seen"]) == ["seen", "unseen"]
     rows = np.flatnonzero(np.array(judged.family) == "negation")
     alone = score(judged.take(rows), BOOK, bootstrap=100)
-    assert scores["by_family"]["negation"] == {name: alone[name] for name in scorecard.CUT_METRICS}
+    assert scores["by_family"]["negation"] == {name: alone[name] for name in metrics.CUT_METRICS}
     assert scores["by_seen"]["unseen"]["accuracy"]["n"] == (~judged.seen).sum()
     everything_seen = score(judgements([0, 1], [0, 1]), BOOK, bootstrap=10)["by_seen"]["unseen"]
     assert everything_seen["accuracy"] == {"value": None, "low": None, "high": None, "n": 0}
@@ -284,8 +285,8 @@ def test_a_weighted_estimate_equals_that_of_the_materialised_resample(seed, coun
     weights[0, : len(counts)] = counts
     taken = dict(zip(names, counts, strict=False))
     rows = np.repeat(np.arange(40), [taken.get(query, 0) for query in judged.query])
-    weighted = scorecard._Estimator(judged, BOOK)(weights)
-    resample = scorecard._Estimator(judged.take(rows), BOOK)
+    weighted = metrics.Estimator(judged, BOOK)(weights)
+    resample = metrics.Estimator(judged.take(rows), BOOK)
     materialised = resample(np.ones((1, resample.queries)))
     assert weighted.keys() == materialised.keys()
     for name, estimate in weighted.items():
@@ -350,7 +351,7 @@ def test_without_resamples_or_with_one_query_there_is_no_interval():
 def test_intervals_are_the_same_however_many_resamples_are_held_at_once(monkeypatch):
     judged = random_judgements(0)
     whole = score(judged, BOOK, bootstrap=30)
-    monkeypatch.setattr(scorecard, "_CELLS", 7 * len(judged))
+    monkeypatch.setattr(intervals, "_CELLS", 7 * len(judged))
     assert_close(score(judged, BOOK, bootstrap=30), whole)
 
 
@@ -428,7 +429,7 @@ def test_judgements_of_another_rule_book_are_refused():
 
 
 @pytest.fixture(scope="module")
-def cards() -> scorecard.Scorecards:
+def cards() -> metrics.Scorecards:
     start = score(random_judgements(1, accuracy=0.5), BOOK, bootstrap=50)
     end = score(random_judgements(2, accuracy=0.8), BOOK, bootstrap=50)
     return {"sft": {"b_eval": start, "w_eval": end}, "agrl": {"b_eval": end, "w_eval": end}}
@@ -436,9 +437,9 @@ def cards() -> scorecard.Scorecards:
 
 def test_the_file_keeps_other_stages_and_is_strict_json(tmp_path, cards):
     path = tmp_path / "scorecard.json"
-    scorecard.write(path, {"sft": cards["sft"], "old": {}})
-    scorecard.write(path, {"agrl": cards["agrl"], "old": {"b_eval": cards["sft"]["b_eval"]}})
-    found = scorecard.read(path)
+    tables.write(path, {"sft": cards["sft"], "old": {}})
+    tables.write(path, {"agrl": cards["agrl"], "old": {"b_eval": cards["sft"]["b_eval"]}})
+    found = tables.read(path)
     assert list(found) == ["sft", "old", "agrl"]
     assert found["sft"] == cards["sft"] and found["agrl"] == cards["agrl"]
     assert found["old"] == {"b_eval": cards["sft"]["b_eval"]}
@@ -450,7 +451,7 @@ def test_the_file_keeps_other_stages_and_is_strict_json(tmp_path, cards):
 def test_a_file_that_is_no_scorecard_is_refused_and_left_alone(tmp_path, text, cards):
     path = tmp_path / "scorecard.json"
     path.write_text(text)
-    for use in (scorecard.read, lambda p: scorecard.write(p, cards)):
+    for use in (tables.read, lambda p: tables.write(p, cards)):
         with pytest.raises(ScorecardError, match="scorecard.json"):
             use(path)
     assert path.read_text() == text
@@ -458,12 +459,12 @@ def test_a_file_that_is_no_scorecard_is_refused_and_left_alone(tmp_path, text, c
 
 def test_a_missing_file_is_refused_by_name(tmp_path):
     with pytest.raises(ScorecardError, match="nowhere.json: cannot be read"):
-        scorecard.read(tmp_path / "nowhere.json")
+        tables.read(tmp_path / "nowhere.json")
 
 
 def printed(cards, width: int) -> list[str]:
     console = rich.console.Console(file=io.StringIO(), width=width)
-    console.print(scorecard.table(cards), markup=False, highlight=False, soft_wrap=True)
+    console.print(tables.table(cards), markup=False, highlight=False, soft_wrap=True)
     return console.file.getvalue().splitlines()
 
 
@@ -509,7 +510,7 @@ def test_what_a_stage_lacks_shows_as_a_dash(cards):
 
 
 def test_markdown_is_the_same_table(cards):
-    text = scorecard.to_markdown(cards)
+    text = tables.to_markdown(cards)
     blocks = text.split("\n\n")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in blocks[1].splitlines()]
     assert rows[0] == ["", "n", "sft", "agrl", "difference"]
@@ -517,4 +518,4 @@ def test_markdown_is_the_same_table(cards):
     accuracy = next(row for row in rows if row[0] == "accuracy")
     plain = next(line for line in printed(cards, 80) if line.startswith("accuracy"))
     assert " ".join(accuracy).split() == plain.split()
-    assert scorecard.to_markdown({}) == ""
+    assert tables.to_markdown({}) == ""

@@ -11,8 +11,8 @@ from workdirs import make_workdir
 
 from agrl_jax import side_by_side
 from agrl_jax.data.pairs import PairsError
-from agrl_jax.html import render
-from agrl_jax.judge import Judgement
+from agrl_jax.evaluation.html import render
+from agrl_jax.judging.engine import Judgement
 from agrl_jax.runtime.config import ConfigError
 from agrl_jax.side_by_side import Gsb, SideBySideError, count, gsb, lay_out
 

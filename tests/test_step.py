@@ -13,11 +13,12 @@ import optax
 import pytest
 from conftest import RESPONSE_LEN
 
+from agrl_jax.policy.scoring import prefill
 from agrl_jax.rl import guidance, objective, reader
 from agrl_jax.rl.guidance import GuidanceConfig
 from agrl_jax.rl.objective import ObjectiveConfig
 from agrl_jax.rl.reward import RewardConfig
-from agrl_jax.rl.rollout import PURPOSE_ROLLOUT, prefill, rollout, row_keys
+from agrl_jax.rl.rollout import PURPOSE_ROLLOUT, rollout, row_keys
 from agrl_jax.rl.step import StepConfig, _rollout_metrics, make_step
 from agrl_jax.runtime import optim
 from agrl_jax.types import Batch, Rollout, TrainState

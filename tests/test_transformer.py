@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agrl_jax.policy.transformer import PolicyConfig, RopeScaling, build, count_parameters, einsum, for_decoding
-from agrl_jax.rl.rollout import predicting_hidden, prefill
+from agrl_jax.policy.decoding import for_decoding
+from agrl_jax.policy.layers import PolicyConfig, RopeScaling, einsum
+from agrl_jax.policy.scoring import predicting_hidden, prefill
+from agrl_jax.policy.transformer import build, count_parameters
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from agrl_jax import recipes
 from agrl_jax.runtime.config import parse_arg
-from configs import common, pairs
+from configs import pairs
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """`benchmark` or `pairs`."""
     source = parse_arg(arg, variant=("benchmark", "pairs")).variant
-    c = common.base() if source == "benchmark" else pairs.get_config()
+    c = recipes.base() if source == "benchmark" else pairs.get_config()
     c.policy.update(vocab_size=600, width=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp=64)
     c.data.update(prompt_len=96, response_len=40)
     c.sft.update(steps=12, batch_size=16)

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from tiny import get_config
 
-from agrl_jax import assemble
 from agrl_jax.policy.tokenizer import train_bpe
 from agrl_jax.runtime.checkpoint import Checkpointer
+from agrl_jax.training import assemble
 from agrl_jax.types import Params
 
 ITEMS = ["Query: red shoes", "Item: Nike running shoes, red"]

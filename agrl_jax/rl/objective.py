@@ -29,7 +29,6 @@ Forced tokens have behaviour probability 1 and stay out of ratios, KL, entropy a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -107,86 +106,18 @@ def _normalise(earned: Array, counted: Array, baseline: Array, loss: str) -> Arr
     return jnp.where(spread < MIN_SPREAD, 0.0, scaled)
 
 
-# -------------------------------------------------------------------------------- log-probabilities
-
-
-def token_logprobs(
-    unembed: Callable[[Array], Array], hidden: Array, tokens: Array, temperature: float, chunk: int
-) -> tuple[Array, Array]:
-    """Log-probability and entropy, both [B, G, T] float32, of `tokens` under hidden states [B, G, T, D].
-
-    Works through `chunk` positions at a time, as many of each example, and recomputes logits in the backward pass, so
-    that no more than [chunk, V] logits are ever held ([B, V], if B is more than `chunk`). A piece has all examples in
-    it, so that each data shard works on its own. With a `chunk` of 0 all logits are worked out at once and kept for
-    the backward pass: where they fit, the gradient of SmolLM2's head takes a quarter less time so, on a CPU.
-    """
-    flat_hidden = hidden.reshape(tokens.shape[0], -1, hidden.shape[-1])  # [B, positions, D]
-    flat_tokens = tokens.reshape(tokens.shape[0], -1)
-    number = flat_tokens.shape[1]
-    size = min(max(chunk // tokens.shape[0], 1), number) if chunk else number
-    pad = -number % size
-
-    def pieces(x: Array) -> Array:
-        padded = jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)))
-        return padded.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
-
-    def one_chunk(hidden: Array, tokens: Array) -> tuple[Array, Array]:
-        return _logp_and_entropy(unembed(hidden) / temperature, tokens)
-
-    run = jax.checkpoint(one_chunk) if chunk else one_chunk
-    xs = pieces(flat_hidden), pieces(flat_tokens)
-    _, (logp, entropy) = jax.lax.scan(lambda _, xs: (None, run(*xs)), None, xs)
-    return tuple(x.swapaxes(0, 1).reshape(len(x[0]), -1)[:, :number].reshape(tokens.shape) for x in (logp, entropy))
-
-
-@jax.custom_vjp
-def _logp_and_entropy(logits: Array, tokens: Array) -> tuple[Array, Array]:
-    """Log-probability of `tokens` [...] and entropy [...] under logits [..., V].
-
-    The gradient is written out, as one pass over the logits: that of a look-up alone would scatter into zeros as large.
-    """
-    return _logp_and_entropy_forward(logits, tokens)[0]
-
-
-def _logp_and_entropy_forward(logits: Array, tokens: Array) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-    peak = jnp.max(logits, axis=-1)
-    share = jnp.exp(logits - peak[..., None])
-    # As one reduction, of which the barrier keeps both parts: XLA's CPU backend hands a single sum of exponentials to a
-    # library (YNNPACK), where it takes 2 to 10 times as long.
-    sums = jax.lax.reduce((share, share * logits), (0.0, 0.0), _add_pairs, (logits.ndim - 1,))
-    total, mean = jax.lax.optimization_barrier(sums)
-    mean, log_total = mean / total, peak + jnp.log(total)
-    logit = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return (logit - log_total, log_total - mean), (logits, tokens, log_total, mean)
-
-
-def _add_pairs(x: tuple[Array, Array], y: tuple[Array, Array]) -> tuple[Array, Array]:
-    return x[0] + y[0], x[1] + y[1]
-
-
-def _logp_and_entropy_backward(kept: tuple[Array, ...], slopes: tuple[Array, Array]) -> tuple[Array, None]:
-    logits, tokens, log_total, mean = kept
-    of_logp, of_entropy = (slope[..., None] for slope in slopes)
-    probability = jnp.exp(logits - log_total[..., None])
-    taken = jnp.where(jnp.arange(logits.shape[-1]) == tokens[..., None], of_logp, 0.0)
-    return taken - probability * (of_logp + of_entropy * (logits - mean[..., None])), None
-
-
-_logp_and_entropy.defvjp(_logp_and_entropy_forward, _logp_and_entropy_backward)
-
-
 # -------------------------------------------------------------------------------------------- losses
 
 
 @struct.dataclass
-class Weights:
+class TokenWeights:
     """What each token counts in the loss, worked out over the whole (mini-)batch so that micro-batches add up."""
 
     sampled: Array  # [B, G, T] float32, 0 where not sampled
     forced: Array  # [B, G, T] float32, 0 where not forced
 
 
-def token_weights(rolled: Rollout, cfg: ObjectiveConfig) -> Weights:
+def token_weights(rolled: Rollout, cfg: ObjectiveConfig) -> TokenWeights:
     """The denominators of the module's table as one weight per token."""
     kept = rolled.finished if cfg.mask_truncated else jnp.ones_like(rolled.finished)
     kept &= jnp.any(rolled.sampled, axis=-1)
@@ -199,7 +130,7 @@ def token_weights(rolled: Rollout, cfg: ObjectiveConfig) -> Weights:
         given = cfg.imitate_weight * forced / jnp.maximum(jnp.sum(forced), 1)
     else:
         given = forced * _per_token(cfg.loss, sampled + forced, answers)
-    return Weights(sampled=sampled * _per_token(cfg.loss, sampled, answers), forced=given)
+    return TokenWeights(sampled=sampled * _per_token(cfg.loss, sampled, answers), forced=given)
 
 
 def _per_token(loss: str, mask: Array, answers: Array) -> Array:
@@ -213,7 +144,7 @@ def _per_token(loss: str, mask: Array, answers: Array) -> Array:
 
 def loss_terms(
     logp: Array, entropy: Array, old_logp: Array, reference_logp: Array | None, advantage: Array,
-    sampled: Array, weights: Weights, cfg: ObjectiveConfig,
+    sampled: Array, weights: TokenWeights, cfg: ObjectiveConfig,
 ) -> tuple[Array, dict[str, Array]]:
     """The loss of these answers, a sum over their weighted tokens, and sums for the metrics.
 

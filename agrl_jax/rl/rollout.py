@@ -17,34 +17,16 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from agrl_jax.policy.scoring import first_hidden
 from agrl_jax.rl import reader
 from agrl_jax.types import Array, Cache, Params, Policy, Prefix, Rollout, RuleTables
 
 # Purposes for which random numbers are drawn; no two may share a number.
 PURPOSE_ROLLOUT, PURPOSE_REPLAY, PURPOSE_EVALUATE, PURPOSE_JUDGE, PURPOSE_MINE = range(5)
 
+
 _NEVER = -1e30  # logit of a token the grammar forbids
 _BLOCK = 128  # tokens whose probabilities are added up before one of them is chosen
-
-
-def run_prompt(policy: Policy, params: Params, prompt: Array, prompt_len: Array) -> tuple[Prefix, Array]:
-    """Runs the prompts [B, S], right-padded, of `prompt_len` [B] tokens: what responses need of them, and
-    the hidden states [B, S, D]."""
-    hidden, cache = policy.apply(params, prompt[:, None])
-    last = jnp.take_along_axis(hidden[:, 0], prompt_len[:, None, None] - 1, axis=1)[:, 0]
-    k, v = jax.tree.map(lambda x: jnp.squeeze(x, -4), (cache.k, cache.v))
-    return Prefix(k=k, v=v, length=prompt_len, last_hidden=last), hidden[:, 0]
-
-
-def prefill(policy: Policy, params: Params, prompt: Array, prompt_len: Array) -> Prefix:
-    """Runs each prompt once, for all the responses of its group; see `run_prompt`."""
-    return run_prompt(policy, params, prompt, prompt_len)[0]
-
-
-def predicting_hidden(policy: Policy, params: Params, prefix: Prefix, tokens: Array) -> Array:
-    """Hidden states [B, G, T, D] that predict each of `tokens` [B, G, T]: teacher forcing."""
-    hidden, _ = policy.apply(params, tokens[:, :, :-1], prefix=prefix)
-    return jnp.concatenate([_first_hidden(prefix, tokens.shape[1])[:, :, None], hidden], axis=2)
 
 
 def row_keys(key: Array, purpose: int | Array, step: int | Array, row: Array, group_size: int) -> Array:
@@ -141,7 +123,7 @@ def rollout(
         prefill_forced = False
     state = _State(
         t=jnp.int32(0),
-        hidden=_first_hidden(prefix, g),
+        hidden=first_hidden(prefix, g),
         done=jnp.zeros((b, g), bool),
         cache=policy.init_cache(params, b, g, length),
         tokens=jnp.full((b, g, length), end_token, jnp.int32),
@@ -204,12 +186,6 @@ def _skip_forced(
         valid=jnp.broadcast_to(before, state.valid.shape),
         grammar=grammar_state,
     )
-
-
-def _first_hidden(prefix: Prefix, group_size: int) -> Array:
-    """[B, G, D]: the hidden state after the prompt, the same for every sample of its group."""
-    b, d = prefix.last_hidden.shape
-    return jnp.broadcast_to(prefix.last_hidden[:, None], (b, group_size, d))
 
 
 def _write(buffer: Array, column: Array, t: Array) -> Array:

@@ -34,19 +34,14 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from agrl_jax.policy import scoring
+from agrl_jax.policy.scoring import predicting_hidden, prefill
 from agrl_jax.rl import guidance, objective, reader, refill
 from agrl_jax.rl.guidance import GuidanceConfig, Selection
-from agrl_jax.rl.objective import ObjectiveConfig, Weights
+from agrl_jax.rl.objective import ObjectiveConfig, TokenWeights
 from agrl_jax.rl.refill import Groups
 from agrl_jax.rl.reward import RewardConfig, Score, component_names, is_consistent, score
-from agrl_jax.rl.rollout import (
-    PURPOSE_REPLAY,
-    PURPOSE_ROLLOUT,
-    predicting_hidden,
-    prefill,
-    rollout,
-    row_keys,
-)
+from agrl_jax.rl.rollout import PURPOSE_REPLAY, PURPOSE_ROLLOUT, rollout, row_keys
 from agrl_jax.types import Array, Batch, Params, Policy, Prefix, Reading, Rollout, RuleTables, TrainState
 
 PHASES = ("lay_out", "prefill", "decode", "replay", "reference", "loss", "update")
@@ -253,14 +248,14 @@ def make_step(
         prefix = prefill(policy, params, prompt, prompt_len)
         hidden = predicting_hidden(policy, params, prefix, tokens)
         unembed = partial(policy.unembed, params)
-        return objective.token_logprobs(unembed, hidden, tokens, cfg.temperature, cfg.logprob_chunk)
+        return scoring.token_logprobs(unembed, hidden, tokens, cfg.temperature, cfg.logprob_chunk)
 
     def _reference_logp(reference: Params, examples: _Example) -> Array:
         pieces = _split(examples, cfg.minibatches * cfg.micro_batches)
         logp = jax.lax.map(lambda e: _logprobs(reference, e.prompt, e.prompt_len, e.rolled.tokens)[0], pieces)
         return logp.swapaxes(0, 1).reshape(examples.advantage.shape)
 
-    def _loss(params: Params, example: _Example, weights: Weights) -> tuple[Array, Metrics]:
+    def _loss(params: Params, example: _Example, weights: TokenWeights) -> tuple[Array, Metrics]:
         rolled = example.rolled
         logp, entropy = _logprobs(params, example.prompt, example.prompt_len, rolled.tokens)
         loss, sums = objective.loss_terms(

@@ -7,12 +7,10 @@ the reader needs no parser, and no phrase may be mistaken for another: `ambiguit
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from agrl_jax.rulebook.schema import RuleBook
 from agrl_jax.types import UNKNOWN
-
-if TYPE_CHECKING:
-    from agrl_jax.rulebook.book import RuleBook
 
 STYLES = ("terse", "full", "chat")
 _FORMAT = {

@@ -43,7 +43,7 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
     found = nearest(name, known)
     if found:
         return f"did you mean {' or '.join(found)}?"
-    return f"known: {', '.join(known)}" if len(known) <= 12 else "see configs/common.py for all fields"
+    return f"known: {', '.join(known)}" if len(known) <= 12 else "see agrl_jax/recipes.py for all fields"
 
 
 # ------------------------------------------------------------------------- the argument of a config file

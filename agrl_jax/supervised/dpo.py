@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from agrl_jax.policy.scoring import predicting_hidden, prefill, token_logprobs
 from agrl_jax.rl import reader
-from agrl_jax.rl.objective import token_logprobs
-from agrl_jax.rl.rollout import PURPOSE_MINE, predicting_hidden, prefill, rollout, row_keys
+from agrl_jax.rl.rollout import PURPOSE_MINE, rollout, row_keys
 from agrl_jax.rl.step import UpdateFn
 from agrl_jax.supervised.sft import descending
 from agrl_jax.types import Array, Batch, Params, Policy, RuleTables, TrainState

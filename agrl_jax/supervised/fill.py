@@ -11,8 +11,7 @@ from functools import partial
 import jax.numpy as jnp
 
 from agrl_jax.data.pipeline import PartTexts
-from agrl_jax.rl.objective import token_logprobs
-from agrl_jax.rl.rollout import predicting_hidden
+from agrl_jax.policy.scoring import predicting_hidden, token_logprobs
 from agrl_jax.types import UNKNOWN, Array, Batch, Params, Policy, Prefix, RuleTables
 
 

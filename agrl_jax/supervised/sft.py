@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from agrl_jax.data.pipeline import PartTexts
-from agrl_jax.rl.objective import token_logprobs
-from agrl_jax.rl.rollout import predicting_hidden, run_prompt
+from agrl_jax.policy.scoring import predicting_hidden, run_prompt, token_logprobs
 from agrl_jax.rl.step import UpdateFn
 from agrl_jax.supervised.fill import filled_responses, tokens_scored
 from agrl_jax.types import Array, Batch, Params, Policy, RuleTables, TrainState

@@ -18,22 +18,23 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from agrl_jax.data import benchmark, chat, pipeline
+from agrl_jax.data import chat, pipeline
+from agrl_jax.data.bundled import benchmark
 from agrl_jax.data.pairs import Pair, PairsFile, item_text, read_pairs
 from agrl_jax.data.pipeline import EncodedSplit, PartTexts
-from agrl_jax.judging import EvalConfig, Evaluator
-from agrl_jax.policy import loading, lora, transformer
+from agrl_jax.evaluation.evaluator import EvalConfig, Evaluator
+from agrl_jax.policy import decoding, loading, lora, transformer
 from agrl_jax.policy import tokenizer as tokenizers
+from agrl_jax.policy.layers import PolicyConfig
 from agrl_jax.policy.lora import LoraConfig
 from agrl_jax.policy.smollm2 import find_smollm2
 from agrl_jax.policy.tokenizer import Tokenizer
-from agrl_jax.policy.transformer import PolicyConfig
 from agrl_jax.rulebook import automaton, book, wording
 from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.runtime import sharding
 from agrl_jax.runtime.checkpoint import SFT_END, Checkpointer
 from agrl_jax.runtime.config import ConfigError, resolve
-from agrl_jax.runtime.metrics import is_remote
+from agrl_jax.runtime.logs import is_remote
 from agrl_jax.types import UNKNOWN, Array, Params, Policy, RuleTables
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -161,7 +162,7 @@ def decode_layout(
         whole = gather(model.axes, transformer.cast_weights(model.shape, trained if adapters is None else base))
         if adapters is not None:
             whole = lora.attach(whole, gather(lora.adapter_axes(model.axes, adapters), trained), adapters)
-        return transformer.for_decoding(whole, mesh.devices.flat[0].platform)
+        return decoding.for_decoding(whole, mesh.devices.flat[0].platform)
 
     return jax.jit(lay_out)
 

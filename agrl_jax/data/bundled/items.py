@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from agrl_jax.data.dice import Dice
-from agrl_jax.data.queries import PLAIN, POPULAR, Query, Stock
-from agrl_jax.data.world import LEVELS, ProductType, World, follows_noun
+from agrl_jax.data.bundled.dice import Dice
+from agrl_jax.data.bundled.queries import PLAIN, POPULAR, Query, Stock
+from agrl_jax.data.bundled.world import LEVELS, ProductType, World, follows_noun
 
 _OUTCOMES = {"good": 6.0, "off": 2.5, "unsaid": 1.5}  # of a constraint that the item need not meet
 _VERSIONS = ("pro", "plus", "v2", "s3", "x5", "basic", "one", "prime")

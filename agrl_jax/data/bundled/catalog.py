@@ -31,12 +31,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 
-from agrl_jax.data import world as worlds
-from agrl_jax.data.dice import Dice, point
-from agrl_jax.data.items import Item, make_item
+from agrl_jax.data.bundled import world as worlds
+from agrl_jax.data.bundled.dice import Dice, point
+from agrl_jax.data.bundled.items import Item, make_item
+from agrl_jax.data.bundled.queries import FAMILIES, HEAD, Limit, Query, Stock, make_query
+from agrl_jax.data.bundled.world import LEVELS, World
 from agrl_jax.data.pairs import Pair
-from agrl_jax.data.queries import FAMILIES, HEAD, Limit, Query, Stock, make_query
-from agrl_jax.data.world import LEVELS, World
 from agrl_jax.rulebook import book
 from agrl_jax.rulebook.book import RuleBook
 

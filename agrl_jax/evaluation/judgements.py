@@ -13,8 +13,8 @@ import numpy as np
 import polars as pl
 from etils import epath
 
+from agrl_jax.evaluation.metrics import Judgements
 from agrl_jax.rulebook.book import RuleBook
-from agrl_jax.scorecard import Judgements
 from agrl_jax.types import UNKNOWN
 
 FILE = "judgements.parquet"

@@ -14,17 +14,17 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from agrl_jax import assemble
 from agrl_jax.data import chat, pipeline
 from agrl_jax.data.pairs import Pair
 from agrl_jax.policy import loading, transformer
-from agrl_jax.policy.loading import LoadingError
+from agrl_jax.policy.families import LoadingError
 from agrl_jax.policy.tokenizer import Tokenizer, TokenizerError
 from agrl_jax.rulebook import automaton, book
 from agrl_jax.rulebook.book import RuleBook, RuleBookError
 from agrl_jax.runtime import sharding
 from agrl_jax.runtime.checkpoint import SFT_END, Checkpointer, CheckpointError
 from agrl_jax.runtime.config import ConfigError
+from agrl_jax.training import assemble
 from agrl_jax.types import Array, Params, Policy, RuleTables
 
 STAGES = ("best", "rl", SFT_END)

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from agrl_jax.runtime.hlo import phase_of
+from agrl_jax.bounds.hlo import phase_of
 
 
 def matrix_flops(jaxpr: Any, phases: Sequence[str], branch_share: float = 1.0, shards: int = 1) -> dict[str, float]:

@@ -14,47 +14,44 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from agrl_jax import assemble, judgements, scorecard
-from agrl_jax.assemble import Data, Model
 from agrl_jax.data import pipeline
 from agrl_jax.data.pairs import Pair, PairsError
 from agrl_jax.data.pipeline import EncodedSplit
-from agrl_jax.judging import Evaluator
-from agrl_jax.plots import learning_curves
-from agrl_jax.policy import lora
-from agrl_jax.policy.loading import LoadingError
+from agrl_jax.evaluation import intervals, judgements, tables
+from agrl_jax.evaluation.evaluator import Evaluator
+from agrl_jax.evaluation.plots import learning_curves
+from agrl_jax.evaluation.samples import decode, render
+from agrl_jax.policy.families import LoadingError
 from agrl_jax.policy.smollm2 import NotInstalledError
 from agrl_jax.policy.tokenizer import TokenizerError
-from agrl_jax.policy.transformer import build_expert_load, count_parameters
-from agrl_jax.rl import guidance
+from agrl_jax.policy.transformer import count_parameters
 from agrl_jax.rl import step as rl_step
-from agrl_jax.rl.guidance import GuidanceConfig
-from agrl_jax.rl.objective import ObjectiveConfig
-from agrl_jax.rl.reward import RewardConfig
-from agrl_jax.rl.step import StepConfig
 from agrl_jax.rulebook.book import RuleBookError
-from agrl_jax.runtime import optim, processes, sharding
+from agrl_jax.runtime import processes, sharding
 from agrl_jax.runtime.checkpoint import Checkpointer, CheckpointError
-from agrl_jax.runtime.config import ConfigError, last_branch, resolve, validate, validate_together
-from agrl_jax.runtime.metrics import MetricsWriter, progress, say
+from agrl_jax.runtime.config import ConfigError, resolve, validate, validate_together
+from agrl_jax.runtime.console import progress, say
+from agrl_jax.runtime.logs import MetricsWriter
 from agrl_jax.runtime.sharding import ShardingError
-from agrl_jax.samples import decode, render
-from agrl_jax.supervised import dpo, sft
+from agrl_jax.supervised import dpo
 from agrl_jax.supervised.dpo import Preferences
-from agrl_jax.types import Batch, GuidanceState, Params, Policy, TrainState
+from agrl_jax.training import assemble
+from agrl_jax.training.assemble import Data, Model
+from agrl_jax.training.programs import Program, Weights, branch_of, dpo_program, more_program, rl_program, sft_program
+from agrl_jax.types import Params, TrainState
 
 # Beside the progress bar of supervised training.
 SUPERVISED_FIGURES = {
     "loss": "policy/loss", "gold probability": "policy/gold_probability", "tok/s": "time/tokens_per_s"
 }  # fmt: skip
+
 
 # What a user can put right: shown as one message. Anything else is a bug, and keeps its traceback.
 USER_ERRORS = (
@@ -73,13 +70,6 @@ class Interrupted(Exception):
 
 class Diverged(RuntimeError):
     """Too many updates in a row were not finite."""
-
-
-class Weights(NamedTuple):
-    """A policy's parameters: all that are trained, or low-rank adapters over a base that is not."""
-
-    trained: Params
-    base: Params | None = None
 
 
 @dataclass
@@ -123,7 +113,7 @@ def train(config: ConfigDict, workdir: str, say: Callable[..., None] = say) -> d
         cards = {"sft": _timed(run, "evaluate sft", lambda: _scorecard(run, "sft", "sft", reference))}
 
         # ------------------- reinforcement learning, or preferences or more supervised training in its place
-        branch = _branch(config, "rl")
+        branch = branch_of(config, "rl")
         if config[branch].steps:
             learn = {"rl": _reinforce, "dpo": _prefer, "more": _go_on}[branch]
             weights = _timed(run, config.method, lambda: learn(run, reference))
@@ -132,7 +122,7 @@ def train(config: ConfigDict, workdir: str, say: Callable[..., None] = say) -> d
             cards[name] = _timed(run, f"evaluate {name}", lambda: _scorecard(run, name, "rl", weights))
 
     # --------------------------------------------------------------------------------------- scorecard
-    say(scorecard.table(cards))
+    say(tables.table(cards))
     with processes.first_alone("curves"):  # the others leave after it
         if jax.process_index() == 0:
             learning_curves(run.workdir)
@@ -160,7 +150,7 @@ def _set_up(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh, sa
         data = assemble.load_data(config, rules, workdir)
         model = assemble.load_model(config, workdir, data, mesh)
     for stage, pairs in (("sft", data.sft), ("rl", _pairs_of(config, data))):
-        branch = _branch(config, stage)
+        branch = branch_of(config, stage)
         size = config[branch].batch_size
         if config[branch].steps and size > len(pairs):
             raise ConfigError(f"{branch}.batch_size={size} is more than the {len(pairs)} pairs that it trains on")
@@ -337,7 +327,7 @@ def _validator(run: Run, base: Params | None) -> Callable[[int, bool, TrainState
         if not (last or config.eval.every and done % config.eval.every == 0):
             return {}
         judged = run.evaluator.judge(lay_out(state.params, base), split, rows, sample=False)
-        scores = scorecard.score(judged, run.model.book, bootstrap=0)
+        scores = intervals.score(judged, run.model.book, bootstrap=0)
         shown = ("accuracy", "macro_f1", "step_accuracy", "adherence", "format")
         return {f"validation/{name}": scores[name]["value"] for name in shown if scores[name]["value"] is not None}
 
@@ -369,7 +359,7 @@ def _run_stage(
             row |= _time_figures(row, time.monotonic() - began)
             row |= {"budget/spent": spent, "compiles": compiled._cache_size()}
             _check_divergence(config, stage, done, int(state.skipped), row, bar.print)
-            if done == 1 and _branch(config, stage) == "rl":  # of answers sampled before any update
+            if done == 1 and branch_of(config, stage) == "rl":  # of answers sampled before any update
                 bar.print("\n".join(first_look(config, row)))
             extra = after(done, last, state, seen, bar.print) if after else {}
             if done % config.log.every == 0 or last or extra:
@@ -386,42 +376,9 @@ def _run_stage(
     return state
 
 
-# -------------------------------------------------------------------------------------------- helpers
-
-
-def step_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> StepConfig:
-    """The static facts of the RL step, from a config."""
-    guide = config.guidance.to_dict()
-    enabled = guide.pop("enabled")
-    loss = {name: guide.pop(name) for name in ("treatment", "gamma", "imitate_weight", "baseline")}
-    objective = config.objective.to_dict()
-    del objective["logprob_chunk"]
-    return StepConfig(
-        group_size=config.rl.group_size,
-        response_len=config.data.response_len,
-        temperature=config.rl.temperature,
-        epochs=config.rl.epochs,
-        minibatches=config.rl.minibatches,
-        micro_batches=config.rl.micro_batches,
-        logprob_chunk=_chunk(config, mesh),
-        total_steps=config.rl.steps,
-        shards=sharding.data_shards(mesh),
-        inspect=max(config.log.samples, 1),
-        reward=RewardConfig(**config.reward.to_dict()),
-        objective=ObjectiveConfig(**objective, **loss, step_weight=config.reward.step_weight),
-        guidance=GuidanceConfig(**guide) if enabled else None,
-        candidates=config.rl.candidates,
-    )
-
-
-def _branch(config: ConfigDict, stage: str) -> str:
-    """The branch of the config that a stage follows."""
-    return last_branch(config.method) if stage == "rl" else stage
-
-
 def _pairs_of(config: ConfigDict, data: Data) -> list[Pair]:
     """The pairs of the stage after the warm start."""
-    goes_on = _branch(config, "rl") == "more" and config.more.source == "sft"
+    goes_on = branch_of(config, "rl") == "more" and config.more.source == "sft"
     return data.sft if goes_on else data.splits["train"]
 
 
@@ -450,180 +407,10 @@ def first_look(config: ConfigDict, figures: Mapping[str, float]) -> list[str]:
     return lines
 
 
-def _chunk(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:
-    """Positions of a batch whose logits are held at once: the config counts those of one device."""
-    return config.objective.logprob_chunk * sharding.data_shards(mesh)
-
-
-class Program(NamedTuple):
-    """A stage's step, compiled by its first call, and what it takes: `step(state, batch, *more)`."""
-
-    step: Any  # a jitted function: shardings fixed at its borders, its state donated
-    template: TrainState  # shapes, dtypes and shardings
-    more: tuple[Params | None, ...]  # besides state and batch: the base of adapters, and in RL the reference policy
-    fresh: Callable[[], TrainState]  # makes the state at step 0
-
-
-def sft_program(
-    config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, base: Params | None, blanks: Any = None
-) -> Program:
-    """The program of the warm start, over `base` where it trains adapters; `blanks` as in `sft.make_step`.
-
-    Here and in `rl_program` arrays may be abstract, shapes with shardings: the step can then be compiled, not called.
-    """
-    return _supervised_program(config, mesh, model, "sft", base, None, blanks)
-
-
-def more_program(
-    config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, reference: Weights, blanks: Any = None
-) -> Program:
-    """The program of supervised training that goes on from the end of the warm start."""
-    return _supervised_program(config, mesh, model, "rl", *_from_reference(config, reference), blanks)
-
-
-def _supervised_program(
-    config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, stage: str, base: Params | None, start: Params | None,
-    blanks: Any,
-) -> Program:
-    """Over `base` where the stage trains adapters, from `start` if it is given."""
-    _, axes = assemble.trained_part(config, model, stage)
-    rates = config[_branch(config, stage)]
-    tx = optim.make(
-        rates.learning_rate, rates.warmup, rates.steps,
-        weight_decay=config.sft.weight_decay, decay=optim.decay_mask(axes), matrix_rate=rates.matrix_rate, axes=axes,
-    )
-
-    def make(policy: Policy, sampler: Any) -> Callable[..., Any]:
-        return sft.make_step(policy, _updater(tx), config.sft.prompt_weight, _chunk(config, mesh), blanks)
-
-    fresh, template = _fresh_state(config, mesh, model, stage, tx, start)
-    return Program(_jit(config, mesh, model, stage, make, template, base), template, (base,), fresh)
-
-
-def rl_program(
-    config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, reference: Weights, rows: int, families: int
-) -> Program:
-    """The program of reinforcement learning from the end of the warm start; guidance remembers `rows` training pairs
-    and has levels for the `families` of queries."""
-    base, start = _from_reference(config, reference)
-    # Of fresh adapters, the reference is the base itself: no adapters at all.
-    compared = None if config.objective.kl == "none" else {} if start is None else start
-    _, axes = assemble.trained_part(config, model, "rl")
-    updates = config.rl.steps * config.rl.epochs * config.rl.minibatches
-    tx = optim.make(
-        config.rl.learning_rate, config.rl.warmup, updates, config.rl.schedule,
-        weight_decay=config.rl.weight_decay, decay=optim.decay_mask(axes),
-        matrix_rate=config.rl.matrix_rate, axes=axes,
-    )
-    cfg, names = step_config(config, mesh), tuple(step.name for step in model.book.steps)
-
-    def make(policy: Policy, sampler: rl_step.SamplerFn) -> Callable[..., Any]:
-        return rl_step.make_step(policy, model.tables, names, _updater(tx), cfg, sampler)
-
-    memory = None if cfg.guidance is None else partial(guidance.initial_state, rows, families, cfg.guidance)
-    fresh, template = _fresh_state(config, mesh, model, "rl", tx, start, memory)
-    return Program(
-        _jit(config, mesh, model, "rl", make, template, base, compared), template, (base, compared), fresh
-    )
-
-
-def dpo_program(config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, reference: Weights) -> Program:
-    """The program of preference optimisation from the end of the warm start."""
-    base, start = _from_reference(config, reference)
-    _, axes = assemble.trained_part(config, model, "rl")
-    tx = optim.make(
-        config.dpo.learning_rate, config.dpo.warmup, config.dpo.steps, matrix_rate=config.dpo.matrix_rate, axes=axes
-    )
-
-    def make(policy: Policy, sampler: Any) -> Callable[..., Any]:
-        return dpo.make_step(policy, _updater(tx), config.dpo.beta, config.rl.temperature, _chunk(config, mesh))
-
-    fresh, template = _fresh_state(config, mesh, model, "rl", tx, start)
-    return Program(_jit(config, mesh, model, "rl", make, template, base), template, (base,), fresh)
-
-
-def _from_reference(config: ConfigDict, reference: Weights) -> tuple[Params | None, Params | None]:
-    """What the stage after the warm start trains over, and what it starts from: None, and None for fresh adapters."""
-    if reference.base is None and assemble.adapters_of(config, "rl") is not None:
-        return reference.trained, None
-    return reference.base, reference.trained
-
-
-def _fresh_state(
-    config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, stage: str, tx: Any, start: Params | None = None,
-    memory: Callable[[], GuidanceState] | None = None,
-) -> tuple[Callable[[], TrainState], TrainState]:
-    """A function that makes the state at step 0 on the mesh, and the state's shapes, dtypes and shardings.
-
-    Starts from a copy of `start`, since the step donates its state; without, from the weights of the
-    pretrained model, or from a random draw. `memory` makes what guidance remembers.
-    """
-    init, axes = assemble.trained_part(config, model, stage)
-    adapters = assemble.adapters_of(config, stage)
-    pretrained = start is None and adapters is None and bool(config.policy.get("pretrained"))
-
-    def make(params: Params | None) -> TrainState:
-        if params is None:
-            params = init(jax.random.key(config.seed))
-        elif not pretrained:
-            params = jax.tree.map(jnp.copy, params)
-        key = jax.random.key_data(jax.random.key(config.seed))
-        return TrainState(params, tx.init(params), jnp.int32(0), key, memory and memory(), jnp.int32(0))
-
-    shapes = jax.eval_shape(make, start)
-    shardings = sharding.state_shardings(mesh, shapes, sharding.param_shardings(mesh, axes, shapes.params))
-    compiled = jax.jit(make, out_shardings=shardings, donate_argnums=(0,) if pretrained else ())
-
-    def fresh() -> TrainState:
-        return compiled(assemble.load_pretrained(config, model, mesh) if pretrained else start)
-
-    template = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
-    )
-    return fresh, template
-
-
 def _restored(run: Run, stage: str, program: Program) -> tuple[TrainState, int]:
     """The newest state of a stage and the tokens spent on it, or a fresh one and none."""
     found = run.checkpoints.restore(program.template, stage=stage)
     return (program.fresh(), 0) if found is None else (found.state, found.spent)
-
-
-def _jit(
-    config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, stage: str,
-    make: Callable[[Policy, rl_step.SamplerFn], Callable[..., Any]], state: TrainState, base: Params | None, *more: Any,
-) -> Any:
-    """`step(state, batch, base, *more)`, jitted with shardings fixed at its borders and its state donated, so that it
-    compiles once. It returns state, metrics, and in RL the inspection, else None.
-
-    `make` gives the step of a policy and its sampler, here those of the whole policy or of adapters over `base`.
-    `state` and `more` have the shardings of the step's arguments but for the batch.
-    """
-    adapters = assemble.adapters_of(config, stage)
-    load = build_expert_load(model.shape, sharding.placing(mesh)) if model.shape.experts else None
-    lay_out = assemble.decode_layout(config, model, mesh, stage)
-
-    def step(state: TrainState, batch: Batch, base: Params | None, *more: Any) -> Any:
-        policy = model.policy if adapters is None else lora.over(base, model.policy, adapters)
-        after, metrics, *seen = make(policy, lambda params: (model.policy, lay_out(params, base)))(state, batch, *more)
-        if load is not None:
-            params = state.params if adapters is None else lora.attach(base, state.params, adapters)
-            inside = jnp.arange(batch.prompt.shape[1]) < batch.prompt_len[:, None]
-            metrics |= load(params, batch.prompt, inside).metrics()
-        return after, metrics, seen[0] if seen else None
-
-    state, base, more = jax.tree.map(lambda leaf: leaf.sharding, (state, base, more))
-    batch, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    shardings = {"in_shardings": (state, batch, base, *more), "out_shardings": (state, whole, whole)}
-    return jax.jit(step, **shardings, donate_argnums=0)
-
-
-def _updater(tx: Any) -> rl_step.UpdateFn:
-    def update(grads: Params, params: Params, opt_state: Any, skipped: jax.Array) -> Any:
-        params, opt_state, skipped, stats = optim.guarded_update(tx, grads, params, opt_state, skipped)
-        return params, opt_state, skipped, {f"optim/{name}": value for name, value in stats.items()}
-
-    return update
 
 
 def _time_figures(row: Mapping[str, float], seconds: float) -> dict[str, float]:
@@ -639,7 +426,7 @@ def _check_divergence(
         return
     say(f"{stage} step {done}: loss or gradient not finite, update skipped ({in_a_row} in a row)")
     if in_a_row >= config.rl.max_skipped:
-        branch = _branch(config, stage)
+        branch = branch_of(config, stage)
         rate = config[branch].learning_rate
         raise Diverged(
             f"{stage} step {done}: {in_a_row} updates in a row were not finite (loss {row['policy/loss']}, gradient "
@@ -651,7 +438,7 @@ def _check_divergence(
 def _scorecard(run: Run, name: str, stage: str, weights: Weights) -> dict[str, Any]:
     """Scores of a stage on each evaluation split, kept by `name` in scorecard.json; read from there if already made."""
     path = run.workdir / "scorecard.json"
-    written = scorecard.read(path).get(name) if path.exists() else None
+    written = tables.read(path).get(name) if path.exists() else None
     missing = written is None or set(written) != set(run.data.eval_splits)
     if not processes.greatest(missing):
         return written
@@ -661,10 +448,10 @@ def _scorecard(run: Run, name: str, stage: str, weights: Weights) -> dict[str, A
         split = assemble.encode(config, run.model, run.data, run.data.splits[part])
         rows = pipeline.stratified(split, config.eval.pairs or len(split), config.data.seed)
         kept[part] = judged = run.evaluator.judge(params, split, rows)
-        cards[part] = scorecard.score(judged, run.model.book, bootstrap=config.eval.bootstrap, seed=config.seed)
+        cards[part] = intervals.score(judged, run.model.book, bootstrap=config.eval.bootstrap, seed=config.seed)
     if jax.process_index() == 0:
         judgements.write(run.workdir / judgements.FILE, name, kept, run.model.book)
-        scorecard.write(path, {name: cards})  # last: it says that the stage is done
+        tables.write(path, {name: cards})  # last: it says that the stage is done
     return cards
 
 

@@ -7,8 +7,8 @@ import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from agrl_jax.data.dice import Dice
-from agrl_jax.data.world import LEVELS, ProductType, UseCase, World, follows_noun
+from agrl_jax.data.bundled.dice import Dice
+from agrl_jax.data.bundled.world import LEVELS, ProductType, UseCase, World, follows_noun
 
 FAMILIES = ("plain", "attribute", "brand", "negation", "affordable", "question", "misspelling", "longtail")
 HEAD = FAMILIES[:3]

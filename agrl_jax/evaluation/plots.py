@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from etils import epath
 
-from agrl_jax.runtime.metrics import read_jsonl
+from agrl_jax.runtime.logs import read_jsonl
 
 matplotlib.use("Agg")  # a file, never a window
 import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen before pyplot is first imported)

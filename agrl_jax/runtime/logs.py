@@ -10,20 +10,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import rich.console
-import rich.progress
-import rich.table
-import rich.text
 from etils import epath
 from tensorboardX import SummaryWriter
 
@@ -192,100 +185,3 @@ def _plain(value: Any) -> Any:
         return array.item()
     exact = array if array.dtype.itemsize > 4 else array.astype(np.float32)
     return _plain(float(str(exact)))  # 0.1 for float32(0.1), where float() would give 0.10000000149011612
-
-
-# --------------------------------------------------------------------------------------------- console
-
-
-class Progress(AbstractContextManager):
-    """A stage's progress bar with ETA and live figures; see `progress`."""
-
-    def __init__(self, stage: str, total: int, start: int, every_s: float, console: rich.console.Console) -> None:
-        self._stage, self._total, self._done, self._first = stage, total, start, start
-        self._every_s, self._console = every_s, console
-        self._began = self._said = time.monotonic()
-        self._bar = None
-        if console.is_terminal:
-            self._bar = rich.progress.Progress(
-                rich.progress.TextColumn("[bold]{task.description}"), rich.progress.BarColumn(bar_width=24),
-                rich.progress.MofNCompleteColumn(), rich.progress.TimeElapsedColumn(),
-                rich.progress.TextColumn("eta"), rich.progress.TimeRemainingColumn(),
-                rich.progress.TextColumn("{task.fields[figures]}"), console=console,
-            )  # fmt: skip
-            self._task = self._bar.add_task(stage, total=total, completed=start, figures="")
-
-    def __enter__(self) -> Progress:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def update(self, step: int, figures: Mapping[str, float | str] | None = None) -> None:
-        """Says that `step` steps are done, with the figures to show beside, such as `{"reward": 0.61}`."""
-        self._done = step
-        text = "  ".join(f"{name} {_short(value)}" for name, value in (figures or {}).items())
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, **({"figures": text} if figures else {}))
-            return
-        now = time.monotonic()
-        if now - self._said >= self._every_s or step >= self._total:
-            self._said = now
-            rate = (step - self._first) / max(now - self._began, 1e-9)
-            eta = _clock((self._total - step) / rate) if rate > 0 else "?"
-            self.print(f"{self._stage} {step}/{self._total}  {_clock(now - self._began)} eta {eta}  {text}".rstrip())
-
-    def print(self, *objects: Any) -> None:
-        """Prints text or rich objects above the bar; text as it is, without markup."""
-        self._console.print(*objects, markup=False, highlight=False, soft_wrap=True)
-
-
-def say(*objects: Any) -> None:
-    """Prints text, as it is, or rich objects such as tables."""
-    _stdout().print(*objects, markup=False, highlight=False, soft_wrap=True)
-
-
-def _stdout() -> rich.console.Console:
-    """Standard output; nothing is shown on any process of a run but the first."""
-    return rich.console.Console(file=sys.stdout, quiet=jax.process_index() > 0)
-
-
-def progress(
-    stage: str, total: int, start: int = 0, every_s: float = 10.0, console: rich.console.Console | None = None
-) -> Progress:
-    """A context manager that shows the progress of a stage from step `start` to `total`.
-
-    On a terminal it is a live bar; elsewhere one plain line every `every_s` seconds and one at the end.
-
-    >>> with progress("rl", total=400) as bar:
-    ...     bar.update(1, {"reward": 0.61, "tok/s": 5200.0})
-    """
-    return Progress(stage, total, start, every_s, console or _stdout())
-
-
-def console_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> rich.table.Table:
-    """A table to print: the first column to the left, the others to the right, numbers shortened."""
-    table = rich.table.Table(title=title, title_justify="left")
-    for position, column in enumerate(columns):
-        table.add_column(column, justify="right" if position else "left", no_wrap=position == 0)
-    for row in rows:
-        table.add_row(*(rich.text.Text(_short(cell)) for cell in row))
-    return table
-
-
-def _short(value: Any) -> str:
-    """A figure for the eye: three decimals where small, thousands apart where large."""
-    if isinstance(value, str | bool | int) or value is None:
-        return str(value) if value is not None else "-"
-    value = float(value)
-    if not math.isfinite(value):
-        return str(value)
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

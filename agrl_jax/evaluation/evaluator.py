@@ -13,13 +13,13 @@ import numpy as np
 
 from agrl_jax.data import pipeline
 from agrl_jax.data.pipeline import EncodedSplit
+from agrl_jax.evaluation.metrics import Judgements
+from agrl_jax.policy.scoring import predicting_hidden, prefill, token_logprobs
 from agrl_jax.policy.tokenizer import Tokenizer
 from agrl_jax.rl import reader
-from agrl_jax.rl.objective import token_logprobs
 from agrl_jax.rl.reward import is_consistent
-from agrl_jax.rl.rollout import PURPOSE_EVALUATE, predicting_hidden, prefill, rollout, row_keys
+from agrl_jax.rl.rollout import PURPOSE_EVALUATE, rollout, row_keys
 from agrl_jax.rulebook.book import RuleBook
-from agrl_jax.scorecard import Judgements
 from agrl_jax.types import UNKNOWN, Array, Batch, Params, Policy, Rollout, RuleTables
 
 Put = Callable[[Any], Any]  # places a host batch on the mesh

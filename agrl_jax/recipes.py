@@ -1,7 +1,7 @@
-"""Every field of a run, with its default and what it means. The other configs change a few of them.
+"""Every field of a run with its default and its meaning; the methods; what the configs in `configs/` import.
 
 A config is a function `get_config(arg)` that returns an ml_collections ConfigDict. Any field can be
-changed on the command line: `--config.rl.steps=100`. Ranges stand in `agrl_jax/runtime/config.py`.
+changed on the command line: `--config.rl.steps=100`. Ranges stand in `runtime/config.py`.
 """
 
 from __future__ import annotations
@@ -188,6 +188,37 @@ def base() -> ConfigDict:
     c.mesh.fsdp = 1
     c.mesh.tensor = 1
     c.mesh.gather_decode = True  # whole weights for decoding, once per rollout; False: less memory, gathered each token
+    return c
+
+
+def language_model() -> ConfigDict:
+    """AGRL for a language model that can follow instructions, on the bundled benchmark."""
+    c = base()
+    c.data.style = "chat"  # the rule book's instructions, through the model's own chat template
+    c.data.prompt_len = 768  # the instructions take some 650 tokens, query and item 60
+    c.data.response_len = 40  # a subword vocabulary spells the longest gold answer in about 30
+    c.reward.overlong_from = 32
+
+    c.policy.compute_dtype = "bfloat16"  # parameters stay in float32: in bfloat16 they would lose small updates
+    c.policy.remat = True  # of a 768-token prompt, attention weights alone are 2 MB for each head of each layer
+
+    # Fine-tuning: it knows its language, and has to learn the form of the answer and then the judging.
+    c.sft.steps = 300
+    c.sft.batch_size = 32
+    c.sft.learning_rate = 2e-5
+    c.sft.matrix_rate = 0.0  # AdamW alone: orthogonalised steps would rewrite what pretraining left
+    c.sft.weight_decay = 0.0
+    c.sft.prompt_weight = 0.0  # nor has it to learn the language of prompts
+    c.rl.steps = 200
+    c.rl.batch_size = 32
+    c.rl.group_size = 8  # a prompt is long and computed once for its group: more answers cost little
+    c.rl.micro_batches = 4
+    c.rl.learning_rate = 1e-6
+    c.rl.matrix_rate = 0.0
+    c.dpo.update(mined=3200, batch_size=32, learning_rate=1e-6, matrix_rate=0.0)
+    c.objective.logprob_chunk = 1024  # with 150,000 tokens in a vocabulary, 0.6 GB of logits
+    c.guidance.replace = 4  # of 8
+    c.eval.batch_size = 32
     return c
 
 

@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
-from agrl_jax.data import catalog, world
+from agrl_jax.data.bundled import catalog, world
 from agrl_jax.data.pairs import Pair, PairsError
 from agrl_jax.rulebook import book
 from agrl_jax.rulebook.book import RuleBook

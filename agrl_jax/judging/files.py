@@ -1,0 +1,124 @@
+"""Files of any length, judged piece by piece; what is done stays done."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from agrl_jax.data.pairs import PairsError
+from agrl_jax.data.rows import Journal, OutputError, Record, RowFile, check_output, open_rows, write_rows
+from agrl_jax.judging import trained
+from agrl_jax.judging.cuts import CutsError
+from agrl_jax.judging.engine import Judge, Judgement
+from agrl_jax.rulebook.book import RuleBook
+from agrl_jax.runtime.console import progress
+
+PREFIX = "judge_"  # of the columns that are added
+_LISTED = 10  # bad rows named in the summary
+
+
+USER_ERRORS = (*trained.LOAD_ERRORS, CutsError, PairsError, OutputError)  # shown as one message
+
+
+@dataclass
+class Summary:
+    """What became of the rows of a file."""
+
+    rows: int = 0
+    tiers: Counter[str] = field(default_factory=Counter)
+    inconsistent: int = 0
+    bad: list[tuple[int, str]] = field(default_factory=list)  # number (the first row is 1) and error; the first few
+    bad_rows: int = 0
+
+    def add(self, judgement: Mapping[str, Any]) -> None:
+        """Counts the next row."""
+        self.rows += 1
+        if judgement["error"]:
+            self.bad_rows += 1
+            if self.bad_rows <= _LISTED:
+                self.bad.append((self.rows, judgement["error"]))
+            return
+        self.tiers[judgement["tier"]] += 1
+        self.inconsistent += not judgement["consistent"]
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{tier} {count:,}" for tier, count in sorted(self.tiers.items(), reverse=True))
+        lines = [f"judged {self.rows - self.bad_rows:,} of {self.rows:,} rows: {counts or 'none'}"]
+        if self.inconsistent:
+            lines.append(f"rows whose steps do not imply their tier: {self.inconsistent:,}")
+        if self.bad_rows:
+            lines.append(f"rows that could not be judged: {self.bad_rows:,}")
+            lines += [f"  row {number}: {error}" for number, error in self.bad]
+        if self.bad_rows > len(self.bad):
+            lines.append(f"  ... and {self.bad_rows - len(self.bad):,} more")
+        return "\n".join(lines)
+
+
+def judge_file(judge: Judge, source: str, output: str, prefix: str = PREFIX, overwrite: bool = False) -> Summary:
+    """Judges a file of rows into another, whatever its length in little memory, from where it stopped before.
+
+    What is done lies in `OUTPUT.partial` until all is; then the output appears in one piece.
+
+    Raises:
+      PairsError: the input cannot be read, or lacks a column.
+      OutputError: the output cannot be written, exists, or was begun from another input or judge.
+    """
+    file = open_rows(source)
+    for name in ("query", "title"):
+        if name not in file.schema.names:
+            raise PairsError(f"{source}: lacks the column {name!r}; it has {', '.join(file.schema.names)}")
+    added = _columns(judge.book, prefix)
+    check_output(output, file, added)
+    if Path(output).exists() and not overwrite:
+        raise OutputError(f"{output}: exists already; name another output, or replace it with --overwrite")
+    summary = Summary()
+    with Journal(f"{output}.partial", judge.identity | {"input": file.digest}, judge.chunk, overwrite) as journal:
+        _judge_rest(judge, file, journal)
+        write_rows(output, file, added, _cells(journal, summary, added))
+        journal.path.unlink()
+    return summary
+
+
+def _judge_rest(judge: Judge, file: RowFile, journal: Journal) -> None:
+    """Judges the rows that the journal does not hold."""
+    rows = itertools.islice(file.rows(), journal.done, None)
+    with progress("judge", file.count, journal.done) as bar:
+        if journal.done:
+            bar.print(f"going on after row {journal.done:,} of {file.count:,}")
+        first, began = journal.done, time.monotonic()
+        while chunk := list(itertools.islice(rows, judge.chunk)):
+            judged = judge.judge([{} if row.error else row.record for row in chunk])
+            judged = [Judgement(error=row.error) if row.error else one for row, one in zip(chunk, judged, strict=True)]
+            journal.append(map(asdict, judged))
+            bar.update(journal.done, {"rows/s": (journal.done - first) / (time.monotonic() - began)})
+
+
+def _columns(book: RuleBook, prefix: str) -> pa.Schema:
+    """The columns that are added, with their types."""
+    text, number = pa.string(), pa.float64()
+    return pa.schema([
+        (f"{prefix}tier", text),
+        *((f"{prefix}prob_{tier.name}", number) for tier in book.tiers),
+        *((f"{prefix}step_{step.name}", text) for step in book.steps),
+        (f"{prefix}consistent", pa.bool_()),
+        (f"{prefix}response", text),
+        (f"{prefix}error", text),
+    ])  # fmt: skip
+
+
+def _cells(journal: Journal, summary: Summary, added: pa.Schema) -> Iterator[Record]:
+    """The journal's judgements as cells of the added columns, each counted in the summary."""
+    for judged in journal.records():
+        summary.add(judged)
+        cells = [judged["tier"], *judged["probs"].values(), *judged["steps"].values(), judged["consistent"]]
+        cells += [judged["response"], judged["error"]]
+        if judged["error"]:
+            cells = [None] * (len(added) - 1) + [judged["error"]]
+        yield dict(zip(added.names, cells, strict=True))

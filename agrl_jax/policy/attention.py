@@ -1,0 +1,161 @@
+"""Grouped-query attention over a shared prompt and a response of its own, with rotary positions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from agrl_jax.policy import decode_attention
+from agrl_jax.policy.layers import KEYS, PolicyConfig, cast, einsum, linear, ones, param, rms_norm
+from agrl_jax.types import Array, Layout
+
+_MASKED = -1e30  # finite, so that a query which may see nothing yields a mean, never a NaN
+
+
+def rope_frequencies(cfg: PolicyConfig) -> tuple[np.ndarray, float]:
+    """Radians per position of each pair, [head_dim / 2] float32, and the factor on queries and keys.
+
+    In the order of operations of `transformers`: at position 10,000 a frequency that differs in its last
+    bit turns the pair by another 6e-4 radians.
+    """
+    exponent = np.arange(0, cfg.head_dim, 2, dtype=np.float32) / np.float32(cfg.head_dim)
+    frequency = np.float32(1) / (np.float64(cfg.rope_theta) ** exponent.astype(np.float64)).astype(np.float32)
+    scaling = cfg.rope_scaling
+    if scaling is None:
+        return frequency, 1.0
+    divided = frequency / np.float32(scaling.factor)
+    if scaling.kind == "linear":
+        return divided, 1.0
+    if scaling.kind == "llama3":
+        turns = scaling.original / (2 * np.pi / frequency)
+        keep = np.clip((turns - scaling.low_freq) / (scaling.high_freq - scaling.low_freq), 0, 1)
+    else:
+        ends = [
+            cfg.head_dim * math.log(scaling.original / (turns * 2 * math.pi)) / (2 * math.log(cfg.rope_theta))
+            for turns in (scaling.beta_fast, scaling.beta_slow)
+        ]
+        if scaling.truncate:
+            ends = [math.floor(ends[0]), math.ceil(ends[1])]
+        low, high = max(ends[0], 0), min(ends[1], cfg.head_dim - 1)
+        keep = 1 - np.clip((np.arange(cfg.head_dim // 2) - low) / max(high - low, 1e-3), 0, 1)
+    return (divided * (1 - keep) + frequency * keep).astype(np.float32), scaling.attention
+
+
+def rotate(x: Array, positions: Array, frequency: np.ndarray, scale: float = 1.0) -> Array:
+    """Rotary position embedding (arXiv 2104.09864), halves paired as in Llama.
+
+    `x` is [B, G, n, heads, head_dim], `positions` [B, 1 or G, n], `frequency` [head_dim / 2].
+    """
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    cos, sin = scale * jnp.cos(angle), scale * jnp.sin(angle)
+    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention over the shared prompt and the response's own tokens."""
+
+    def __init__(self, cfg: PolicyConfig, rngs: nnx.Rngs):
+        self.cfg = cfg
+        d, h, k, f, dtype = cfg.width, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.param_dtype
+        out_scale = (h * f) ** -0.5 * (2 * cfg.layers) ** -0.5  # keeps the residual's variance flat in depth
+        self.q = param(rngs, (d, h, f), ("embed", "heads", "head_dim"), d**-0.5, dtype)
+        self.k = param(rngs, (d, k, f), ("embed", "kv_heads", "head_dim"), d**-0.5, dtype)
+        self.v = param(rngs, (d, k, f), ("embed", "kv_heads", "head_dim"), d**-0.5, dtype)
+        self.out = param(rngs, (h, f, d), ("heads", "head_dim", "embed"), out_scale, dtype)
+        if cfg.bias:
+            self.q_bias = nnx.Param(jnp.zeros((h, f), dtype), axes=("heads", "head_dim"))
+            self.k_bias = nnx.Param(jnp.zeros((k, f), dtype), axes=("kv_heads", "head_dim"))
+            self.v_bias = nnx.Param(jnp.zeros((k, f), dtype), axes=("kv_heads", "head_dim"))
+        if cfg.qk_norm:
+            self.q_norm = ones(f, "head_dim", dtype)
+            self.k_norm = ones(f, "head_dim", dtype)
+
+    def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
+        """Queries [B, G, n, H, head_dim], keys and values [B, G, K, n, head_dim], rotated.
+
+        Keys and values stand as attention reads them, so that no step of decoding transposes the cache.
+        """
+        cfg, dtype = self.cfg, x.dtype
+        q, k, v = (linear(x, cast(weight, dtype)) for weight in (self.q, self.k, self.v))
+        if cfg.bias:
+            q, k, v = (
+                y + b[...].astype(dtype)
+                for y, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias))
+            )
+        if cfg.qk_norm:
+            q, k = rms_norm(q, self.q_norm[...], cfg.norm_eps), rms_norm(k, self.k_norm[...], cfg.norm_eps)
+        rope = rope_frequencies(cfg)
+        return rotate(q, positions, *rope), rotate(k, positions, *rope).swapaxes(2, 3), v.swapaxes(2, 3)
+
+    def __call__(
+        self, q: Array, k: Array, v: Array, offset: Array | None, prefix: LayerPrefix | None, layout: Layout
+    ) -> Array:
+        """Attends from n queries at slots offset + i to keys k [B, G, K, t, head_dim] at slots j <= offset + i,
+        and to every valid key of the prompt. Returns [B, G, n, D]. `offset` is None where k are the n tokens' own."""
+        cfg = self.cfg
+        b, g, n, _, f = q.shape
+        q = q.reshape(b, g, n, cfg.kv_heads, cfg.heads // cfg.kv_heads, f) * f**-0.5
+        q = q.transpose(0, 1, 3, 4, 2, 5)
+        if n == 1 and offset is not None and prefix is not None and decode_attention.supports(v.dtype, f):
+            mixed = _attend_once(q[:, :, :, :, 0], k, v, offset, prefix, layout)[:, :, :, :, None]
+        else:
+            mixed = _attend(q, k, v, 0 if offset is None else offset, prefix)
+        mixed = jnp.moveaxis(mixed, 4, 2).astype(v.dtype).reshape(b, g, n, cfg.heads, f)
+        return linear(mixed, cast(self.out, v.dtype), inputs=2)
+
+
+def _attend(q: Array, k: Array, v: Array, offset: Array | int, prefix: LayerPrefix | None) -> Array:
+    """Attention of scaled queries [B, G, K, Q, n, head_dim], in that shape, in float32; as `Attention` has it.
+
+    One softmax over both segments, never put together: exponentials of each less the peak of both, whose sums
+    are divided by at last. A fifth less time outside of the products than with concatenated scores, on a CPU.
+    Every product leaves its result as the next one takes it: only queries and answers, which are small, are transposed.
+    """
+    own = einsum("bgkqnf,bgktf->bgkqnt", q, k)
+    visible = jnp.arange(k.shape[3])[None, :] <= offset + jnp.arange(q.shape[4])[:, None]
+    own = jnp.where(visible, own, _MASKED)
+    peak = jnp.max(own, axis=-1)
+    if prefix is not None:
+        prompt = einsum("bkgqnf,bksf->bkgqns", q.swapaxes(1, 2), prefix.k)
+        valid = jnp.arange(prefix.k.shape[2]) < prefix.length[:, None]
+        prompt = jnp.where(valid[:, None, None, None, None, :], prompt, _MASKED)
+        peak = jnp.maximum(peak, jnp.max(prompt, axis=-1).swapaxes(1, 2))
+    peak = jax.lax.stop_gradient(peak)
+    own = jnp.exp(own - peak[..., None])
+    total = jnp.sum(own, axis=-1)
+    mixed = einsum("bgkqnt,bgktf->bgkqnf", own.astype(v.dtype), v)
+    if prefix is not None:
+        prompt = jnp.exp(prompt - peak.swapaxes(1, 2)[..., None])
+        total += jnp.sum(prompt, axis=-1).swapaxes(1, 2)
+        mixed += einsum("bkgqns,bksf->bkgqnf", prompt.astype(v.dtype), prefix.v).swapaxes(1, 2)
+    return mixed / total[..., None]
+
+
+def _attend_once(q: Array, k: Array, v: Array, offset: Array, prefix: LayerPrefix, layout: Layout) -> Array:
+    """`_attend` of one query an answer [B, G, K, Q, head_dim]: on an NVIDIA GPU by a kernel, in the dtype of `v`."""
+
+    def plain(q: Array, k: Array, v: Array, offset: Array, *prefix: Array) -> Array:
+        return _attend(q[:, :, :, :, None], k, v, offset, LayerPrefix(*prefix))[:, :, :, :, 0].astype(v.dtype)
+
+    def attend(*args: Array) -> Array:
+        return jax.lax.platform_dependent(*args, cuda=decode_attention.decode_attention, default=plain)
+
+    prompt = ("batch", *KEYS[2:])
+    axes = (KEYS, KEYS, KEYS, (), prompt, prompt, ("batch",))
+    return layout.split(attend, axes, KEYS)(q, k, v, jnp.asarray(offset), prefix.k, prefix.v, prefix.length)
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class LayerPrefix:
+    """One layer of a `Prefix`: k, v [B, K, S, head_dim], length [B]."""
+
+    k: Array
+    v: Array
+    length: Array

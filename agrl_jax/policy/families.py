@@ -1,0 +1,134 @@
+"""Which tensor of a checkpoint is which parameter, for each family of models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from agrl_jax.policy.layers import PolicyConfig
+from agrl_jax.policy.transformer import build
+
+# `model_type` in config.json (and, but for the mixture, `general.architecture` in GGUF) and the class that loads it.
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+GGUF_FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe"}
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+
+class LoadingError(ValueError):
+    """A model that cannot be loaded or saved; the message names the file and what in it is wrong."""
+
+
+class _Tensor(NamedTuple):
+    """A parameter of ours in Hugging Face's layout.
+
+    `inputs`: how many of our leading axes (layer and expert aside) are inputs of the projection, which
+    Hugging Face stores as a matrix [outputs, inputs]; 0 is a bias, -1 a tensor stored as ours is.
+    """
+
+    name: str
+    inputs: int
+
+
+_LAYER = "model.layers.{layer}."
+_PLAIN = {
+    ("embedding",): _Tensor("model.embed_tokens.weight", -1),
+    ("final_norm",): _Tensor("model.norm.weight", -1),
+    ("head",): _Tensor("lm_head.weight", 1),
+    ("blocks", "attention_norm"): _Tensor(_LAYER + "input_layernorm.weight", -1),
+    ("blocks", "mlp_norm"): _Tensor(_LAYER + "post_attention_layernorm.weight", -1),
+    ("blocks", "attention", "q"): _Tensor(_LAYER + "self_attn.q_proj.weight", 1),
+    ("blocks", "attention", "k"): _Tensor(_LAYER + "self_attn.k_proj.weight", 1),
+    ("blocks", "attention", "v"): _Tensor(_LAYER + "self_attn.v_proj.weight", 1),
+    ("blocks", "attention", "out"): _Tensor(_LAYER + "self_attn.o_proj.weight", 2),
+    ("blocks", "attention", "q_bias"): _Tensor(_LAYER + "self_attn.q_proj.bias", 0),
+    ("blocks", "attention", "k_bias"): _Tensor(_LAYER + "self_attn.k_proj.bias", 0),
+    ("blocks", "attention", "v_bias"): _Tensor(_LAYER + "self_attn.v_proj.bias", 0),
+    ("blocks", "attention", "q_norm"): _Tensor(_LAYER + "self_attn.q_norm.weight", -1),
+    ("blocks", "attention", "k_norm"): _Tensor(_LAYER + "self_attn.k_norm.weight", -1),
+    ("blocks", "mlp", "gate"): _Tensor(_LAYER + "mlp.gate_proj.weight", 1),
+    ("blocks", "mlp", "up"): _Tensor(_LAYER + "mlp.up_proj.weight", 1),
+    ("blocks", "mlp", "down"): _Tensor(_LAYER + "mlp.down_proj.weight", 1),
+}
+_EXPERT = _LAYER + "mlp.experts.{expert}."
+_MIXTURE = _PLAIN | {
+    ("blocks", "mlp", "router"): _Tensor(_LAYER + "mlp.gate.weight", 1),
+    ("blocks", "mlp", "gate"): _Tensor(_EXPERT + "gate_proj.weight", 1),
+    ("blocks", "mlp", "up"): _Tensor(_EXPERT + "up_proj.weight", 1),
+    ("blocks", "mlp", "down"): _Tensor(_EXPERT + "down_proj.weight", 1),
+}
+
+
+# Hugging Face's names of what GGUF calls blk.N.{key}; experts are stacked there.
+GGUF_LAYER = {
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{expert}.gate_proj", "ffn_up_exps": "mlp.experts.{expert}.up_proj",
+    "ffn_down_exps": "mlp.experts.{expert}.down_proj",
+}  # fmt: skip
+GGUF_GLOBAL = {
+    "token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}  # fmt: skip
+GGUF_ROPE = "rope_freqs.weight"
+
+
+class Leaf(NamedTuple):
+    """A parameter of ours: where it stands, its shape, and the tensors that fill it."""
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    inputs: int
+    names: list[list[str]]  # by layer (one, where not stacked), by expert (one, where there are none)
+    tensor_shape: tuple[int, ...]  # of each of them
+
+
+def leaves_of(cfg: PolicyConfig) -> list[Leaf]:
+    """All parameters of a shape."""
+    _, init, _ = build(cfg)
+    table = _MIXTURE if cfg.experts else _PLAIN
+    leaves = []
+    for keys, abstract in jax.tree_util.tree_leaves_with_path(jax.eval_shape(init, jax.random.key(0))):
+        path = tuple(key.key for key in keys)
+        name, inputs = table[path]
+        layers = cfg.layers if "{layer}" in name else 1
+        experts = cfg.experts if "{expert}" in name else 1
+        names = [[name.format(layer=i, expert=e) for e in range(experts)] for i in range(layers)]
+        shape = abstract.shape[("{layer}" in name) + ("{expert}" in name) :]
+        if inputs >= 0:
+            sides = (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
+            shape = sides if inputs else sides[:1]
+        leaves.append(Leaf(path, abstract.shape, inputs, names, shape))
+    return leaves
+
+
+class Entry(NamedTuple):
+    """A tensor in a file, in Hugging Face's layout."""
+
+    shape: tuple[int, ...]
+    file: Path
+    read: Callable[[slice], np.ndarray]  # some of its rows
+
+
+def family_of(cfg: PolicyConfig) -> str:
+    """The family whose layers these are."""
+    if cfg.bias and cfg.qk_norm:
+        raise LoadingError("no family that can be exported has both attention biases and query/key norms")
+    if cfg.experts and not cfg.qk_norm:
+        raise LoadingError("no family that can be exported has experts without query/key norms")
+    if cfg.qk_norm:
+        return "qwen3_moe" if cfg.experts else "qwen3"
+    if not cfg.bias and cfg.width % cfg.heads:
+        raise LoadingError(f"Llama, the family of this shape, wants heads={cfg.heads} to divide width={cfg.width}")
+    return "qwen2" if cfg.bias else "llama"

@@ -1,0 +1,101 @@
+"""Tokens scored under a policy: what supervised training, DPO, RL and judging all need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from agrl_jax.types import Array, Params, Policy, Prefix
+
+
+def token_logprobs(
+    unembed: Callable[[Array], Array], hidden: Array, tokens: Array, temperature: float, chunk: int
+) -> tuple[Array, Array]:
+    """Log-probability and entropy, both [B, G, T] float32, of `tokens` under hidden states [B, G, T, D].
+
+    Works through `chunk` positions at a time, as many of each example, and recomputes logits in the backward pass, so
+    that no more than [chunk, V] logits are ever held ([B, V], if B is more than `chunk`). A piece has all examples in
+    it, so that each data shard works on its own. With a `chunk` of 0 all logits are worked out at once and kept for
+    the backward pass: where they fit, the gradient of SmolLM2's head takes a quarter less time so, on a CPU.
+    """
+    flat_hidden = hidden.reshape(tokens.shape[0], -1, hidden.shape[-1])  # [B, positions, D]
+    flat_tokens = tokens.reshape(tokens.shape[0], -1)
+    number = flat_tokens.shape[1]
+    size = min(max(chunk // tokens.shape[0], 1), number) if chunk else number
+    pad = -number % size
+
+    def pieces(x: Array) -> Array:
+        padded = jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)))
+        return padded.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+    def one_chunk(hidden: Array, tokens: Array) -> tuple[Array, Array]:
+        return _logp_and_entropy(unembed(hidden) / temperature, tokens)
+
+    run = jax.checkpoint(one_chunk) if chunk else one_chunk
+    xs = pieces(flat_hidden), pieces(flat_tokens)
+    _, (logp, entropy) = jax.lax.scan(lambda _, xs: (None, run(*xs)), None, xs)
+    return tuple(x.swapaxes(0, 1).reshape(len(x[0]), -1)[:, :number].reshape(tokens.shape) for x in (logp, entropy))
+
+
+@jax.custom_vjp
+def _logp_and_entropy(logits: Array, tokens: Array) -> tuple[Array, Array]:
+    """Log-probability of `tokens` [...] and entropy [...] under logits [..., V].
+
+    The gradient is written out, as one pass over the logits: that of a look-up alone would scatter into zeros as large.
+    """
+    return _logp_and_entropy_forward(logits, tokens)[0]
+
+
+def _logp_and_entropy_forward(logits: Array, tokens: Array) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    peak = jnp.max(logits, axis=-1)
+    share = jnp.exp(logits - peak[..., None])
+    # As one reduction, of which the barrier keeps both parts: XLA's CPU backend hands a single sum of exponentials to a
+    # library (YNNPACK), where it takes 2 to 10 times as long.
+    sums = jax.lax.reduce((share, share * logits), (0.0, 0.0), _add_pairs, (logits.ndim - 1,))
+    total, mean = jax.lax.optimization_barrier(sums)
+    mean, log_total = mean / total, peak + jnp.log(total)
+    logit = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return (logit - log_total, log_total - mean), (logits, tokens, log_total, mean)
+
+
+def _add_pairs(x: tuple[Array, Array], y: tuple[Array, Array]) -> tuple[Array, Array]:
+    return x[0] + y[0], x[1] + y[1]
+
+
+def _logp_and_entropy_backward(kept: tuple[Array, ...], slopes: tuple[Array, Array]) -> tuple[Array, None]:
+    logits, tokens, log_total, mean = kept
+    of_logp, of_entropy = (slope[..., None] for slope in slopes)
+    probability = jnp.exp(logits - log_total[..., None])
+    taken = jnp.where(jnp.arange(logits.shape[-1]) == tokens[..., None], of_logp, 0.0)
+    return taken - probability * (of_logp + of_entropy * (logits - mean[..., None])), None
+
+
+_logp_and_entropy.defvjp(_logp_and_entropy_forward, _logp_and_entropy_backward)
+
+
+def run_prompt(policy: Policy, params: Params, prompt: Array, prompt_len: Array) -> tuple[Prefix, Array]:
+    """Runs the prompts [B, S], right-padded, of `prompt_len` [B] tokens: what responses need of them, and
+    the hidden states [B, S, D]."""
+    hidden, cache = policy.apply(params, prompt[:, None])
+    last = jnp.take_along_axis(hidden[:, 0], prompt_len[:, None, None] - 1, axis=1)[:, 0]
+    k, v = jax.tree.map(lambda x: jnp.squeeze(x, -4), (cache.k, cache.v))
+    return Prefix(k=k, v=v, length=prompt_len, last_hidden=last), hidden[:, 0]
+
+
+def prefill(policy: Policy, params: Params, prompt: Array, prompt_len: Array) -> Prefix:
+    """Runs each prompt once, for all the responses of its group; see `run_prompt`."""
+    return run_prompt(policy, params, prompt, prompt_len)[0]
+
+
+def predicting_hidden(policy: Policy, params: Params, prefix: Prefix, tokens: Array) -> Array:
+    """Hidden states [B, G, T, D] that predict each of `tokens` [B, G, T]: teacher forcing."""
+    hidden, _ = policy.apply(params, tokens[:, :, :-1], prefix=prefix)
+    return jnp.concatenate([first_hidden(prefix, tokens.shape[1])[:, :, None], hidden], axis=2)
+
+
+def first_hidden(prefix: Prefix, group_size: int) -> Array:
+    """[B, G, D]: the hidden state after the prompt, the same for every sample of its group."""
+    b, d = prefix.last_hidden.shape
+    return jnp.broadcast_to(prefix.last_hidden[:, None], (b, group_size, d))

@@ -1,0 +1,233 @@
+"""The jitted step of each stage, from a config: what `run` loops over and `preflight` compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from agrl_jax.policy import lora
+from agrl_jax.policy.transformer import build_expert_load
+from agrl_jax.rl import guidance
+from agrl_jax.rl import step as rl_step
+from agrl_jax.rl.guidance import GuidanceConfig
+from agrl_jax.rl.objective import ObjectiveConfig
+from agrl_jax.rl.reward import RewardConfig
+from agrl_jax.rl.step import StepConfig
+from agrl_jax.runtime import optim, sharding
+from agrl_jax.runtime.config import last_branch
+from agrl_jax.supervised import dpo, sft
+from agrl_jax.training import assemble
+from agrl_jax.training.assemble import Model
+from agrl_jax.types import Batch, GuidanceState, Params, Policy, TrainState
+
+
+class Weights(NamedTuple):
+    """A policy's parameters: all that are trained, or low-rank adapters over a base that is not."""
+
+    trained: Params
+    base: Params | None = None
+
+
+def step_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> StepConfig:
+    """The static facts of the RL step, from a config."""
+    guide = config.guidance.to_dict()
+    enabled = guide.pop("enabled")
+    loss = {name: guide.pop(name) for name in ("treatment", "gamma", "imitate_weight", "baseline")}
+    objective = config.objective.to_dict()
+    del objective["logprob_chunk"]
+    return StepConfig(
+        group_size=config.rl.group_size,
+        response_len=config.data.response_len,
+        temperature=config.rl.temperature,
+        epochs=config.rl.epochs,
+        minibatches=config.rl.minibatches,
+        micro_batches=config.rl.micro_batches,
+        logprob_chunk=_chunk(config, mesh),
+        total_steps=config.rl.steps,
+        shards=sharding.data_shards(mesh),
+        inspect=max(config.log.samples, 1),
+        reward=RewardConfig(**config.reward.to_dict()),
+        objective=ObjectiveConfig(**objective, **loss, step_weight=config.reward.step_weight),
+        guidance=GuidanceConfig(**guide) if enabled else None,
+        candidates=config.rl.candidates,
+    )
+
+
+def branch_of(config: ConfigDict, stage: str) -> str:
+    """The branch of the config that a stage follows."""
+    return last_branch(config.method) if stage == "rl" else stage
+
+
+def _chunk(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:
+    """Positions of a batch whose logits are held at once: the config counts those of one device."""
+    return config.objective.logprob_chunk * sharding.data_shards(mesh)
+
+
+class Program(NamedTuple):
+    """A stage's step, compiled by its first call, and what it takes: `step(state, batch, *more)`."""
+
+    step: Any  # a jitted function: shardings fixed at its borders, its state donated
+    template: TrainState  # shapes, dtypes and shardings
+    more: tuple[Params | None, ...]  # besides state and batch: the base of adapters, and in RL the reference policy
+    fresh: Callable[[], TrainState]  # makes the state at step 0
+
+
+def sft_program(
+    config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, base: Params | None, blanks: Any = None
+) -> Program:
+    """The program of the warm start, over `base` where it trains adapters; `blanks` as in `sft.make_step`.
+
+    Here and in `rl_program` arrays may be abstract, shapes with shardings: the step can then be compiled, not called.
+    """
+    return _supervised_program(config, mesh, model, "sft", base, None, blanks)
+
+
+def more_program(
+    config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, reference: Weights, blanks: Any = None
+) -> Program:
+    """The program of supervised training that goes on from the end of the warm start."""
+    return _supervised_program(config, mesh, model, "rl", *_from_reference(config, reference), blanks)
+
+
+def _supervised_program(
+    config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, stage: str, base: Params | None, start: Params | None,
+    blanks: Any,
+) -> Program:
+    """Over `base` where the stage trains adapters, from `start` if it is given."""
+    _, axes = assemble.trained_part(config, model, stage)
+    rates = config[branch_of(config, stage)]
+    tx = optim.make(
+        rates.learning_rate, rates.warmup, rates.steps,
+        weight_decay=config.sft.weight_decay, decay=optim.decay_mask(axes), matrix_rate=rates.matrix_rate, axes=axes,
+    )
+
+    def make(policy: Policy, sampler: Any) -> Callable[..., Any]:
+        return sft.make_step(policy, _updater(tx), config.sft.prompt_weight, _chunk(config, mesh), blanks)
+
+    fresh, template = _fresh_state(config, mesh, model, stage, tx, start)
+    return Program(_jit(config, mesh, model, stage, make, template, base), template, (base,), fresh)
+
+
+def rl_program(
+    config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, reference: Weights, rows: int, families: int
+) -> Program:
+    """The program of reinforcement learning from the end of the warm start; guidance remembers `rows` training pairs
+    and has levels for the `families` of queries."""
+    base, start = _from_reference(config, reference)
+    # Of fresh adapters, the reference is the base itself: no adapters at all.
+    compared = None if config.objective.kl == "none" else {} if start is None else start
+    _, axes = assemble.trained_part(config, model, "rl")
+    updates = config.rl.steps * config.rl.epochs * config.rl.minibatches
+    tx = optim.make(
+        config.rl.learning_rate, config.rl.warmup, updates, config.rl.schedule,
+        weight_decay=config.rl.weight_decay, decay=optim.decay_mask(axes),
+        matrix_rate=config.rl.matrix_rate, axes=axes,
+    )
+    cfg, names = step_config(config, mesh), tuple(step.name for step in model.book.steps)
+
+    def make(policy: Policy, sampler: rl_step.SamplerFn) -> Callable[..., Any]:
+        return rl_step.make_step(policy, model.tables, names, _updater(tx), cfg, sampler)
+
+    memory = None if cfg.guidance is None else partial(guidance.initial_state, rows, families, cfg.guidance)
+    fresh, template = _fresh_state(config, mesh, model, "rl", tx, start, memory)
+    return Program(
+        _jit(config, mesh, model, "rl", make, template, base, compared), template, (base, compared), fresh
+    )
+
+
+def dpo_program(config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, reference: Weights) -> Program:
+    """The program of preference optimisation from the end of the warm start."""
+    base, start = _from_reference(config, reference)
+    _, axes = assemble.trained_part(config, model, "rl")
+    tx = optim.make(
+        config.dpo.learning_rate, config.dpo.warmup, config.dpo.steps, matrix_rate=config.dpo.matrix_rate, axes=axes
+    )
+
+    def make(policy: Policy, sampler: Any) -> Callable[..., Any]:
+        return dpo.make_step(policy, _updater(tx), config.dpo.beta, config.rl.temperature, _chunk(config, mesh))
+
+    fresh, template = _fresh_state(config, mesh, model, "rl", tx, start)
+    return Program(_jit(config, mesh, model, "rl", make, template, base), template, (base,), fresh)
+
+
+def _from_reference(config: ConfigDict, reference: Weights) -> tuple[Params | None, Params | None]:
+    """What the stage after the warm start trains over, and what it starts from: None, and None for fresh adapters."""
+    if reference.base is None and assemble.adapters_of(config, "rl") is not None:
+        return reference.trained, None
+    return reference.base, reference.trained
+
+
+def _fresh_state(
+    config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, stage: str, tx: Any, start: Params | None = None,
+    memory: Callable[[], GuidanceState] | None = None,
+) -> tuple[Callable[[], TrainState], TrainState]:
+    """A function that makes the state at step 0 on the mesh, and the state's shapes, dtypes and shardings.
+
+    Starts from a copy of `start`, since the step donates its state; without, from the weights of the
+    pretrained model, or from a random draw. `memory` makes what guidance remembers.
+    """
+    init, axes = assemble.trained_part(config, model, stage)
+    adapters = assemble.adapters_of(config, stage)
+    pretrained = start is None and adapters is None and bool(config.policy.get("pretrained"))
+
+    def make(params: Params | None) -> TrainState:
+        if params is None:
+            params = init(jax.random.key(config.seed))
+        elif not pretrained:
+            params = jax.tree.map(jnp.copy, params)
+        key = jax.random.key_data(jax.random.key(config.seed))
+        return TrainState(params, tx.init(params), jnp.int32(0), key, memory and memory(), jnp.int32(0))
+
+    shapes = jax.eval_shape(make, start)
+    shardings = sharding.state_shardings(mesh, shapes, sharding.param_shardings(mesh, axes, shapes.params))
+    compiled = jax.jit(make, out_shardings=shardings, donate_argnums=(0,) if pretrained else ())
+
+    def fresh() -> TrainState:
+        return compiled(assemble.load_pretrained(config, model, mesh) if pretrained else start)
+
+    template = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
+    )
+    return fresh, template
+
+
+def _jit(
+    config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, stage: str,
+    make: Callable[[Policy, rl_step.SamplerFn], Callable[..., Any]], state: TrainState, base: Params | None, *more: Any,
+) -> Any:
+    """`step(state, batch, base, *more)`, jitted with shardings fixed at its borders and its state donated, so that it
+    compiles once. It returns state, metrics, and in RL the inspection, else None.
+
+    `make` gives the step of a policy and its sampler, here those of the whole policy or of adapters over `base`.
+    `state` and `more` have the shardings of the step's arguments but for the batch.
+    """
+    adapters = assemble.adapters_of(config, stage)
+    load = build_expert_load(model.shape, sharding.placing(mesh)) if model.shape.experts else None
+    lay_out = assemble.decode_layout(config, model, mesh, stage)
+
+    def step(state: TrainState, batch: Batch, base: Params | None, *more: Any) -> Any:
+        policy = model.policy if adapters is None else lora.over(base, model.policy, adapters)
+        after, metrics, *seen = make(policy, lambda params: (model.policy, lay_out(params, base)))(state, batch, *more)
+        if load is not None:
+            params = state.params if adapters is None else lora.attach(base, state.params, adapters)
+            inside = jnp.arange(batch.prompt.shape[1]) < batch.prompt_len[:, None]
+            metrics |= load(params, batch.prompt, inside).metrics()
+        return after, metrics, seen[0] if seen else None
+
+    state, base, more = jax.tree.map(lambda leaf: leaf.sharding, (state, base, more))
+    batch, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    shardings = {"in_shardings": (state, batch, base, *more), "out_shardings": (state, whole, whole)}
+    return jax.jit(step, **shardings, donate_argnums=0)
+
+
+def _updater(tx: Any) -> rl_step.UpdateFn:
+    def update(grads: Params, params: Params, opt_state: Any, skipped: jax.Array) -> Any:
+        params, opt_state, skipped, stats = optim.guarded_update(tx, grads, params, opt_state, skipped)
+        return params, opt_state, skipped, {f"optim/{name}": value for name, value in stats.items()}
+
+    return update
