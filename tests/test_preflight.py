@@ -187,7 +187,7 @@ def test_matrix_operations_of_ragged_products():
 
 def step_flops(monkeypatch, **fields):
     """Matrix operations of the step of the tiny config with some fields changed, by phase, without compiling it."""
-    monkeypatch.setattr(preflight, "traffic", lambda *_: {})
+    monkeypatch.setattr("agrl_jax.bounds.compile.traffic", lambda *_: {})
     monkeypatch.setattr(transformer, "_UNROLLED", 0)
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: _Compiled())
     report = compile.compile_step(config(**fields), jax.devices()[:1], CHIP)
@@ -242,7 +242,7 @@ def test_matrix_operations_of_the_step_worked_out_by_hand(monkeypatch, layers, l
 
 
 def test_guided_share_weighs_the_replay_alone(monkeypatch):
-    monkeypatch.setattr(preflight, "traffic", lambda *_: {})
+    monkeypatch.setattr("agrl_jax.bounds.compile.traffic", lambda *_: {})
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: _Compiled())
     whole, half = (
         compile.compile_step(config(), jax.devices()[:1], CHIP, guided_share=share).phases for share in (1.0, 0.5)
