@@ -15,6 +15,6 @@ from agrl_jax.runtime.config import parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The defaults of `common`, which are chosen for this run."""
+    """The defaults of `recipes`, which are chosen for this run."""
     variant = parse_arg(arg, variant=tuple(recipes.METHODS)).variant
     return recipes.with_method(recipes.base(), variant)

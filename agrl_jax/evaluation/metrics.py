@@ -1,6 +1,6 @@
-"""How good judgements are: metrics with intervals, the file that keeps them, the tables that show them.
+"""How good judgements are: every metric, worked out from totals per query.
 
-All of it is numpy over arrays already gathered (`judging` gathers them). One function, `_Estimator`,
+All of it is numpy over arrays that `evaluator` has gathered. One class, `Estimator`,
 computes every metric from totals per query, weighted: weights of one give the score, and a bootstrap
 resample of queries is nothing but other weights. So score and interval cannot drift apart, and a
 thousand resamples are a few matrix products.

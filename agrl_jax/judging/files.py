@@ -23,7 +23,6 @@ from agrl_jax.runtime.console import progress
 PREFIX = "judge_"  # of the columns that are added
 _LISTED = 10  # bad rows named in the summary
 
-
 USER_ERRORS = (*trained.LOAD_ERRORS, CutsError, PairsError, OutputError)  # shown as one message
 
 

@@ -1,4 +1,4 @@
-"""What a run says: `metrics.jsonl`, `samples.jsonl`, TensorBoard events, a progress bar, tables.
+"""What a run writes down: `metrics.jsonl`, `samples.jsonl`, TensorBoard events.
 
 A killed run that is started again must leave the same files as one that was never killed. So a row is
 written before the checkpoint of its step, a resumed run first cuts the rows past its checkpoint, and
@@ -21,9 +21,6 @@ from etils import epath
 from tensorboardX import SummaryWriter
 
 STAGES = ("sft", "rl")  # in the order in which a run goes through them
-
-
-# ------------------------------------------------------------------------------------------------ logs
 
 
 class MetricsWriter:
