@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from agrl_jax import preflight
 from agrl_jax.bounds import compile, hlo
 from agrl_jax.bounds.compile import CHIPS, Chip, Memory, Report
 from agrl_jax.bounds.flops import matrix_flops
