@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from agrl_jax.policy.attention import scaled
 from agrl_jax.policy.decoding import for_decoding
 from agrl_jax.policy.layers import PolicyConfig, RopeScaling, einsum
 from agrl_jax.policy.scoring import predicting_hidden, prefill
@@ -205,6 +206,11 @@ def test_query_and_key_norms_forget_the_scale_of_their_projections():
     np.testing.assert_allclose(run(cfg, scaled, tokens((4,))), run(cfg, params, tokens((4,))), atol=1e-5)
     doubled = changed(params, q_norm=2 * attention["q_norm"])
     assert np.abs(run(cfg, doubled, tokens((4,))) - run(cfg, params, tokens((4,)))).max() > 1e-3
+
+
+def test_queries_in_bfloat16_are_scaled_in_float32():
+    q = np.random.default_rng(0).normal(size=(100, 48)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(scaled(q), (q.astype(np.float32) / np.float32(48**0.5)).astype(jnp.bfloat16))
 
 
 def test_rotary_positions_see_distances_alone():

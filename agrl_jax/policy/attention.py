@@ -57,6 +57,11 @@ def rotate(x: Array, positions: Array, frequency: np.ndarray, scale: float = 1.0
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
 
 
+def scaled(q: Array) -> Array:
+    """Queries [..., head_dim] over the root of head_dim, rounded once: a factor in bfloat16 would be off by 1e-3."""
+    return (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+
+
 class Attention(nnx.Module):
     """Grouped-query attention over the shared prompt and the response's own tokens."""
 
@@ -100,8 +105,7 @@ class Attention(nnx.Module):
         and to every valid key of the prompt. Returns [B, G, n, D]. `offset` is None where k are the n tokens' own."""
         cfg = self.cfg
         b, g, n, _, f = q.shape
-        q = q.reshape(b, g, n, cfg.kv_heads, cfg.heads // cfg.kv_heads, f) * f**-0.5
-        q = q.transpose(0, 1, 3, 4, 2, 5)
+        q = scaled(q).reshape(b, g, n, cfg.kv_heads, cfg.heads // cfg.kv_heads, f).transpose(0, 1, 3, 4, 2, 5)
         if n == 1 and offset is not None and prefix is not None and decode_attention.supports(v.dtype, f):
             mixed = _attend_once(q[:, :, :, :, 0], k, v, offset, prefix, layout)[:, :, :, :, None]
         else:
