@@ -8,7 +8,6 @@ The folder holds weights, tokenizer (with the chat template, if there is one) an
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.runtime import processes, sharding
 from agrl_jax.runtime.config import exit_with, parse_flags, resolve
 from agrl_jax.runtime.console import say
+from agrl_jax.runtime.files import write_json
 from agrl_jax.training import assemble
 from agrl_jax.types import Params
 
@@ -73,7 +73,7 @@ def export(workdir: str, out: str, stage: str = "best", dtype: str | None = None
     (target / RULEBOOK_FILE).write_bytes(book.file_of(config.rulebook.path).read_bytes())
     if dtype == config.policy.param_dtype:
         _copy_cuts(folder, target, model.book, params)
-    (target / trained.RECORD_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_json(target / trained.RECORD_FILE, record)
     return f"{where} of {workdir}, {count_parameters(params):,} parameters in {dtype}"
 
 

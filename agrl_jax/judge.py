@@ -50,7 +50,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "Workdir, Hugging Face folder or GGUF file.", required=True)
     flags.DEFINE_string("input", None, "A .csv, .tsv, .jsonl or .parquet file with the columns query and title.")
     flags.DEFINE_string("output", None, "Where to write the judged rows; likewise.")
-    flags.DEFINE_bool("overwrite", False, "Replace an output that exists, and work that was begun.")
+    flags.DEFINE_bool("overwrite", False, "Replace an output that exists, and what another judge or input has begun.")
     flags.DEFINE_string("prefix", PREFIX, "Of the columns that are added.")
     flags.DEFINE_integer("batch_size", 64, "Pairs judged at once.", lower_bound=1)
     flags.DEFINE_enum("stage", "best", trained.STAGES, "Of a workdir: the best of RL, its end, or its start.")

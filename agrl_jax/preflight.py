@@ -28,6 +28,7 @@ from ml_collections import ConfigDict, config_flags
 from agrl_jax.bounds.compile import GIB, Report, compile_step, find_devices, make_it_fit, only_compile
 from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
 from agrl_jax.runtime.console import console_table, say
+from agrl_jax.runtime.files import write_json
 from agrl_jax.training.run import USER_ERRORS
 
 # ------------------------------------------------------------------------------------------------ print
@@ -121,7 +122,7 @@ def main(argv: list[str]) -> None:
     except USER_ERRORS as error:
         exit_with(error)
     if values.out:
-        epath.Path(values.out).write_text(json.dumps(figures, indent=2) + "\n")
+        write_json(values.out, figures)
     raise SystemExit(0 if figures["fits"] else 1)
 
 

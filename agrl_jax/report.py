@@ -22,6 +22,7 @@ from agrl_jax.evaluation import judgements, tables
 from agrl_jax.evaluation.html import render
 from agrl_jax.runtime.config import exit_with, parse_flags
 from agrl_jax.runtime.console import say
+from agrl_jax.runtime.files import check_writable, write_text
 from agrl_jax.runtime.logs import read_jsonl
 
 RISE, FALL = 0.02, 0.02  # of a part and of validation accuracy, over three validations in a row: an alarm
@@ -171,10 +172,11 @@ def main(argv: list[str]) -> None:
     parse_flags(argv)
     values = flags.FLAGS
     try:
+        check_writable(values.out, "--out")
         written = page([values.workdir, *values.compare])
     except ValueError as error:
         exit_with(error)
-    epath.Path(values.out).write_text(written)
+    write_text(values.out, written)
     say(f"written to {values.out}")
 
 

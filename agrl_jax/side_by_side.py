@@ -40,6 +40,7 @@ from agrl_jax.judging.files import USER_ERRORS
 from agrl_jax.runtime import processes
 from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
 from agrl_jax.runtime.console import console_table, progress, say
+from agrl_jax.runtime.files import check_writable, write_json, write_text
 
 _SHOWN = ("title", "brand", "color", "category", "price", "description")
 _ANSWERS = ("left", "same", "right")
@@ -228,8 +229,7 @@ def table(asked: Gsb, equal: int) -> rich.table.Table:
 def write_page(values: flags.FlagValues) -> None:
     """Judges the queries with both judges, and writes the page and its key."""
     out = Path(values.out)
-    if not out.absolute().parent.is_dir():
-        raise ConfigError(f"--out: there is no folder {out.absolute().parent}")
+    check_writable(out, "--out")
     rows, queries = read_queries(values.queries)
     if values.sample and values.sample < len(queries):
         drawn = set(random.Random(values.seed).sample(sorted(queries), values.sample))
@@ -269,8 +269,8 @@ def _write(out: Path, data: Mapping[str, Any], key: Mapping[str, Any], overwrite
             f"{place}: is the key of another page, whose answers would be lost; name another --out, "
             "or replace it with --overwrite"
         )
-    place.write_text(json.dumps(key, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    out.write_text(render("side_by_side", data), encoding="utf-8")
+    write_json(place, key, indent=1)
+    write_text(out, render("side_by_side", data))
 
 
 def count_answers(values: flags.FlagValues) -> None:

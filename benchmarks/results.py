@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from agrl_jax.runtime.files import write_text
 from benchmarks.machine import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -20,7 +21,5 @@ def path_of(out: str, name: str) -> Path:
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a results file at one stroke, so that one that is broken off keeps what it had."""
-    fresh = path.with_suffix(".part")
-    fresh.write_text(json.dumps(content, indent=1) + "\n")
-    fresh.replace(path)
+    """Writes a results file in one piece, so that one that is broken off keeps what it had."""
+    write_text(path, json.dumps(content, indent=1) + "\n")

@@ -16,6 +16,7 @@ from agrl_jax.evaluation.metrics import Judgements
 from agrl_jax.rulebook import book
 from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.runtime.config import last_branch
+from agrl_jax.runtime.files import write_text
 from agrl_jax.runtime.logs import read_jsonl
 from experiments import study
 from experiments.study import Sweep
@@ -60,9 +61,7 @@ def write(sweep: Sweep, run: str, seed: int, workdir: Path, diverged: bool, dige
     path.parent.mkdir(parents=True, exist_ok=True)
     if not diverged:
         _keep_judgements(workdir, stage, path.with_suffix(".parquet"))
-    half = path.with_suffix(".tmp")
-    half.write_text(json.dumps(result, separators=(",", ":")) + "\n")
-    half.replace(path)
+    write_text(path, json.dumps(result, separators=(",", ":")) + "\n")
 
 
 def is_there(sweep: Sweep, run: str, seed: int, digest: str) -> bool:

@@ -38,8 +38,8 @@ def test_parse_arg_first_bare_word_may_be_a_boolean():
 @pytest.mark.parametrize(
     ("arg", "message"),
     [
-        ("bach=8", "unknown name 'bach'; did you mean batch?"),
-        ("grop", "variant=grop: not one of agrl, grpo, rrs; did you mean grpo"),
+        ("bach=8", "unknown name 'bach'; did you mean 'batch'?"),
+        ("grop", "variant=grop: not one of agrl, grpo, rrs; did you mean 'grpo'"),
         ("batch=many", "batch=many: expected int"),
         ("batch=1.5", "batch=1.5: expected int"),
         ("local=perhaps", "local=perhaps: expected true or false"),
@@ -86,7 +86,7 @@ def test_rule_says_what_would_be_right():
     assert Rule(above=0, high=10).problem(0) == "is 0, expected a number > 0 and <= 10"
     assert Rule(int, low=1, also=(-1,)).problem(0) == "is 0, expected a whole number >= 1 or -1"
     choices = Rule(str, choices=("grpo", "dapo", "rloo"))
-    assert choices.problem("grop") == "is 'grop', expected one of grpo, dapo, rloo; did you mean grpo?"
+    assert choices.problem("grop") == "is 'grop', expected one of grpo, dapo, rloo; did you mean 'grpo'?"
 
 
 def test_the_default_config_obeys_the_rules_and_has_no_field_without_one():
@@ -118,14 +118,14 @@ def test_all_problems_come_in_one_message():
     assert "  rl.group_size is 1, expected a whole number >= 2" in lines
     assert "  guidance.threshold is 1.5, expected a number >= 0 and <= 1" in lines
     assert "  field sft.warmup is missing" in lines
-    assert any(line.startswith("  objective.loss is 'gropo'") and "did you mean grpo" in line for line in lines)
+    assert any(line.startswith("  objective.loss is 'gropo'") and "did you mean 'grpo'" in line for line in lines)
 
 
 def test_a_field_that_a_config_file_misspells_is_refused():
     config = recipes.base()
     with config.unlocked():
         config.rl.stpes = 3
-    with pytest.raises(ConfigError, match="unknown field rl.stpes; did you mean rl.steps"):
+    with pytest.raises(ConfigError, match="unknown field rl.stpes; did you mean 'rl.steps'"):
         cfg.validate(config)
 
 
@@ -140,7 +140,7 @@ def test_check_known_names_the_nearest_fields():
     config = ConfigDict({"rl": {"stpes": 3, "group_size": 8}, "stepz": 1})
     with pytest.raises(ConfigError) as error:
         cfg.check_known(config, recipes.base())
-    assert "unknown field rl.stpes; did you mean rl.steps" in str(error.value)
+    assert "unknown field rl.stpes; did you mean 'rl.steps'" in str(error.value)
     assert "unknown field stepz; did you mean " in str(error.value)
     cfg.check_known(ConfigDict({"rl": {"steps": 3}}), recipes.base())
 
@@ -253,15 +253,15 @@ def test_overrides_reach_the_config(parse):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--config=FILE --config.rl.stps=3", "--config.rl.stps=3: unknown field rl.stps; did you mean rl.steps?"),
-        ("--config FILE --config.sed=3", "--config.sed=3: unknown field sed; did you mean seed?"),
-        ("--config=FILE --config.seed.x=3", "--config.seed.x=3: unknown field seed.x; did you mean seed?"),
+        ("--config=FILE --config.rl.stps=3", "--config.rl.stps=3: unknown field rl.stps; did you mean 'rl.steps'?"),
+        ("--config FILE --config.sed=3", "--config.sed=3: unknown field sed; did you mean 'seed'?"),
+        ("--config=FILE --config.seed.x=3", "--config.seed.x=3: unknown field seed.x; did you mean 'seed'?"),
         ("--config=FILE --config.rl.steps=abc", "rl.steps is 'abc', expected a whole number such as 10"),
         ("--config=FILE --config.rl.steps=1.5", "rl.steps is '1.5', expected a whole number such as 10"),
         ("--config=FILE --config.rl.rate=fast", "rl.rate is 'fast', expected a number such as 0.5"),
         ("--config=FILE --config.rl.on=perhaps", "rl.on is 'perhaps', expected true or false"),
         ("--config=FILE --config.rl=3", "rl is a group of fields; set one of them, such as rl."),
-        ("--config=FILE:gppo", "variant=gppo: not one of agrl, grpo; did you mean grpo"),
+        ("--config=FILE:gppo", "variant=gppo: not one of agrl, grpo; did you mean 'grpo'"),
         ("--config=nowhere.py", "the config file cannot be read: [Errno 2] No such file or directory: 'nowhere.py'"),
         ("--config=nowhere.py --config.rl.steps=1", "No such file or directory: 'nowhere.py'"),
         ("--config.rl.steps=3", "--config.rl.steps needs --config=FILE before it"),

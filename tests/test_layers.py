@@ -1,7 +1,7 @@
 """The layers of the package, held over the imports of every module.
 
-On the ground stand `types`, `policy`, `runtime` and `rulebook`, which do not know each other. `rl` knows jax, `types`
-and how tokens are scored; `data` knows the rule book and the tokenizer. Above them stand supervised training and
+On the ground stand `types`, `hints`, `policy`, `runtime` and `rulebook`. They do not know each other, but for `types`,
+`hints`, and `runtime.files`, by which all files are written. `rl` knows jax, `types` and how tokens are scored; `data` knows the rule book and the tokenizer. Above them stand supervised training and
 evaluation, then training, then judging and bounds. The other files at the top are commands: they may use all of these,
 but not `main`. Only configuration, recipes, training and what stands above it see a ConfigDict.
 """
@@ -16,14 +16,15 @@ ROOT = Path(__file__).parent.parent / "agrl_jax"
 
 MAY_IMPORT = {
     "types": set(),
-    "policy": {"types"},
-    "runtime": {"types"},
-    "rulebook": {"types"},
+    "hints": set(),
+    "policy": {"types", "runtime.files"},
+    "runtime": {"types", "hints"},
+    "rulebook": {"types", "hints"},
     "rl": {"types", "policy.scoring"},
-    "data": {"types", "rulebook", "policy.tokenizer"},
+    "data": {"types", "hints", "rulebook", "runtime.files", "policy.tokenizer"},
     "recipes": {"runtime.config"},
 }
-BELOW_TRAINING = {"types", "policy", "runtime", "rulebook", "rl", "data"}
+BELOW_TRAINING = {"types", "hints", "policy", "runtime", "rulebook", "rl", "data"}
 MAY_IMPORT["supervised"] = MAY_IMPORT["evaluation"] = BELOW_TRAINING
 MAY_IMPORT["training"] = BELOW_TRAINING | {"supervised", "evaluation"}
 MAY_IMPORT["judging"] = MAY_IMPORT["bounds"] = MAY_IMPORT["training"] | {"training"}

@@ -192,6 +192,9 @@ def test_a_journal_of_other_work_is_refused_or_overwritten(tmp_path: Path) -> No
         journal(path, input="b")
     with journal(path, input="b", overwrite=True) as work:
         assert work.done == 0
+        work.append({"i": i} for i in range(2))
+    with journal(path, input="b", overwrite=True) as work:  # stopped, and given again
+        assert work.done == 2
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -20,7 +20,7 @@ def make_workdir(folder: Path, **rulebook: str) -> Path:
     """A workdir with the end of a warm start, and two checkpoints of RL of which the first is the best."""
     config = get_config()
     config.rulebook.update(rulebook)
-    (folder / "config.json").write_text(assemble.dump_config(config))
+    assemble.write_config(config, folder)
     phrases = [f"\n{phrase.text}" for phrase in assemble.load_rules(config).phrases]
     train_bpe([*ITEMS, *phrases], 400).save(folder)
     model = assemble.load_model(config, folder)

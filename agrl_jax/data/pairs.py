@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import difflib
 import functools
 import hashlib
 import io
@@ -27,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import polars as pl
 from etils import epath
 
+from agrl_jax.hints import did_you_mean
 from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.types import UNKNOWN
 
@@ -271,20 +271,15 @@ def _columns(table: _Table, book: RuleBook, renamed: Mapping[str, str]) -> dict[
         if theirs[name] not in header and (name in _REQUIRED or renamed.get(name)):
             raise PairsError(
                 f"{table.file}: lacks the column {theirs[name]!r}; it has {', '.join(header)}"
-                f"{_did_you_mean(theirs[name], header)}"
+                f"{did_you_mean(theirs[name], header)}"
             )
     if theirs["id"] not in header:
         theirs["id"] = "product_id"
     return {name: header.index(column) for name, column in theirs.items() if column in header}
 
 
-def _did_you_mean(text: str, options: Sequence[str]) -> str:
-    close = difflib.get_close_matches(text.casefold(), options, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
 def _nearest(text: str, options: Sequence[str]) -> str:
-    return f"it should be one of: {', '.join(options)}{_did_you_mean(text, options)}"
+    return f"it should be one of: {', '.join(options)}{did_you_mean(text, options)}"
 
 
 # Rows

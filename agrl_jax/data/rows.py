@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from agrl_jax.data.pairs import PairsError
+from agrl_jax.runtime.files import OutputError, in_one_piece
 
 KINDS = (".csv", ".tsv", ".jsonl", ".parquet")
 _DELIMITER = {".csv": ",", ".tsv": "\t"}
@@ -244,10 +245,6 @@ def _as_type(value: Any, kind: pa.DataType) -> Any:
 # Writing
 
 
-class OutputError(ValueError):
-    """An output that cannot be written or gone on with; the message names the file."""
-
-
 def check_output(path: str | Path, source: RowFile, added: pa.Schema) -> None:
     """Raises OutputError where rows of `source` with `added` columns cannot be written to `path`."""
     path = Path(path)
@@ -266,21 +263,23 @@ def write_rows(path: str | Path, source: RowFile, added: pa.Schema, values: Iter
 
     The kind of file follows from the name. It appears in one piece, when it is whole.
     """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    if _kind(path) == ".parquet":
-        _write_parquet(temporary, source, added, iter(values))
-    else:
-        rows = (row.record | value for row, value in zip(source.rows(), values, strict=True))
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            if _kind(path) == ".jsonl":
-                file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-            else:
-                names = source.schema.names + added.names
-                writer = csv.writer(file, delimiter=_DELIMITER[_kind(path)], lineterminator="\n")
-                writer.writerow(names)
-                writer.writerows([_cell(row.get(name)) for name in names] for row in rows)
-    temporary.replace(path)
+    with in_one_piece(path) as half:
+        _write(Path(half), _kind(Path(path)), source, added, values)
+
+
+def _write(path: Path, kind: str, source: RowFile, added: pa.Schema, values: Iterable[Record]) -> None:
+    if kind == ".parquet":
+        _write_parquet(path, source, added, iter(values))
+        return
+    rows = (row.record | value for row, value in zip(source.rows(), values, strict=True))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        if kind == ".jsonl":
+            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        else:
+            names = source.schema.names + added.names
+            writer = csv.writer(file, delimiter=_DELIMITER[kind], lineterminator="\n")
+            writer.writerow(names)
+            writer.writerows([_cell(row.get(name)) for name in names] for row in rows)
 
 
 def _write_parquet(path: Path, source: RowFile, added: pa.Schema, values: Iterator[Record]) -> None:
@@ -306,8 +305,8 @@ class Journal:
 
     The first line says what all else depends on, the `identity`; then there is one line of JSON for each row.
     A journal of another identity, or that another process is writing, is refused; one of another identity is begun
-    anew with `overwrite`. After a stop, what is there is cut back to a multiple of `chunk` rows: so rows are always
-    taken in the same chunks, and come out the same.
+    anew with `overwrite`, one of this identity is gone on with. After a stop, what is there is cut back to a multiple
+    of `chunk` rows: so rows are always taken in the same chunks, and come out the same.
     """
 
     def __init__(self, path: str | Path, identity: Mapping[str, Any], chunk: int, overwrite: bool = False) -> None:
@@ -325,8 +324,13 @@ class Journal:
     def _take_up(self, chunk: int, overwrite: bool) -> None:
         self._file.seek(0)
         first = self._file.readline()
-        if first.endswith("\n") and not overwrite:
-            self._check(json.loads(first))
+        differ = self._differences(first)
+        if differ and not overwrite:
+            raise OutputError(
+                f"{self.path}: holds the work of another run (another {', '.join(differ)}); "
+                "give its command again to finish it, name another output, or start over with --overwrite"
+            )
+        if first.endswith("\n") and not differ:
             self._cut(chunk)
         else:
             self._file.truncate(0)
@@ -341,13 +345,12 @@ class Journal:
         except OSError:
             return  # this file system has no locks
 
-    def _check(self, before: Record) -> None:
-        differ = [name for name, value in self._identity.items() if before.get(name) != value]
-        if differ:
-            raise OutputError(
-                f"{self.path}: holds the work of another run (another {', '.join(differ)}); "
-                "give its command again to finish it, name another output, or start over with --overwrite"
-            )
+    def _differences(self, first: str) -> list[str]:
+        """In what the run whose journal begins with this line differs; nothing for a line that is torn."""
+        if not first.endswith("\n"):
+            return []
+        before = json.loads(first)
+        return [name for name, value in self._identity.items() if before.get(name) != value]
 
     def _cut(self, chunk: int) -> None:
         with self.path.open("rb+") as file:

@@ -15,6 +15,7 @@ from etils import epath
 
 from agrl_jax.evaluation.metrics import Judgements
 from agrl_jax.rulebook.book import RuleBook
+from agrl_jax.runtime.files import in_one_piece
 from agrl_jax.types import UNKNOWN
 
 FILE = "judgements.parquet"
@@ -27,10 +28,8 @@ def write(path: epath.PathLike, stage: str, judged: Mapping[str, Judgements], bo
     frames = [_frame(stage, split, judgements, book) for split, judgements in judged.items()]
     if path.exists():
         frames.insert(0, read(path).filter(pl.col("stage") != stage))
-    half = path.parent / (path.name + ".tmp")
-    with half.open("wb") as file:
+    with in_one_piece(path) as half, half.open("wb") as file:
         pl.concat(frames, how="vertical_relaxed").write_parquet(file)
-    half.replace(path)
 
 
 def read(path: epath.PathLike) -> pl.DataFrame:

@@ -13,6 +13,7 @@ import rich.text
 from etils import epath
 
 from agrl_jax.evaluation.metrics import ScorecardError, Scorecards, Scores
+from agrl_jax.runtime.files import write_json
 
 SMALL = 50  # a support below this is flagged
 
@@ -26,10 +27,7 @@ def write(path: epath.PathLike, cards: Mapping[str, Mapping[str, Scores]]) -> No
       ScorecardError: what is there is no scorecard.
     """
     path = epath.Path(path)
-    merged = {**(read(path) if path.exists() else {}), **cards}
-    temporary = path.parent / (path.name + ".tmp")
-    temporary.write_text(json.dumps(merged, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    temporary.replace(path)
+    write_json(path, {**(read(path) if path.exists() else {}), **cards}, indent=1)
 
 
 def read(path: epath.PathLike) -> Scorecards:

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
+from agrl_jax.runtime.files import write_json
+
 PLACES = np.arange(1, 100) / 100  # where a cut point may be
 _STARTS = 8  # besides one half for all
 
@@ -87,7 +89,7 @@ def save(path: epath.PathLike, tiers: Sequence[str], fitted: Fit, made_for: Mapp
     """Writes cut points by the names of their `tiers`, with what they achieve and what they were `made_for`."""
     cuts = dict(zip(tiers[:-1], fitted.cuts, strict=True))
     content = fitted._asdict() | {"cuts": cuts, "made_for": dict(made_for)}
-    epath.Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_json(path, content)
 
 
 def load(path: epath.PathLike, tiers: Sequence[str], made_for: Mapping[str, str]) -> tuple[float, ...]:

@@ -15,6 +15,8 @@ import tokenizers
 from etils import epath
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from agrl_jax.runtime.files import write_json, write_text
+
 END = "<|end|>"
 _CONFIG = "tokenizer_config.json"
 _FILE = "tokenizer.json"
@@ -125,7 +127,6 @@ class Tokenizer:
         """Writes `tokenizer.json` and `tokenizer_config.json`, in Hugging Face's layout, into a folder."""
         folder = _folder(path)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / _FILE).write_text(self._parsing.to_str(pretty=True))
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self._text.id_to_token(self.end_token),
@@ -135,7 +136,8 @@ class Tokenizer:
             config["bos_token"] = self._text.id_to_token(self.bos_token)
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
-        (folder / _CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        write_json(folder / _CONFIG, config)
+        write_text(folder / _FILE, self._parsing.to_str(pretty=True))  # last: where it is, all is
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -7,7 +7,6 @@ token tables. The file's own comments (`four_tier.yaml`) explain the format.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
 import re
@@ -18,6 +17,7 @@ import numpy as np
 import yaml
 from etils import epath
 
+from agrl_jax.hints import did_you_mean
 from agrl_jax.rulebook import wording
 from agrl_jax.rulebook.schema import FREE_TEXT, ORDERS, Prompt, Response, Row, RuleBook, Step, Tier, winners
 
@@ -41,7 +41,7 @@ def load(path: epath.PathLike = "four_tier", order: str | None = None) -> RuleBo
         ambiguous in its wording.
     """
     if order is not None and order not in ORDERS:
-        raise RuleBookError(f"rule book order: unknown value {order!r}; {_hint(order, ORDERS)}")
+        raise RuleBookError(f"rule book order: unknown value {order!r}{_hint(order, ORDERS)}")
     root = _read(path)
     fields = root.fields(
         ("name", "order", "response", "prompt", "tiers", "steps", "table"), required=("tiers", "steps", "table")
@@ -91,7 +91,7 @@ class _Entry:
         """Which of the options the scalar is."""
         text = self.text()
         if text not in options:
-            self.fail(f"unknown {what} {text!r}; {_hint(text, options)}")
+            self.fail(f"unknown {what} {text!r}{_hint(text, options)}")
         return list(options).index(text)
 
     def choice(self, options: Sequence[str]) -> str:
@@ -130,9 +130,7 @@ class _Entry:
 
 
 def _hint(text: str, options: Sequence[str]) -> str:
-    close = difflib.get_close_matches(text, options, n=1)
-    nearest = f"did you mean {close[0]!r}? " if close else ""
-    return f"{nearest}It should be one of: {', '.join(options)}"
+    return f"{did_you_mean(text, options) or ';'} It should be one of: {', '.join(options)}"
 
 
 def file_of(path: epath.PathLike) -> epath.Path:
@@ -142,7 +140,7 @@ def file_of(path: epath.PathLike) -> epath.Path:
         return epath.Path(path)
     bundled = sorted(file.stem for file in _BUNDLED.glob("*.yaml"))
     if name not in bundled:
-        raise RuleBookError(f"no bundled rule book {name!r}; {_hint(name, bundled)}, or a path to a .yaml file")
+        raise RuleBookError(f"no bundled rule book {name!r}{_hint(name, bundled)}, or a path to a .yaml file")
     return _BUNDLED / f"{name}.yaml"
 
 
@@ -292,7 +290,7 @@ def _check_template(entry: _Entry, names: Sequence[str], ordered: bool = True) -
     found = re.findall(r"\{(\w*)\}", entry.text())
     for name in found:
         if name not in names:
-            entry.fail(f"unknown placeholder {{{name}}}; {_hint(name, names)}")
+            entry.fail(f"unknown placeholder {{{name}}}{_hint(name, names)}")
     if (found if ordered else sorted(found)) != (list(names) if ordered else sorted(names)):
         wanted = ", ".join(f"{{{name}}}" for name in names)
         entry.fail(f"should have {wanted}, once each{' and in this order' if ordered else ''}")

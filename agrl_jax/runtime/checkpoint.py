@@ -24,7 +24,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from agrl_jax.runtime.config import diff, flatten, matches
-from agrl_jax.runtime.logs import is_remote
+from agrl_jax.runtime.files import is_remote
 
 STAGES = ("sft", "rl")  # in the order in which a run goes through them
 SFT_END = "sft_end"

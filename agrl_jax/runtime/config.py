@@ -8,7 +8,6 @@ message (`parse_flags`). Fields are named by their dotted path, `rl.group_size`.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -21,29 +20,17 @@ from typing import Any, NoReturn
 from absl import app, flags
 from ml_collections import ConfigDict
 
+from agrl_jax.hints import did_you_mean
+
 
 class ConfigError(ValueError):
     """A config that cannot be run; the message names every field that is wrong."""
 
 
-def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """Up to `count` of `known` that resemble `name`, best first; a dotted name by its last part too."""
-
-    def ratio(a: str, b: str) -> float:
-        return difflib.SequenceMatcher(None, a, b).ratio()
-
-    last = name.rpartition(".")[2]
-    scored = [(ratio(name, k), ratio(last, k.rpartition(".")[2]), k) for k in known]
-    close = [(whole + part, k) for whole, part, k in scored if part >= 0.6 or whole >= 0.8]
-    return [k for _, k in sorted(close, key=lambda pair: -pair[0])[:count]]
-
-
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
+def _hint(name: str, known: Iterable[str]) -> str:
     known = list(known)
-    found = nearest(name, known)
-    if found:
-        return f"did you mean {' or '.join(found)}?"
-    return f"known: {', '.join(known)}" if len(known) <= 12 else "see agrl_jax/recipes.py for all fields"
+    otherwise = f"; known: {', '.join(known)}" if len(known) <= 12 else "; see agrl_jax/recipes.py for all fields"
+    return did_you_mean(name, known, count=3) or otherwise
 
 
 # ------------------------------------------------------------------------- the argument of a config file
@@ -76,7 +63,7 @@ def parse_arg(arg: str | None, **spec: Any) -> ConfigDict:
         elif not equals and name in spec:
             raise ConfigError(f"config argument {arg!r}: {name} needs a value, as in {name}={values[name]}")
         if name not in spec:
-            raise ConfigError(f"config argument {arg!r}: unknown name {name!r}; {_did_you_mean(name, spec)}")
+            raise ConfigError(f"config argument {arg!r}: unknown name {name!r}{_hint(name, spec)}")
         if name in given:
             raise ConfigError(f"config argument {arg!r}: {name} is given twice")
         given.add(name)
@@ -89,8 +76,8 @@ def _parse_value(name: str, text: str, default: Any) -> Any:
     if isinstance(default, tuple):
         value = _parse_value(name, text, default[0])
         if value not in default:
-            hint = _did_you_mean(text, [str(choice) for choice in default])
-            raise ConfigError(f"config argument {name}={text}: not one of {', '.join(map(str, default))}; {hint}")
+            hint = _hint(text, [str(choice) for choice in default])
+            raise ConfigError(f"config argument {name}={text}: not one of {', '.join(map(str, default))}{hint}")
         return value
     if isinstance(default, bool):
         booleans = {"true": True, "1": True, "false": False, "0": False}
@@ -129,8 +116,7 @@ class Rule:
         if not _is_a(value, self.type):
             return f"is {value!r}, expected {self._expected()}"
         if self.choices and value not in self.choices:
-            hint = f"; {_did_you_mean(value, self.choices)}" if nearest(str(value), self.choices) else ""
-            return f"is {value!r}, expected {self._expected()}{hint}"
+            return f"is {value!r}, expected {self._expected()}{did_you_mean(str(value), self.choices, count=3)}"
         if self.type not in (int, float):
             return ""
         inside = (
@@ -318,7 +304,7 @@ def check_known(config: ConfigDict | Mapping[str, Any], reference: ConfigDict | 
     """Raises ConfigError if `config` has fields that `reference` lacks, each with the nearest valid ones."""
     known = dict(_flatten(reference))
     unknown = [name for name, _ in _flatten(config) if name not in known]
-    _raise([f"unknown field {name}; {_did_you_mean(name, known)}" for name in unknown])
+    _raise([f"unknown field {name}{_hint(name, known)}" for name in unknown])
 
 
 def validate(
@@ -334,7 +320,7 @@ def validate(
     problems = [f"field {name} is missing" for name in rules if name not in fields]
     for name, value in fields.items():
         if name not in rules and name not in defaults:
-            problems.append(f"unknown field {name}; {_did_you_mean(name, [*rules, *defaults])}")
+            problems.append(f"unknown field {name}{_hint(name, [*rules, *defaults])}")
             continue
         default = defaults.get(name)
         rule = rules.get(name, Rule(object if default is None else type(default)))
@@ -558,7 +544,7 @@ def _override_problem(word: str, known: Mapping[str, Any], name: str) -> str:
         below = [k for k in known if k.startswith(field + ".")]
         if below:
             return f"{word}: {field} is a group of fields; set one of them, such as {below[0]}"
-        return f"{word}: unknown field {field}; {_did_you_mean(field, known)}"
+        return f"{word}: unknown field {field}{_hint(field, known)}"
     default = known[field]
     if text is None or negated or isinstance(default, str | None):
         return ""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,8 @@ import jax
 import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
+
+from agrl_jax.runtime.files import is_remote, write_text
 
 STAGES = ("sft", "rl")  # in the order in which a run goes through them
 
@@ -114,11 +115,6 @@ class MetricsWriter:
         self.close()
 
 
-def is_remote(path: epath.PathLike) -> bool:
-    """Whether a path is a bucket's, such as gs://bucket/runs."""
-    return "://" in os.fspath(epath.Path(path))
-
-
 def read_jsonl(path: epath.PathLike) -> list[dict[str, Any]]:
     """The rows of a log, a torn last line left out. Raises ValueError for any other line that is not JSON."""
     path = epath.Path(path)
@@ -133,10 +129,7 @@ def read_jsonl(path: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def cut_rows(path: epath.PathLike, resume: tuple[str, int] | None) -> None:
-    """Drops the rows of a log that lie past stage and step `resume`, all of them if it is None.
-
-    The file is replaced in one piece, so that a kill leaves either the old one or the new one.
-    """
+    """Drops the rows of a log that lie past stage and step `resume`, all of them if it is None."""
     path = epath.Path(path)
     if not path.exists():
         return
@@ -144,9 +137,7 @@ def cut_rows(path: epath.PathLike, resume: tuple[str, int] | None) -> None:
     if resume is not None:
         limit = _place(*resume)
         kept = [row for row in read_jsonl(path) if _place(row["stage"], row["step"]) <= limit]
-    temporary = path.parent / (path.name + ".tmp")
-    temporary.write_text("".join(_line(row) for row in kept))
-    temporary.replace(path)
+    write_text(path, "".join(_line(row) for row in kept))
 
 
 def _place(stage: str, step: int) -> tuple[int, int]:

