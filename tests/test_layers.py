@@ -1,9 +1,10 @@
 """The layers of the package, held over the imports of every module.
 
 On the ground stand `types`, `hints`, `policy`, `runtime` and `rulebook`. They do not know each other, but for `types`,
-`hints`, and `runtime.files`, by which all files are written. `rl` knows jax, `types` and how tokens are scored; `data` knows the rule book and the tokenizer. Above them stand supervised training and
-evaluation, then training, then judging and bounds. The other files at the top are commands: they may use all of these,
-but not `main`. Only configuration, recipes, training and what stands above it see a ConfigDict.
+`hints`, and `runtime.files`, by which all files are written. `rl` knows jax, `types` and how tokens are scored; `data`
+knows the rule book and the tokenizer. Above them stand supervised training and evaluation, then training, then judging
+and bounds. The other files at the top are commands: they may use all of these, but not `main`. Only configuration,
+recipes, training and what stands above it see a ConfigDict.
 """
 
 import ast
