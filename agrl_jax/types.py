@@ -3,7 +3,8 @@
 Shape letters, used in names (`logp_bgt`), einsum strings and docstrings throughout:
 
     B  examples (query-product pairs) in a batch     G  sampled responses of one example
-    S  prompt length, padded                         T  response length, padded
+    I  tokens of the instructions that all prompts   S  prompt length after them, padded
+       begin with                                    T  response length, padded
     V  vocabulary                                    D  model width
     H  query heads                                   K  key/value heads
     L  layers                                        R  reasoning steps of the rule book
@@ -35,8 +36,8 @@ UNKNOWN = -1  # a step value, tier or phrase that is not known or not stated
 class Batch:
     """Labelled pairs, encoded. All int32. Host (numpy) or device arrays."""
 
-    prompt: Array  # [B, S] tokens, right-padded
-    prompt_len: Array  # [B] tokens of each prompt
+    prompt: Array  # [B, S] tokens after the instructions that all prompts share, right-padded
+    prompt_len: Array  # [B] tokens of each
     gold: Array  # [B, T] canonical response up to its first unknown part; with the end token if whole
     gold_len: Array  # [B] tokens of `gold`
     part_end: Array  # [B, P] in response order: tokens of `gold` when its first k + 1 parts are shown
@@ -88,6 +89,22 @@ class Reading:
     count: Array  # [B, G, P] int32 how often a value of the part was stated
     position: Array  # [B, G, P] int32 index of the token that first completed it; T if never
     well_formed: Array  # [B, G] bool the whole response is in the grammar, end token included
+
+
+@struct.dataclass
+class Instructions:
+    """Keys and values of the tokens that all prompts begin with, computed once and shared by all examples."""
+
+    k: Array  # [L, K, I, D/H] compute dtype; or L arrays, where the layers' weights stand apart
+    v: Array  # [L, K, I, D/H]
+
+
+@struct.dataclass
+class Instructed:
+    """Parameters with the instructions' keys and values under them: what an `instructed` policy takes as parameters."""
+
+    params: Params
+    instructions: Instructions
 
 
 @struct.dataclass
@@ -146,14 +163,14 @@ class ApplyFn(Protocol):
 
     def __call__(
         self, params: Params, tokens: Array, *, offset: Array | int = 0, prefix: Prefix | None = None,
-        cache: Cache | None = None,
+        cache: Cache | None = None, instructions: Instructions | None = None,
     ) -> tuple[Array, Cache]: ...
 
 
 class Policy(NamedTuple):
     """The three pure functions that sampling and training need of a model."""
 
-    apply: ApplyFn  # (params, tokens [B, G, n], offset, prefix, cache) -> hidden [B, G, n, D], cache
+    apply: ApplyFn  # (params, tokens [B, G, n], offset, prefix, cache, instructions) -> hidden [B, G, n, D], cache
     unembed: Any  # (params, hidden [..., D]) -> logits [..., V] float32
     init_cache: Any  # (params, batch, group, length) -> Cache of zeros
 

@@ -1,9 +1,11 @@
-"""Grouped-query attention over a shared prompt and a response of its own, with rotary positions."""
+"""Grouped-query attention over shared instructions, a shared prompt and own tokens, with rotary positions."""
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from flax import nnx
 
 from agrl_jax.policy import decode_attention
 from agrl_jax.policy.layers import KEYS, PolicyConfig, cast, einsum, linear, ones, param, rms_norm
-from agrl_jax.types import Array, Layout
+from agrl_jax.types import Array, Instructions, Layout
 
 _MASKED = -1e30  # finite, so that a query which may see nothing yields a mean, never a NaN
 
@@ -63,7 +65,7 @@ def scaled(q: Array) -> Array:
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention over the shared prompt and the response's own tokens."""
+    """Grouped-query attention over the shared instructions and prompt, and the response's own tokens."""
 
     def __init__(self, cfg: PolicyConfig, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -99,60 +101,98 @@ class Attention(nnx.Module):
         return rotate(q, positions, *rope), rotate(k, positions, *rope).swapaxes(2, 3), v.swapaxes(2, 3)
 
     def __call__(
-        self, q: Array, k: Array, v: Array, offset: Array | None, prefix: LayerPrefix | None, layout: Layout
+        self, q: Array, k: Array, v: Array, offset: Array | None, prefix: LayerPrefix | None,
+        instructions: Instructions | None, layout: Layout,
     ) -> Array:
         """Attends from n queries at slots offset + i to keys k [B, G, K, t, head_dim] at slots j <= offset + i,
-        and to every valid key of the prompt. Returns [B, G, n, D]. `offset` is None where k are the n tokens' own."""
+        to every valid key of the prompt and to every one of the instructions (of this layer). Returns [B, G, n, D].
+        `offset` is None where k are the n tokens' own."""
         cfg = self.cfg
         b, g, n, _, f = q.shape
         q = scaled(q).reshape(b, g, n, cfg.kv_heads, cfg.heads // cfg.kv_heads, f).transpose(0, 1, 3, 4, 2, 5)
         if n == 1 and offset is not None and prefix is not None and decode_attention.supports(v.dtype, f):
-            mixed = _attend_once(q[:, :, :, :, 0], k, v, offset, prefix, layout)[:, :, :, :, None]
+            mixed = _attend_once(q[:, :, :, :, 0], k, v, offset, prefix, instructions, layout)[:, :, :, :, None]
         else:
-            mixed = _attend(q, k, v, 0 if offset is None else offset, prefix)
+            mixed = _attend(q, k, v, 0 if offset is None else offset, prefix, instructions)
         mixed = jnp.moveaxis(mixed, 4, 2).astype(v.dtype).reshape(b, g, n, cfg.heads, f)
         return linear(mixed, cast(self.out, v.dtype), inputs=2)
 
 
-def _attend(q: Array, k: Array, v: Array, offset: Array | int, prefix: LayerPrefix | None) -> Array:
+_QUERY = "bgkqn"  # axes of queries in an einsum, before the head's own
+
+
+class _Segment(NamedTuple):
+    """Keys and values of one layer, shared by all queries that agree in `axes`."""
+
+    axes: str  # "bgk": each answer's own; "bk": a group's; "k": all have the same
+    k: Array  # [*axes, t, head_dim]
+    v: Array  # [*axes, t, head_dim]
+    visible: Array | None  # bool that goes with scores in `order`; None: all keys are
+
+    @property
+    def order(self) -> str:
+        """The axes of its products: the shared ones first, so that they are batches of matrix products."""
+        return self.axes + "".join(axis for axis in _QUERY if axis not in self.axes)
+
+
+def _turned(x: Array, source: str, target: str) -> Array:
+    """x, whose first axes are `source`, with them in the order `target`."""
+    return x.transpose(*(source.index(axis) for axis in target), *range(len(target), x.ndim))
+
+
+def _attend(
+    q: Array, k: Array, v: Array, offset: Array | int, prefix: LayerPrefix | None,
+    instructions: Instructions | None = None,
+) -> Array:
     """Attention of scaled queries [B, G, K, Q, n, head_dim], in that shape, in float32; as `Attention` has it.
 
-    One softmax over both segments, never put together: exponentials of each less the peak of both, whose sums
+    One softmax over all segments, never put together: exponentials of each less the peak of all, whose sums
     are divided by at last. A fifth less time outside of the products than with concatenated scores, on a CPU.
     Every product leaves its result as the next one takes it: only queries and answers, which are small, are transposed.
     """
-    own = einsum("bgkqnf,bgktf->bgkqnt", q, k)
-    visible = jnp.arange(k.shape[3])[None, :] <= offset + jnp.arange(q.shape[4])[:, None]
-    own = jnp.where(visible, own, _MASKED)
-    peak = jnp.max(own, axis=-1)
+    before = jnp.arange(k.shape[3])[None, :] <= offset + jnp.arange(q.shape[4])[:, None]
+    segments = [_Segment("bgk", k, v, before)]
     if prefix is not None:
-        prompt = einsum("bkgqnf,bksf->bkgqns", q.swapaxes(1, 2), prefix.k)
         valid = jnp.arange(prefix.k.shape[2]) < prefix.length[:, None]
-        prompt = jnp.where(valid[:, None, None, None, None, :], prompt, _MASKED)
-        peak = jnp.maximum(peak, jnp.max(prompt, axis=-1).swapaxes(1, 2))
-    peak = jax.lax.stop_gradient(peak)
-    own = jnp.exp(own - peak[..., None])
-    total = jnp.sum(own, axis=-1)
-    mixed = einsum("bgkqnt,bgktf->bgkqnf", own.astype(v.dtype), v)
-    if prefix is not None:
-        prompt = jnp.exp(prompt - peak.swapaxes(1, 2)[..., None])
-        total += jnp.sum(prompt, axis=-1).swapaxes(1, 2)
-        mixed += einsum("bkgqns,bksf->bkgqnf", prompt.astype(v.dtype), prefix.v).swapaxes(1, 2)
+        segments.append(_Segment("bk", prefix.k, prefix.v, valid[:, None, None, None, None, :]))
+    if instructions is not None:
+        segments.append(_Segment("k", instructions.k, instructions.v, None))
+
+    scores = []
+    for s in segments:
+        score = einsum(f"{s.order}f,{s.axes}tf->{s.order}t", _turned(q, _QUERY, s.order), s.k)
+        scores.append(score if s.visible is None else jnp.where(s.visible, score, _MASKED))
+    peaks = [_turned(jnp.max(score, axis=-1), s.order, _QUERY) for s, score in zip(segments, scores, strict=True)]
+    peak = jax.lax.stop_gradient(functools.reduce(jnp.maximum, peaks))
+    total, mixed = jnp.float32(0), jnp.float32(0)
+    for s, score in zip(segments, scores, strict=True):
+        share = jnp.exp(score - _turned(peak, _QUERY, s.order)[..., None])
+        total += _turned(jnp.sum(share, axis=-1), s.order, _QUERY)
+        part = einsum(f"{s.order}t,{s.axes}tf->{s.order}f", share.astype(v.dtype), s.v)
+        mixed += _turned(part, s.order, _QUERY)
     return mixed / total[..., None]
 
 
-def _attend_once(q: Array, k: Array, v: Array, offset: Array, prefix: LayerPrefix, layout: Layout) -> Array:
+def _attend_once(
+    q: Array, k: Array, v: Array, offset: Array, prefix: LayerPrefix, instructions: Instructions | None,
+    layout: Layout,
+) -> Array:
     """`_attend` of one query an answer [B, G, K, Q, head_dim]: on an NVIDIA GPU by a kernel, in the dtype of `v`."""
 
-    def plain(q: Array, k: Array, v: Array, offset: Array, *prefix: Array) -> Array:
-        return _attend(q[:, :, :, :, None], k, v, offset, LayerPrefix(*prefix))[:, :, :, :, 0].astype(v.dtype)
+    def plain(
+        q: Array, k: Array, v: Array, offset: Array, prefix_k: Array, prefix_v: Array, length: Array, *shared: Array
+    ) -> Array:
+        instructions = Instructions(*shared) if shared else None
+        mixed = _attend(q[:, :, :, :, None], k, v, offset, LayerPrefix(prefix_k, prefix_v, length), instructions)
+        return mixed[:, :, :, :, 0].astype(v.dtype)
 
     def attend(*args: Array) -> Array:
         return jax.lax.platform_dependent(*args, cuda=decode_attention.decode_attention, default=plain)
 
-    prompt = ("batch", *KEYS[2:])
-    axes = (KEYS, KEYS, KEYS, (), prompt, prompt, ("batch",))
-    return layout.split(attend, axes, KEYS)(q, k, v, jnp.asarray(offset), prefix.k, prefix.v, prefix.length)
+    prompt, shared = ("batch", *KEYS[2:]), () if instructions is None else (instructions.k, instructions.v)
+    axes = (KEYS, KEYS, KEYS, (), prompt, prompt, ("batch",), *(KEYS[2:] for _ in shared))
+    args = (q, k, v, jnp.asarray(offset), prefix.k, prefix.v, prefix.length, *shared)
+    return layout.split(attend, axes, KEYS)(*args)
 
 
 @jax.tree_util.register_dataclass

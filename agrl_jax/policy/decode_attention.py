@@ -1,9 +1,9 @@
-"""Attention of one new token over its group's prompt and its own response, as one GPU kernel (Pallas, Triton).
+"""Attention of one new token over instructions, its group's prompt and its own response, as one GPU kernel (Pallas).
 
 Written as products and sums, a layer of decoding launches a dozen small kernels for this, which read the keys and
 values at a fraction of the memory's rate. Here a program handles some answers of one group and the query heads of one
-key head: it reads the prompt's keys and values once for all of these, then those of each answer, and keeps a running
-softmax (arXiv 2205.14135), so that no score goes through memory.
+key head: it reads the keys and values of instructions and prompt once for all of these, then those of each answer, and
+keeps a running softmax (arXiv 2205.14135), so that no score goes through memory.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ def supports(dtype: Any, head_dim: int) -> bool:
 
 def decode_attention(
     q: Array, k: Array, v: Array, offset: Array, prefix_k: Array, prefix_v: Array, length: Array,
-    interpret: bool = False,
+    shared_k: Array | None = None, shared_v: Array | None = None, interpret: bool = False,
 ) -> Array:
-    """Attends from scaled queries q [B, G, K, Q, F] to the prompt's keys [B, K, S, F] before `length` [B] and the
-    answers' own k [B, G, K, T, F] up to `offset` []. Returns [B, G, K, Q, F] in the dtype of `v`.
+    """Attends from scaled queries q [B, G, K, Q, F] to the prompt's keys [B, K, S, F] before `length` [B], the
+    answers' own k [B, G, K, T, F] up to `offset` [], and the instructions' [K, I, F] where there are any. Returns
+    [B, G, K, Q, F] in the dtype of `v`.
 
     Q query heads share each of the K key heads; F is the size of a head. `interpret` runs it anywhere, slowly.
     """
@@ -48,25 +49,28 @@ def decode_attention(
     queries = pl.BlockSpec((None, None, rows, f), lambda i, j, n: (i, j, n, 0))
     prompt = pl.BlockSpec((None, None, prefix_k.shape[2], f), lambda i, j, n: (i, j, 0, 0))
     own = pl.BlockSpec((None, g, None, k.shape[3], f), lambda i, j, n: (i, 0, j, 0, 0))
+    shared = () if shared_k is None else (shared_k, shared_v)
+    instructions = [pl.BlockSpec((None, x.shape[1], f), lambda i, j, n: (j, 0, 0)) for x in shared]
     mixed = pl.pallas_call(
         partial(_attend, answers=answers, group=g),
         grid=(b, kv_heads, blocks),
         in_specs=[pl.BlockSpec((1,), lambda i, j, n: (i,)), pl.BlockSpec((1,), lambda i, j, n: (0,)),
-                  queries, prompt, prompt, own, own],
+                  queries, prompt, prompt, own, own, *instructions],
         out_specs=queries,
         out_shape=jax.ShapeDtypeStruct(q.shape, v.dtype),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
-    )(length, jnp.reshape(offset, 1), q, prefix_k, prefix_v, k, v)  # fmt: skip
+    )(length, jnp.reshape(offset, 1), q, prefix_k, prefix_v, k, v, *shared)  # fmt: skip
     mixed = mixed.reshape(b, kv_heads, blocks * answers, padded, f).swapaxes(1, 2)
     return mixed[:, :g, :, :heads]
 
 
 def _attend(
-    length: Any, offset: Any, q: Any, prefix_k: Any, prefix_v: Any, k: Any, v: Any, out: Any, *, answers: int,
+    length: Any, offset: Any, q: Any, prefix_k: Any, prefix_v: Any, k: Any, v: Any, *more: Any, answers: int,
     group: int,
 ) -> None:
     """One program: the rows of q [rows, F] are `answers` answers of the group, each with as many query heads."""
+    *shared, out = more
     queries = q[...]
     rows, f = queries.shape
     row_answer = jnp.arange(rows) // (rows // answers)
@@ -81,14 +85,17 @@ def _attend(
         added = _product(weights.astype(values.dtype), values, 0)
         return higher, kept * total + jnp.sum(weights, axis=1), kept[:, None] * mixed + added
 
-    def in_prompt(i: Array, carry: Carry) -> Carry:
+    def in_common(i: Array, carry: Carry, keys: Any, values: Any, number: Array | int) -> Carry:
         at = i * _BLOCK + jnp.arange(_BLOCK)
-        index = jnp.minimum(at, prefix_k.shape[0] - 1)
-        visible = jnp.broadcast_to((at < length[0])[None], (rows, _BLOCK))
-        return attend(carry, prefix_k[index, :], prefix_v[index, :], visible)
+        index = jnp.minimum(at, keys.shape[0] - 1)
+        visible = jnp.broadcast_to((at < number)[None], (rows, _BLOCK))
+        return attend(carry, keys[index, :], values[index, :], visible)
 
     carry = jnp.full(rows, _MASKED), jnp.zeros(rows), jnp.zeros((rows, f))
-    carry = jax.lax.fori_loop(0, pl.cdiv(length[0], _BLOCK), in_prompt, carry)
+    common = [(*shared, shared[0].shape[0])] if shared else []
+    for keys, values, number in (*common, (prefix_k, prefix_v, length[0])):
+        step = partial(in_common, keys=keys, values=values, number=number)
+        carry = jax.lax.fori_loop(0, pl.cdiv(number, _BLOCK), step, carry)
     for number in range(answers):
         answer = jnp.minimum(pl.program_id(2) * answers + number, group - 1)  # rows past the group are dropped
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from agrl_jax.types import Array, Params, Policy, Prefix
+from agrl_jax.types import Array, Cache, Instructed, Instructions, Params, Policy, Prefix
 
 
 def token_logprobs(
@@ -73,6 +74,37 @@ def _logp_and_entropy_backward(kept: tuple[Array, ...], slopes: tuple[Array, Arr
 
 
 _logp_and_entropy.defvjp(_logp_and_entropy_forward, _logp_and_entropy_backward)
+
+
+def run_instructions(policy: Policy, params: Params, tokens: Array) -> Instructions:
+    """Runs the tokens [I] that all prompts begin with: what prompts and responses need of them."""
+    _, cache = policy.apply(params, tokens[None, None])
+    return Instructions(*jax.tree.map(lambda x: jnp.squeeze(x, (-5, -4)), (cache.k, cache.v)))
+
+
+def instructed(policy: Policy, tokens: Array | None) -> tuple[Policy, Callable[[Params], Params]]:
+    """A policy that goes on from instructions, and the function that makes its parameters from those of `policy`.
+
+    That function runs the instructions `tokens` [I]. Call it once for all that is computed with the same parameters.
+    Its gradient is exact: that of whatever used the instructions' keys and values comes back as one sum, and runs
+    through the instructions once. Without tokens, both policies and their parameters are the same.
+    """
+    if tokens is None or not len(tokens):
+        return policy, lambda params: params
+
+    def instruct(params: Params) -> Instructed:
+        return Instructed(params, run_instructions(policy, params, jnp.asarray(tokens)))
+
+    def apply(params: Instructed, tokens: Array, **more: Any) -> tuple[Array, Cache]:
+        return policy.apply(params.params, tokens, instructions=params.instructions, **more)
+
+    def unembed(params: Instructed, hidden: Array) -> Array:
+        return policy.unembed(params.params, hidden)
+
+    def init_cache(params: Instructed, batch: int, group: int, length: int) -> Cache:
+        return policy.init_cache(params.params, batch, group, length)
+
+    return Policy(apply, unembed, init_cache), instruct
 
 
 def run_prompt(policy: Policy, params: Params, prompt: Array, prompt_len: Array) -> tuple[Prefix, Array]:

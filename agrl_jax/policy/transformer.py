@@ -7,9 +7,9 @@ leading axis and scanned, so that compile time does not grow with depth; for dec
 apart where that is faster (`for_decoding`).
 
 The modules are split once into a graph definition and parameters (`build`); from there on only pure
-functions of the parameters are used. Responses attend to two segments: the keys and values of their
-group's prompt (`Prefix`, computed once per example and shared) and their own (`Cache`). One softmax
-runs over both, so sharing is exact.
+functions of the parameters are used. Responses attend to three segments: the keys and values of the
+instructions (`Instructions`, the same for all examples), of their group's prompt (`Prefix`, computed
+once per example and shared) and their own (`Cache`). One softmax runs over all, so sharing is exact.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flax import nnx
 from agrl_jax.policy.attention import Attention, LayerPrefix
 from agrl_jax.policy.experts import MixtureOfExperts
 from agrl_jax.policy.layers import HIDDEN, KEYS, QUERIES, FeedForward, PolicyConfig, einsum, ones, param, rms_norm
-from agrl_jax.types import ANYWHERE, Array, Cache, Layout, Params, Policy, Prefix
+from agrl_jax.types import ANYWHERE, Array, Cache, Instructions, Layout, Params, Policy, Prefix
 
 _UNROLLED = 8  # stacks up to this deep are unrolled: a quarter off the gradient's time on a CPU, for more to compile
 
@@ -61,7 +61,8 @@ Observe = Callable[[Any, Array], Any]
 
 def _run_block(
     block: Block, x: Array, positions: Array, offset: Array | None, prefix: LayerPrefix | None,
-    remember: Callable[[Array, Array], tuple[Array, Array]], layout: Layout, observe: Observe,
+    instructions: Instructions | None, remember: Callable[[Array, Array], tuple[Array, Array]], layout: Layout,
+    observe: Observe,
 ) -> tuple[Array, Any]:
     """One layer; `remember` stores the new keys and values and returns those to attend to.
 
@@ -70,41 +71,44 @@ def _run_block(
     eps = block.cfg.norm_eps
     q, k, v = block.attention.project(rms_norm(x, block.attention_norm[...], eps), positions)
     q, k, v = layout.place(q, QUERIES), layout.place(k, KEYS), layout.place(v, KEYS)
-    x = layout.place(x + block.attention(q, *remember(k, v), offset, prefix, layout), HIDDEN)
+    x = layout.place(x + block.attention(q, *remember(k, v), offset, prefix, instructions, layout), HIDDEN)
     y = rms_norm(x, block.mlp_norm[...], eps)
     return layout.place(x + block.mlp(y, layout), HIDDEN), observe(block.mlp, y)
 
 
 def _forward(
     cfg: PolicyConfig, merge: Callable[[Params], Transformer], params: Params, tokens: Array, offset: Array | int,
-    prefix: Prefix | None, cache: Cache | None, layout: Layout, observe: Observe = lambda mlp, x: None,
+    prefix: Prefix | None, cache: Cache | None, instructions: Instructions | None, layout: Layout,
+    observe: Observe = lambda mlp, x: None,
 ) -> tuple[Array, Cache, Any]:
     """See `build` for the contract. Also returns what `observe` saw, by layer."""
     model = merge(params)
     table = layout.place(model.embedding[...], ("vocab", None))  # split along D, every device would look up all rows
     x = layout.place(table[tokens].astype(jnp.dtype(cfg.compute_dtype)), HIDDEN)
     start = 0 if prefix is None else prefix.length[:, None, None]
+    if instructions is not None:
+        start += jax.tree.leaves(instructions)[0].shape[-2]
     positions = start + offset + jnp.broadcast_to(jnp.arange(tokens.shape[2]), (tokens.shape[0], 1, tokens.shape[2]))
     run = partial(_run_block, positions=positions, offset=None if cache is None else offset, layout=layout,
                   observe=observe)  # fmt: skip
     if isinstance(params["blocks"], tuple):
         blocks = [merge({**params, "blocks": weights}).blocks for weights in params["blocks"]]
-        x, cache, seen = _loop(blocks, x, offset, prefix, cache, run)
+        x, cache, seen = _loop(blocks, x, offset, prefix, cache, instructions, run)
     else:
-        x, cache, seen = _scan(cfg, model.blocks, x, offset, prefix, cache, run)
+        x, cache, seen = _scan(cfg, model.blocks, x, offset, prefix, cache, instructions, run)
     return rms_norm(x, model.final_norm[...], cfg.norm_eps), cache, seen
 
 
 def _scan(
     cfg: PolicyConfig, blocks: Block, x: Array, offset: Array | int, prefix: Prefix | None, cache: Cache | None,
-    run: Callable[..., tuple[Array, Any]],
+    instructions: Instructions | None, run: Callable[..., tuple[Array, Any]],
 ) -> tuple[Array, Cache, Any]:
     """The layers as one scan over their stacked weights."""
     graph, weights = nnx.split(blocks)
 
-    def layer(carry: tuple[Array, Any], xs: tuple[Any, Any, Array]) -> tuple[tuple[Array, Any], Any]:
+    def layer(carry: tuple[Array, Any], xs: tuple[Any, Any, Any, Array]) -> tuple[tuple[Array, Any], Any]:
         x, (cache_k, cache_v) = carry
-        block_weights, prefix_kv, index = xs
+        block_weights, prefix_kv, shared, index = xs
         fresh: list[Array] = []
 
         def remember(k: Array, v: Array) -> tuple[Array, Array]:
@@ -118,7 +122,9 @@ def _scan(
             return full_k[index], full_v[index]
 
         layer_prefix = None if prefix_kv is None else LayerPrefix(*prefix_kv, prefix.length)
-        x, seen = run(nnx.merge(graph, block_weights), x, prefix=layer_prefix, remember=remember)
+        x, seen = run(
+            nnx.merge(graph, block_weights), x, prefix=layer_prefix, instructions=shared, remember=remember
+        )
         return ((x, (None, None)), (tuple(fresh), seen)) if cache_k is None else ((x, tuple(fresh)), (None, seen))
 
     prefix_kv = None if prefix is None else (prefix.k, prefix.v)
@@ -129,16 +135,16 @@ def _scan(
         body = jax.checkpoint(layer, prevent_cse=False)
     elif unroll == 1:  # keeps the products: SmolLM2's gradient as fast on a CPU, with 2.2 GB of residuals for 6.0
         body = jax.checkpoint(layer, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    xs = (weights, prefix_kv, jnp.arange(cfg.layers))
+    xs = (weights, prefix_kv, instructions, jnp.arange(cfg.layers))
     (x, kept), (fresh, seen) = jax.lax.scan(body, (x, kept), xs, unroll=unroll)
     return x, Cache(*(fresh if cache is None else kept)), seen
 
 
 def _loop(
     blocks: list[Block], x: Array, offset: Array | int, prefix: Prefix | None, cache: Cache | None,
-    run: Callable[..., tuple[Array, Any]],
+    instructions: Instructions | None, run: Callable[..., tuple[Array, Any]],
 ) -> tuple[Array, Cache, Any]:
-    """The layers one after the other, their weights, prefix and cache apart."""
+    """The layers one after the other, their weights, instructions, prefix and cache apart."""
     kept: list[tuple[Array, Array]] = []
     seen = []
     for index, block in enumerate(blocks):
@@ -153,7 +159,8 @@ def _loop(
             return k, v
 
         layer_prefix = None if prefix is None else LayerPrefix(prefix.k[index], prefix.v[index], prefix.length)
-        x, saw = run(block, x, prefix=layer_prefix, remember=remember)
+        shared = None if instructions is None else Instructions(instructions.k[index], instructions.v[index])
+        x, saw = run(block, x, prefix=layer_prefix, instructions=shared, remember=remember)
         seen.append(saw)
     return x, Cache(*zip(*kept, strict=True)), seen
 
@@ -178,12 +185,13 @@ def build(cfg: PolicyConfig, layout: Layout = ANYWHERE) -> tuple[Policy, Callabl
     Returns `(policy, init, axes)`: `init(key)` draws parameters, a nested dict of arrays; `axes` is a
     dict of the same structure with the logical axis names of each (a leading "layers" where stacked).
 
-    `policy.apply(params, tokens, offset=0, prefix=None, cache=None)` runs tokens [B, G, n], which stand
-    at slots offset .. offset + n - 1 of their response (of their prompt, where `prefix` is None), and
-    returns the final hidden states [B, G, n, D] and the keys and values. Without a cache the n tokens
-    see the prefix and each other, causally, and the returned cache holds their n entries. With one,
-    their entries are written at `offset`, and they see the prefix and all slots up to their own. Of
-    parameters whose layers are apart (`for_decoding`), so are the prefix and the cache.
+    `policy.apply(params, tokens, offset=0, prefix=None, cache=None, instructions=None)` runs tokens
+    [B, G, n], which stand at slots offset .. offset + n - 1 of their response (of their prompt, where
+    `prefix` is None; of the instructions, where those are None too), and returns the final hidden states
+    [B, G, n, D] and the keys and values. Without a cache the n tokens see instructions, prefix and each
+    other, causally, and the returned cache holds their n entries. With one, their entries are written at
+    `offset`, and they see instructions, prefix and all slots up to their own. Of parameters whose layers
+    are apart (`for_decoding`), so are instructions, prefix and cache.
     """
     template, merge = _structure(cfg)
     axes = jax.tree.map(
@@ -197,9 +205,9 @@ def build(cfg: PolicyConfig, layout: Layout = ANYWHERE) -> tuple[Policy, Callabl
 
     def apply(
         params: Params, tokens: Array, *, offset: Array | int = 0, prefix: Prefix | None = None,
-        cache: Cache | None = None,
+        cache: Cache | None = None, instructions: Instructions | None = None,
     ) -> tuple[Array, Cache]:
-        return _forward(cfg, merge, params, tokens, offset, prefix, cache, layout)[:2]
+        return _forward(cfg, merge, params, tokens, offset, prefix, cache, instructions, layout)[:2]
 
     def unembed(params: Params, hidden: Array) -> Array:
         """Logits [B, ..., V] in float32 from hidden states [B, ..., D]."""
@@ -238,8 +246,9 @@ class ExpertLoad(NamedTuple):
         }
 
 
-def build_expert_load(cfg: PolicyConfig, layout: Layout = ANYWHERE) -> Callable[[Params, Array, Array], ExpertLoad]:
-    """The pure function `(params, tokens [B, n], valid [B, n] bool) -> ExpertLoad` over the valid tokens.
+def build_expert_load(cfg: PolicyConfig, layout: Layout = ANYWHERE) -> Callable[..., ExpertLoad]:
+    """The pure function `(params, tokens [B, n], valid [B, n] bool, instructions=None) -> ExpertLoad`: of the valid
+    tokens, after the instructions if there are any.
 
     `layout` as in `build`.
     Raises ValueError where the policy has no experts.
@@ -248,7 +257,9 @@ def build_expert_load(cfg: PolicyConfig, layout: Layout = ANYWHERE) -> Callable[
         raise ValueError("policy.experts=0: there is no router whose load could be told")
     merge = _structure(cfg)[1]
 
-    def expert_load(params: Params, tokens: Array, valid: Array) -> ExpertLoad:
+    def expert_load(
+        params: Params, tokens: Array, valid: Array, instructions: Instructions | None = None
+    ) -> ExpertLoad:
         weight = valid.astype(jnp.float32) / jnp.maximum(valid.sum(), 1)
 
         def observe(mlp: MixtureOfExperts, x: Array) -> ExpertLoad:
@@ -256,7 +267,7 @@ def build_expert_load(cfg: PolicyConfig, layout: Layout = ANYWHERE) -> Callable[
             counts = jax.nn.one_hot(chosen, cfg.experts).sum(axis=2) / cfg.experts_per_token
             return ExpertLoad(*(jnp.einsum("bne,bn->e", y, weight) for y in (counts, probability)))
 
-        return _forward(cfg, merge, params, tokens[:, None], 0, None, None, layout, observe)[2]
+        return _forward(cfg, merge, params, tokens[:, None], 0, None, None, instructions, layout, observe)[2]
 
     return expert_load
 
