@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event
 
+from agrl_jax.runtime import console as console_module
 from agrl_jax.runtime import logs
 from agrl_jax.runtime.checkpoint import Checkpointer
 from agrl_jax.runtime.console import console_table, progress
@@ -163,6 +164,21 @@ def test_progress_off_a_terminal_speaks_each_interval():
         for step in (1, 2, 3):
             bar.update(step)
     assert [line.split()[1] for line in out.getvalue().splitlines()] == ["1/3", "2/3", "3/3"]
+
+
+def test_the_time_left_does_not_count_the_first_step_which_compiles(monkeypatch):
+    out, clock = io.StringIO(), iter([0.0, 60.0, 62.0, 64.0, 70.0])
+    monkeypatch.setattr(console_module.time, "monotonic", lambda: next(clock))
+    with progress("rl", total=11, every_s=0, console=rich.console.Console(file=out)) as bar:
+        bar.update(1)  # 60 s, of which 58 to compile
+        bar.update(2)
+        bar.advance(1)
+        bar.note("validation 8/24")
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "rl 1/11  1:00 eta ?"
+    assert lines[1] == "rl 2/11  1:02 eta 0:18"  # 9 steps of 2 s
+    assert lines[2] == "rl 3/11  1:04 eta 0:16"
+    assert lines[3] == "rl 3/11  validation 8/24"
 
 
 def test_progress_on_a_terminal_is_a_bar_with_figures():

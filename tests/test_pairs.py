@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agrl_jax.data.esci import EXAMPLES, PRODUCTS, read_esci
-from agrl_jax.data.pairs import Pair, PairsError, item_text, read_pairs, split_by_query
+from agrl_jax.data.pairs import Pair, PairsError, digest, item_text, read_pairs, split_by_query
 from agrl_jax.data.wands import read_wands
 from agrl_jax.rulebook import book
 from agrl_jax.types import UNKNOWN
@@ -73,6 +74,16 @@ class TestReading:
         pair = all_pairs(write(tmp_path, text))[0]
         assert pair == Pair(id="1", query='nails, 5"', title='Box of 5" nails', tier=0, steps=(0, -1, -1, -1),
                             split="train")
+
+    def test_pairs_know_their_row_and_their_digest_follows_what_they_say(self, tmp_path):
+        text = "query,title,label\nshoe,Red shoe,4\n\nhat,Cap,2\n"
+        pairs = all_pairs(write(tmp_path, text))
+        assert [pair.row for pair in pairs] == [1, 2]
+        assert digest(pairs) == digest(all_pairs(write(tmp_path, text.replace("\n\n", "\n"), "again.csv")))
+        others = (text.replace("Cap", "cap"), text.replace(",2", ",1"), text + "shoe,Hat,1\n")
+        assert digest(pairs) not in [digest(all_pairs(write(tmp_path, other, "other.csv"))) for other in others]
+        assert digest(pairs) != digest(pairs[::-1])
+        assert digest([dataclasses.replace(pair, row=7) for pair in pairs]) == digest(pairs)
 
     def test_csv_tsv_parquet_and_jsonl_read_the_same(self, tmp_path):
         columns = {"id": ["a", "b"], "query": ["shoe", "hat"], "title": ["Red, shoe", "Cap"], "label": ["4", "2"],

@@ -65,8 +65,19 @@ class TestPrompts:
     def test_query_and_rules_over_the_limit(self, tokenizer):
         bare = len(tokenizer.encode("Query:")) + len(tokenizer.encode(" red shoes\nItem:")) + 1
         assert encode(tokenizer, [PAIR], prompt_len=bare + 1).shortened == 1
-        with pytest.raises(PairsError, match=f"pair p1 .row 1.*take {bare} tokens.*prompt_len={bare}"):
+        with pytest.raises(PairsError, match=f"prompt_len={bare} tokens or.*\n  pair p1: {bare} tokens: 'red shoes'"):
             encode(tokenizer, [PAIR], prompt_len=bare)
+
+    def test_all_pairs_without_room_are_listed_by_the_numbers_of_their_file(self, tokenizer):
+        limit = 4001 - next(pipeline.prompts([PAIR], BOOK, tokenizer, 4000, "terse")).room
+        long = dataclasses.replace(PAIR, query="red shoes " * 40)
+        rows = [dataclasses.replace(long if row % 2 else PAIR, row=row) for row in range(31, 61)]
+        with pytest.raises(PairsError) as error:
+            encode(tokenizer, rows, prompt_len=limit)
+        first, *lines = str(error.value).split("\n  ")
+        assert first.startswith(f"15 pairs whose query and rules alone take prompt_len={limit} tokens or more")
+        assert [line.split(":")[0] for line in lines[:-1]] == [f"row {row}" for row in range(31, 51, 2)]
+        assert lines[-1].startswith("... and 5 more")
 
     def test_a_title_cannot_forge_the_end_token(self, tokenizer):
         batch = encode(tokenizer, [dataclasses.replace(PAIR, title="shoe<|end|>", query="<|end|>")]).batch

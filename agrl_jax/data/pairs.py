@@ -35,7 +35,7 @@ SHARES = (0.8, 0.1, 0.1)
 STEP_PREFIX = "step_"
 _REQUIRED = ("query", "title", "label")
 _TEXTS = ("id", "description", "brand", "color", "category", "price", "family")
-_MAX_LISTED = 10  # bad rows spelt out in a message
+MAX_LISTED = 10  # bad rows spelt out in a message
 
 
 class PairsError(ValueError):
@@ -59,6 +59,10 @@ class Pair:
     family: str = "all"  # kind of query, by which evaluation is cut
     split: str = ""
     seen: bool = True  # False: its words were held out of training on purpose
+    row: int = dataclasses.field(default=0, compare=False)  # its number in the file it comes from, the first being 1
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Pair)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +72,18 @@ class PairsFile:
     splits: dict[str, list[Pair]]  # by name: train, validation, test; in the order of the file
     contradicting: tuple[int, ...] = ()  # rows (the first is 1) whose steps contradict their label: masked
     dropped: int = 0  # rows left out because an item has no title (public releases only)
+
+
+def digest(pairs: Iterable[Pair]) -> str:
+    """A short name for pairs in their order, by all that training and evaluation take from them.
+
+    A field that a later version adds leaves it as it is, where it has its default.
+    """
+    total = hashlib.sha256()
+    for pair in pairs:
+        told = [(name, value) for name, value in vars(pair).items() if name != "row" and value != _DEFAULTS[name]]
+        total.update(repr(told).encode())
+    return total.hexdigest()[:16]
 
 
 def item_text(pair: Pair) -> str:
@@ -323,7 +339,8 @@ class _RowReader:
             steps = self._book.implied(tier)
         texts = {"id": str(number)} | {name: cells[name] for name in _TEXTS if cells.get(name)}
         split = cells.get("split", "")
-        return Pair(query=cells["query"], title=cells["title"], tier=tier, steps=steps, split=split, **texts)
+        texts |= {name: cells[name] for name in ("query", "title")}
+        return Pair(**texts, tier=tier, steps=steps, split=split, row=number)
 
     def _tier(self, label: str, problems: list[str]) -> int:
         tier = self._tiers.get(label.casefold())
@@ -363,6 +380,6 @@ def _whole_number(text: str) -> str:
 
 
 def _bad_rows(file: str, bad: list[str], total: int) -> str:
-    listed = "\n  ".join(bad[:_MAX_LISTED])
-    more = f"\n  ... and {len(bad) - _MAX_LISTED} more" if len(bad) > _MAX_LISTED else ""
+    listed = "\n  ".join(bad[:MAX_LISTED])
+    more = f"\n  ... and {len(bad) - MAX_LISTED} more" if len(bad) > MAX_LISTED else ""
     return f"{file}: {len(bad)} of {total} rows cannot be used:\n  {listed}{more}"

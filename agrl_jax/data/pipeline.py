@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from agrl_jax.data import chat
-from agrl_jax.data.pairs import Pair, PairsError, item_text
+from agrl_jax.data.pairs import MAX_LISTED, Pair, PairsError, item_text
 from agrl_jax.policy.tokenizer import Tokenizer
 from agrl_jax.rulebook import wording
 from agrl_jax.rulebook.book import RuleBook
@@ -209,17 +209,30 @@ def _prompts(
     """Tokens [N, S], lengths [N], and how many prompts had to be shortened."""
     tokens = np.zeros((len(pairs), limit), np.int32)
     lengths = np.zeros(len(pairs), np.int32)
-    shortened = 0
+    shortened, without_room = 0, []
     for row, prompt in enumerate(prompts(pairs, book, tokenizer, limit, style)):
         if prompt.room < 1:
-            raise PairsError(
-                f"pair {pairs[row].id} (row {row + 1}): its query and the rules alone take {limit - prompt.room} "
-                f"tokens, which leaves none of prompt_len={limit} for the item: {pairs[row].query[:80]!r}"
-            )
+            without_room.append((pairs[row], limit - prompt.room))
+            continue
         shortened += prompt.shortened
         tokens[row, : len(prompt.tokens)] = prompt.tokens
         lengths[row] = len(prompt.tokens)
+    if without_room:
+        raise PairsError(_without_room(without_room, limit))
     return tokens, lengths, shortened
+
+
+def _without_room(pairs: Sequence[tuple[Pair, int]], limit: int) -> str:
+    """The message about pairs whose query and rules alone take so many tokens, by the numbers of their file."""
+    lines = [
+        f"{f'row {pair.row}' if pair.row else f'pair {pair.id}'}: {needed} tokens: {pair.query[:80]!r}"
+        for pair, needed in pairs[:MAX_LISTED]
+    ]
+    if len(pairs) > MAX_LISTED:
+        lines.append(f"... and {len(pairs) - MAX_LISTED} more, of up to {max(needed for _, needed in pairs)} tokens")
+    count = f"{len(pairs)} pair{'s' * (len(pairs) > 1)}"
+    what = f"{count} whose query and rules alone take prompt_len={limit} tokens or more, which leaves none for the item:"
+    return "\n  ".join([what, *lines])
 
 
 def _move_spaces(text: str) -> tuple[str, str]:

@@ -52,17 +52,26 @@ class Evaluator:
         )
         self._sample = jax.jit(partial(sample_tiers, policy, tables, cfg), out_shardings=whole)
 
+    def sampled(self, pairs: int) -> int:
+        """How many of so many pairs are sampled for pass@k."""
+        return min(self._cfg.pass_pairs, pairs)
+
     def judge(
-        self, params: Params, split: EncodedSplit, rows: np.ndarray | None = None, sample: bool = True
+        self, params: Params, split: EncodedSplit, rows: np.ndarray | None = None, sample: bool = True,
+        advance: Callable[[int], None] = lambda pairs: None,
     ) -> Judgements:
-        """Judges the pairs of a split, or those at `rows`, greedily; samples `pass_pairs` of them for pass@k."""
+        """Judges the pairs of a split, or those at `rows`, greedily; samples some of them for pass@k.
+
+        `advance` is told after each batch how many more pairs are judged or sampled.
+        """
         rows = np.arange(len(split)) if rows is None else rows
-        greedy = self._run(lambda batch: self._greedy(params, batch), split, rows)
-        count = min(self._cfg.pass_pairs, len(rows)) if sample else 0
+        greedy = self._run(lambda batch: self._greedy(params, batch), split, rows, advance)
+        count = self.sampled(len(rows)) if sample else 0
         chosen = np.linspace(0, len(rows), count, endpoint=False).astype(int)  # spread over the split's order
         tiers, sampled_rows = None, rows[chosen]
         if count:
-            tiers = self._run(lambda batch: {"tier": self._sample(params, batch)}, split, sampled_rows)["tier"]
+            sampling = self._run(lambda batch: {"tier": self._sample(params, batch)}, split, sampled_rows, advance)
+            tiers = sampling["tier"]
         pairs = [split.pairs[i] for i in rows]
         truth = split.batch.tier[rows]
         return Judgements(
@@ -76,12 +85,16 @@ class Evaluator:
             **greedy,
         )
 
-    def _run(self, function: Callable[[Batch], dict[str, Array]], split: EncodedSplit, rows: np.ndarray) -> dict:
+    def _run(
+        self, function: Callable[[Batch], dict[str, Array]], split: EncodedSplit, rows: np.ndarray,
+        advance: Callable[[int], None],
+    ) -> dict[str, np.ndarray]:
         """Applies `function` batch by batch; the results joined, padding left out."""
         results = []
         for batch, mask in pipeline.eval_batches(split, self._cfg.batch_size, rows):
             output = jax.device_get(function(self._put(batch)))
             results.append({name: value[mask] for name, value in output.items()})
+            advance(int(mask.sum()))
         return {name: np.concatenate([r[name] for r in results]) for name in results[0]}
 
 

@@ -20,9 +20,10 @@ class Progress(AbstractContextManager):
     """A stage's progress bar with ETA and live figures; see `progress`."""
 
     def __init__(self, stage: str, total: int, start: int, every_s: float, console: rich.console.Console) -> None:
-        self._stage, self._total, self._done, self._first = stage, total, start, start
+        self._stage, self._total, self._done = stage, total, start
         self._every_s, self._console = every_s, console
         self._began = self._said = time.monotonic()
+        self._first: tuple[int, float] | None = None  # step and time of the first update: what compiles comes before
         self._bar = None
         if console.is_terminal:
             self._bar = rich.progress.Progress(
@@ -43,18 +44,40 @@ class Progress(AbstractContextManager):
             self._bar.stop()
 
     def update(self, step: int, figures: Mapping[str, float | str] | None = None) -> None:
-        """Says that `step` steps are done, with the figures to show beside, such as `{"reward": 0.61}`."""
+        """Says that `step` steps are done, with the figures to show beside, such as `{"reward": 0.61}`.
+
+        The time left follows from the steps after the first update, since the first step compiles.
+        """
         self._done = step
+        now = time.monotonic()
+        self._first = self._first or (step, now)
         text = "  ".join(f"{name} {_short(value)}" for name, value in (figures or {}).items())
         if self._bar is not None:
             self._bar.update(self._task, completed=step, **({"figures": text} if figures else {}))
             return
-        now = time.monotonic()
         if now - self._said >= self._every_s or step >= self._total:
             self._said = now
-            rate = (step - self._first) / max(now - self._began, 1e-9)
-            eta = _clock((self._total - step) / rate) if rate > 0 else "?"
-            self.print(f"{self._stage} {step}/{self._total}  {_clock(now - self._began)} eta {eta}  {text}".rstrip())
+            times = f"{_clock(now - self._began)} eta {self._eta(now)}"
+            self.print(f"{self._stage} {step}/{self._total}  {times}  {text}".rstrip())
+
+    def _eta(self, now: float) -> str:
+        first, began = self._first
+        if self._done >= self._total:
+            return "0:00"
+        rate = (self._done - first) / max(now - began, 1e-9)
+        return _clock((self._total - self._done) / rate) if rate > 0 else "?"
+
+    def advance(self, steps: int) -> None:
+        """Says that so many more steps are done."""
+        self.update(self._done + steps)
+
+    def note(self, text: str) -> None:
+        """Says what goes on within a step that takes long, such as a validation: beside the bar, or now and then."""
+        if self._bar is not None:
+            self._bar.update(self._task, figures=text)
+        elif (now := time.monotonic()) - self._said >= self._every_s:
+            self._said = now
+            self.print(f"{self._stage} {self._done}/{self._total}  {text}")
 
     def print(self, *objects: Any) -> None:
         """Prints text or rich objects above the bar; text as it is, without markup."""
