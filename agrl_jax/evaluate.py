@@ -9,24 +9,31 @@ as `scorecard.json` is written, to `--out` (default: WORKDIR/scorecard_full.json
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
-import jax
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from agrl_jax.data import pipeline
-from agrl_jax.evaluation import intervals, metrics, tables
-from agrl_jax.runtime import processes, sharding
-from agrl_jax.runtime.checkpoint import SFT_END
 from agrl_jax.runtime.config import define_distributed_flag, exit_with, parse_flags
-from agrl_jax.runtime.console import progress, say
 from agrl_jax.runtime.memory import with_huge_pages
-from agrl_jax.training import assemble
+
+if TYPE_CHECKING:  # JAX takes seconds to start: functions import what needs it, so that flags are answered at once
+    import jax
+
+    from agrl_jax.evaluation import metrics
+    from agrl_jax.training import assemble
 
 
 def evaluate(workdir: str, stages: list[str], splits: list[str], pairs: int) -> metrics.Scorecards:
     """Scorecards `{stage: {split: scores}}` of checkpoints of a workdir; stages are named as training names them."""
+    from agrl_jax.data import pipeline
+    from agrl_jax.evaluation import intervals
+    from agrl_jax.runtime import processes, sharding
+    from agrl_jax.runtime.checkpoint import SFT_END
+    from agrl_jax.runtime.console import progress
+    from agrl_jax.training import assemble
+
     folder = epath.Path(workdir)
     config = assemble.read_config(folder)
     rules = assemble.load_rules(config)
@@ -57,6 +64,9 @@ def evaluate(workdir: str, stages: list[str], splits: list[str], pairs: int) -> 
 def _params(
     folder: epath.Path, config: ConfigDict, model: assemble.Model, mesh: jax.sharding.Mesh, stage: str
 ) -> assemble.Params:
+    from agrl_jax.runtime.checkpoint import SFT_END
+    from agrl_jax.training import assemble
+
     if stage not in (SFT_END, "rl", "best"):
         raise ValueError(f"--stages: {stage!r} is not one of sft_end, rl, best")
     step = assemble.BEST if stage == "best" else None
@@ -77,6 +87,12 @@ def main(argv: list[str]) -> None:
     _define_flags()
     parse_flags(argv)
     values = flags.FLAGS
+    import jax
+
+    from agrl_jax.evaluation import tables
+    from agrl_jax.runtime import processes
+    from agrl_jax.runtime.console import say
+
     try:
         processes.connect(values.distributed)
         cards = evaluate(values.workdir, values.stages, values.splits, values.pairs)

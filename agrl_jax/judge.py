@@ -19,6 +19,8 @@ even an untrained policy's. A command that was stopped, however, goes on where i
 
 In Python:
 
+    from agrl_jax.judging.engine import Judge
+
     judge = Judge.from_checkpoint("runs/quickstart")
     judge.judge([{"query": "red shoes", "title": "Nike running shoes, red"}])[0].tier
 
@@ -32,18 +34,9 @@ import sys
 
 from absl import flags
 
-from agrl_jax.judging import trained
-from agrl_jax.judging.engine import Judge
-from agrl_jax.judging.files import PREFIX, USER_ERRORS, judge_file
-from agrl_jax.judging.trained import Settings
-from agrl_jax.rulebook.book import ORDERS
-from agrl_jax.rulebook.wording import STYLES
-from agrl_jax.runtime import processes
-from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
-from agrl_jax.runtime.console import say
+from agrl_jax.judging import PREFIX, STAGES
+from agrl_jax.runtime.config import RULES, ConfigError, exit_with, parse_flags
 from agrl_jax.runtime.memory import with_huge_pages
-
-# ------------------------------------------------------------------------------------------- the command
 
 
 def _define_flags() -> None:
@@ -53,12 +46,13 @@ def _define_flags() -> None:
     flags.DEFINE_bool("overwrite", False, "Replace an output that exists, and what another judge or input has begun.")
     flags.DEFINE_string("prefix", PREFIX, "Of the columns that are added.")
     flags.DEFINE_integer("batch_size", 64, "Pairs judged at once.", lower_bound=1)
-    flags.DEFINE_enum("stage", "best", trained.STAGES, "Of a workdir: the best of RL, its end, or its start.")
+    flags.DEFINE_enum("stage", "best", STAGES, "Of a workdir: the best of RL, its end, or its start.")
     flags.DEFINE_string("fit_cuts", None, "Labelled pairs: fit cut points on them, and keep them with the checkpoint.")
     flags.DEFINE_bool("use_cuts", False, "Choose the tier by the cut points that were kept.")
     flags.DEFINE_string("rulebook", None, "Rule book of a model that is not ours; else where to find the trained one.")
-    flags.DEFINE_enum("order", None, ORDERS, "Order of the response of a model that is not ours.")
-    flags.DEFINE_enum("style", None, STYLES, "Of the prompt: full with the rule book's instructions.")
+    orders, styles = RULES["rulebook.order"].choices, RULES["data.style"].choices
+    flags.DEFINE_enum("order", None, orders, "Order of the response of a model that is not ours.")
+    flags.DEFINE_enum("style", None, styles, "Of the prompt: full with the rule book's instructions.")
     flags.DEFINE_integer("prompt_len", None, "Tokens of a prompt; longer item texts are shortened.", lower_bound=1)
     flags.DEFINE_integer("response_len", None, "Tokens of a response.", lower_bound=1)
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of parameters and computation.")
@@ -66,6 +60,12 @@ def _define_flags() -> None:
 
 def run(values: flags.FlagValues) -> None:
     """Does what the flags ask for."""
+    from agrl_jax.judging.engine import Judge  # after the flags: JAX takes seconds to start
+    from agrl_jax.judging.files import judge_file
+    from agrl_jax.judging.trained import Settings
+    from agrl_jax.runtime import processes
+    from agrl_jax.runtime.console import say
+
     if bool(values.input) != bool(values.output) or not (values.input or values.fit_cuts):
         raise ConfigError("--input and --output are both needed, or --fit_cuts alone")
     processes.require_one("judges")
@@ -89,6 +89,8 @@ def main(argv: list[str]) -> None:
     """Exit codes: 2 for bad input, 130 if stopped by Ctrl-C."""
     _define_flags()
     parse_flags(argv)
+    from agrl_jax.judging.files import USER_ERRORS
+
     try:
         run(flags.FLAGS)
     except KeyboardInterrupt:

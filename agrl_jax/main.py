@@ -1,4 +1,12 @@
-"""Trains a judge: `python -m agrl_jax.main --config=configs/quickstart.py --workdir=runs/quickstart`."""
+"""Trains a judge.
+
+    python -m agrl_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+A config file has a function `get_config` that returns the fields of a run. `--config=FILE:grpo` hands it an argument,
+such as the method. Any field can be set here too: `--config.rl.steps=500`. All fields, with default, range and meaning:
+
+    python -m agrl_jax.fields
+"""
 
 from __future__ import annotations
 

@@ -19,23 +19,26 @@ import statistics
 import sys
 from functools import partial
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from agrl_jax.bounds.compile import GIB, Report, compile_step, find_devices, make_it_fit, only_compile
 from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
 from agrl_jax.runtime.console import console_table, say
 from agrl_jax.runtime.files import write_json
-from agrl_jax.training.run import USER_ERRORS
+
+if TYPE_CHECKING:  # JAX takes seconds to start: functions import what needs it, so that flags are answered at once
+    from agrl_jax.bounds.compile import Report
 
 # ------------------------------------------------------------------------------------------------ print
 
 
 def describe(report: Report, topology: str, guided_share: float) -> None:
     """Prints a report."""
+    from agrl_jax.bounds.compile import GIB
+
     chip, memory = report.chip, report.memory
     mesh = " x ".join(f"{axis} {size}" for axis, size in report.mesh.items())
     say(f"{report.devices} x {chip.name}{f' ({topology})' if topology else ''}, mesh {mesh}")
@@ -81,6 +84,8 @@ def versions() -> dict[str, str]:
 
 def run(config: ConfigDict, topology: str, shape: str, guided_share: float, workdir: str) -> dict[str, Any]:
     """The whole command; returns the figures of the step that fits, or of the one that does not."""
+    from agrl_jax.bounds.compile import GIB, compile_step, find_devices, make_it_fit
+
     devices, chip = find_devices(topology)
     compile_with = partial(compile_step, devices=devices, chip=chip, shape=shape, guided_share=guided_share)
     report = compile_with(config)
@@ -115,6 +120,9 @@ def main(argv: list[str]) -> None:
     _define_flags()
     parse_flags(argv)
     values = flags.FLAGS
+    from agrl_jax.bounds.compile import only_compile
+    from agrl_jax.training.run import USER_ERRORS
+
     if values.topology:
         only_compile()
     try:

@@ -24,16 +24,26 @@ def as_long_as_rl(c: ConfigDict) -> int:
 # What a method is: the fields in which it differs from AGRL, or functions of the config that give them.
 # `--config=configs/quickstart.py:grpo`.
 METHODS: dict[str, dict[str, object]] = {
-    "agrl": {},  # rule-aware reward shaping and adaptive guided replay
-    "rrs": {"guidance.enabled": False},  # rule-aware reward shaping alone
-    "agr": {"reward.composition": "terminal"},  # adaptive guided replay alone
-    "grpo_pr": {"guidance.enabled": False, "reward.composition": "sum"},  # step rewards added up, no gate
-    "grpo": {"guidance.enabled": False, "reward.composition": "terminal"},  # the tier alone
-    "grpo_ds": {"guidance.enabled": False, "reward.composition": "terminal", "rl.candidates": 4},  # and refill
-    "dpo": {},  # preferences mined from the warm start, in place of RL
-    "sft": {"rl.steps": 0},  # the warm start alone
-    "sft_more": {"more.steps": as_long_as_rl},  # the warm start goes on for what RL would cost
-    "sft_all": {"more.steps": as_long_as_rl, "more.source": "train"},  # so too, on the labels that RL sees
+    # Adaptive guided RL: rule-aware reward shaping and adaptive guided replay, on top of GRPO.
+    "agrl": {},
+    # Rule-aware reward shaping alone.
+    "rrs": {"guidance.enabled": False},
+    # Adaptive guided replay alone.
+    "agr": {"reward.composition": "terminal"},
+    # GRPO with process rewards: steps are rewarded too, added up without a gate.
+    "grpo_pr": {"guidance.enabled": False, "reward.composition": "sum"},
+    # Group relative policy optimisation: the tier alone is rewarded.
+    "grpo": {"guidance.enabled": False, "reward.composition": "terminal"},
+    # GRPO with dynamic sampling: groups whose answers all earn the same are replaced by others.
+    "grpo_ds": {"guidance.enabled": False, "reward.composition": "terminal", "rl.candidates": 4},
+    # Direct preference optimisation in place of RL, on answers sampled from the warm start.
+    "dpo": {},
+    # Supervised fine-tuning: the warm start alone.
+    "sft": {"rl.steps": 0},
+    # Supervised training goes on, for as many tokens as RL would take.
+    "sft_more": {"more.steps": as_long_as_rl},
+    # Supervised training goes on for as many tokens, on all pairs that RL sees.
+    "sft_all": {"more.steps": as_long_as_rl, "more.source": "train"},
 }
 
 
@@ -43,11 +53,11 @@ def base() -> ConfigDict:
     c.seed = 0  # of parameters, batches and sampling
     c.method = "agrl"  # names the RL stage in the scorecard
 
-    c.rulebook = ConfigDict()
+    c.rulebook = ConfigDict()  # the business's rules
     c.rulebook.path = "four_tier"  # a bundled rule book by name, or the path of a YAML file
     c.rulebook.order = "think_then_respond"  # or respond_then_think: the tier first
 
-    c.data = ConfigDict()
+    c.data = ConfigDict()  # pairs and prompts
     c.data.source = "benchmark"  # or pairs: train and evaluate on the file `path`
     c.data.path = ""  # CSV, Parquet or JSON lines of labelled pairs
     c.data.dir = ""  # where the benchmark is kept; empty: WORKDIR/data, or ~/.cache/agrl_jax of a bucket
@@ -56,7 +66,7 @@ def base() -> ConfigDict:
     c.data.response_len = 17  # T, tokens
     c.data.style = "terse"  # full: with the rule book's instructions; chat: so, through the model's chat template
 
-    c.policy = ConfigDict()
+    c.policy = ConfigDict()  # the language model
     # A Hugging Face folder, a GGUF file, or smollm2; the shape below, down to norm_eps, is then the model's own, and
     # kept in WORKDIR/policy.json. Empty: from scratch.
     c.policy.pretrained = ""
@@ -65,15 +75,15 @@ def base() -> ConfigDict:
     c.policy.layers = 4  # L
     c.policy.heads = 4  # H
     c.policy.kv_heads = 2  # K
-    c.policy.head_dim = 32
-    c.policy.mlp = 352
+    c.policy.head_dim = 32  # dimensions of each head; even
+    c.policy.mlp = 352  # hidden width of the feed-forward network
     c.policy.tied = False  # one matrix for embedding and head; apart, rare words keep their own direction
     c.policy.qk_norm = True  # as Qwen3
     c.policy.bias = False  # of queries, keys and values, as Qwen2
-    c.policy.rope_theta = 10_000.0
-    c.policy.norm_eps = 1e-6
-    c.policy.param_dtype = "float32"
-    c.policy.compute_dtype = "float32"
+    c.policy.rope_theta = 10_000.0  # base of the rotary positions
+    c.policy.norm_eps = 1e-6  # added to the mean square that RMSNorm divides by
+    c.policy.param_dtype = "float32"  # of the parameters as they are trained and kept
+    c.policy.compute_dtype = "float32"  # of activations and products; bfloat16 is faster on GPUs and TPUs
     c.policy.remat = False  # recompute layers in the backward pass, to save memory
 
     c.lora = ConfigDict()  # low-rank adapters, trained in place of the policy's weights
@@ -84,29 +94,29 @@ def base() -> ConfigDict:
 
     c.sft = ConfigDict()  # the supervised warm start
     c.sft.source = "benchmark"  # its `sft` split; or train: the pairs that RL sees; or both
-    c.sft.steps = 600
-    c.sft.batch_size = 32
+    c.sft.steps = 600  # updates
+    c.sft.batch_size = 32  # pairs
     c.sft.learning_rate = 3e-3  # peak; cosine decay to 0
     c.sft.matrix_rate = 0.01  # the same of Muon, which trains the layers' matrices; 0: AdamW trains all
-    c.sft.warmup = 30  # steps
-    c.sft.weight_decay = 0.01
+    c.sft.warmup = 30  # steps in which the learning rate rises from 0
+    c.sft.weight_decay = 0.01  # decoupled, of matrices alone
     c.sft.prompt_weight = 0.1  # of the prompts' own tokens in the loss: a policy from scratch learns from them too
 
-    c.rl = ConfigDict()
-    c.rl.steps = 400
+    c.rl = ConfigDict()  # reinforcement learning
+    c.rl.steps = 400  # rollouts, each with rl.epochs x rl.minibatches updates; 0: no RL
     c.rl.budget = 0  # forward-equivalent tokens (`budget/spent`) after which the stage ends, if sooner; 0: no limit
     c.rl.batch_size = 64  # B, examples
     c.rl.group_size = 4  # G, answers to each
     c.rl.candidates = 1  # up to so many times B examples, in place of groups with equal rewards; see rl/refill.py
-    c.rl.temperature = 1.0
+    c.rl.temperature = 1.0  # of sampling; the loss is of the same distribution
     c.rl.epochs = 1  # passes over each rollout
     c.rl.minibatches = 1  # updates in each pass
     c.rl.micro_batches = 1  # pieces of each minibatch: less memory, the same gradient
     c.rl.learning_rate = 3e-4  # peak
     c.rl.matrix_rate = 0.004  # as in sft
     c.rl.schedule = "cosine"  # after warm-up: to 0 at the end; or constant
-    c.rl.warmup = 20
-    c.rl.weight_decay = 0.0
+    c.rl.warmup = 20  # steps in which the learning rate rises from 0
+    c.rl.weight_decay = 0.0  # decoupled, of matrices alone
     c.rl.max_skipped = 10  # updates in a row skipped as not finite before the run stops
 
     c.dpo = ConfigDict()  # in place of rl where the method is dpo; see agrl_jax/supervised/dpo.py
@@ -114,43 +124,43 @@ def base() -> ConfigDict:
     c.dpo.mined = 12_800  # training pairs sampled from, stratified; 0: all
     c.dpo.pairs = 1  # preferences taken from one training pair at most
     c.dpo.beta = 0.1  # how strongly the policy is held to the reference
-    c.dpo.steps = 400
+    c.dpo.steps = 400  # updates
     c.dpo.batch_size = 64  # preferences
     c.dpo.learning_rate = 3e-4  # peak; cosine decay to 0
     c.dpo.matrix_rate = 0.002  # as in sft
-    c.dpo.warmup = 20
+    c.dpo.warmup = 20  # steps in which the learning rate rises from 0
 
     c.more = ConfigDict()  # in place of rl where the method is sft_more or sft_all: supervised training goes on
     c.more.source = "sft"  # the pairs of the warm start; or train: those that RL sees
-    c.more.steps = 400
-    c.more.batch_size = 32
+    c.more.steps = 400  # updates; sft_more and sft_all set it to what RL would cost
+    c.more.batch_size = 32  # pairs
     c.more.learning_rate = 1e-3  # peak; cosine decay to 0
     c.more.matrix_rate = 0.004  # as in sft
-    c.more.warmup = 20
+    c.more.warmup = 20  # steps in which the learning rate rises from 0
 
-    c.reward = ConfigDict()  # see agrl_jax/rl/reward.py
+    c.reward = ConfigDict()  # what an answer earns; see agrl_jax/rl/reward.py
     c.reward.composition = "gated"  # terminal, sum, gated, gated_tier
     c.reward.tier_kind = "exact"  # or ordinal: one tier off is less wrong than three
-    c.reward.tier_weight = 1.0
+    c.reward.tier_weight = 1.0  # of the right tier
     c.reward.step_weight = 1.0  # of each step; much less than the tier's, and wrong steps that give the right tier pay
-    c.reward.consistent_weight = 0.25
-    c.reward.format_weight = 0.1
-    c.reward.overlong_weight = 0.1
+    c.reward.consistent_weight = 0.25  # of steps that imply the stated tier
+    c.reward.format_weight = 0.1  # of an answer that the grammar accepts
+    c.reward.overlong_weight = 0.1  # of the penalty for length, which rises from overlong_from to response_len
     c.reward.overlong_from = 16  # tokens from which length is penalised; the longest gold answer has 16
 
-    c.objective = ConfigDict()  # see agrl_jax/rl/objective.py
+    c.objective = ConfigDict()  # the loss; see agrl_jax/rl/objective.py
     c.objective.loss = "grpo"  # grpo, dr_grpo, dapo, gspo, cispo, rloo
     c.objective.credit = "step"  # each step's reward to the tokens of that step; or sequence: all to all
-    c.objective.clip_low = 0.2
-    c.objective.clip_high = 0.2  # dapo: 0.28
+    c.objective.clip_low = 0.2  # the ratio of new to old probability counts down to 1 - clip_low
+    c.objective.clip_high = 0.2  # and up to 1 + clip_high; DAPO takes 0.28
     c.objective.kl = "none"  # to the end of the warm start: none, k1, k2, k3
-    c.objective.kl_weight = 0.0
-    c.objective.entropy_weight = 0.003
+    c.objective.kl_weight = 0.0  # of the KL term
+    c.objective.entropy_weight = 0.003  # of the entropy bonus
     c.objective.mask_truncated = False  # answers without an end give no gradient
     c.objective.logprob_chunk = 0  # positions whose logits a device holds at once, to be recomputed; 0: all, kept
 
-    c.guidance = ConfigDict()  # see agrl_jax/rl/guidance.py
-    c.guidance.enabled = True
+    c.guidance = ConfigDict()  # guided replay; see agrl_jax/rl/guidance.py
+    c.guidance.enabled = True  # failing groups are rolled again behind a part of the gold answer
     c.guidance.threshold = 0.0  # a group fails where at most this share of its answers passes
     c.guidance.capacity = 0.5  # groups guided at most, as a share of the batch
     c.guidance.replace = 2  # answers of a guided group that are rolled again
@@ -165,28 +175,28 @@ def base() -> ConfigDict:
     c.guidance.per_family = True  # one level for each query family
     c.guidance.cap = "none"  # linear or cosine: the level may at most fall to 0 over training
 
-    c.eval = ConfigDict()
+    c.eval = ConfigDict()  # validation and the scorecard
     c.eval.every = 50  # RL steps between validations; 0: only at the end
     c.eval.pairs = 500  # of each split, stratified and fixed; 0: all
-    c.eval.validation_pairs = 256
+    c.eval.validation_pairs = 256  # pairs of each validation
     c.eval.pass_k = 8  # samples of each pair for pass@k and majority@k
     c.eval.pass_pairs = 128  # pairs sampled so
-    c.eval.batch_size = 128
+    c.eval.batch_size = 128  # pairs judged at once
     c.eval.bootstrap = 1000  # resamples of the 95% intervals
 
-    c.checkpoint = ConfigDict()
+    c.checkpoint = ConfigDict()  # what a run that is resumed goes on from
     c.checkpoint.every = 50  # steps
     c.checkpoint.keep = 2  # besides the best by validation and the end of the warm start
 
-    c.log = ConfigDict()
+    c.log = ConfigDict()  # metrics and samples
     c.log.every = 1  # steps
     c.log.samples_every = 25  # steps between decoded rollouts
     c.log.samples = 2  # examples decoded each time
 
     c.mesh = ConfigDict()  # devices along each axis; -1: all that remain
-    c.mesh.data = -1
-    c.mesh.fsdp = 1
-    c.mesh.tensor = 1
+    c.mesh.data = -1  # the batch is split over them
+    c.mesh.fsdp = 1  # so is the batch, and parameters and optimiser too
+    c.mesh.tensor = 1  # heads, feed-forward, vocabulary and experts are split over them
     c.mesh.gather_decode = True  # whole weights for decoding, once per rollout; False: less memory, gathered each token
     return c
 

@@ -18,12 +18,10 @@ import polars as pl
 from absl import flags
 from etils import epath
 
-from agrl_jax.evaluation import judgements, tables
 from agrl_jax.evaluation.html import render
 from agrl_jax.runtime.config import exit_with, parse_flags
 from agrl_jax.runtime.console import say
 from agrl_jax.runtime.files import check_writable, write_text
-from agrl_jax.runtime.logs import read_jsonl
 
 RISE, FALL = 0.02, 0.02  # of a part and of validation accuracy, over three validations in a row: an alarm
 
@@ -60,6 +58,9 @@ def page(workdirs: Sequence[epath.PathLike]) -> str:
 
 def _run(workdir: epath.Path) -> dict[str, Any]:
     """All that the page shows of a workdir; `missing` says what it cannot show."""
+    from agrl_jax.evaluation import judgements, tables  # here: JAX, which they need, takes seconds to start
+    from agrl_jax.runtime.logs import read_jsonl
+
     if not (workdir / "metrics.jsonl").exists():
         raise ValueError(f"{workdir / 'metrics.jsonl'}: not found; is {workdir} the workdir of a training run?")
     rows = read_jsonl(workdir / "metrics.jsonl")

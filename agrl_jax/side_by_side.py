@@ -25,22 +25,21 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import rich.table
 from absl import flags
 
-from agrl_jax.data.pairs import PairsError
-from agrl_jax.data.rows import Record, open_rows
 from agrl_jax.evaluation.html import render
-from agrl_jax.judging import trained
-from agrl_jax.judging.engine import Judge, Judgement
-from agrl_jax.judging.files import USER_ERRORS
-from agrl_jax.runtime import processes
+from agrl_jax.judging import STAGES
 from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
 from agrl_jax.runtime.console import console_table, progress, say
 from agrl_jax.runtime.files import check_writable, write_json, write_text
+
+if TYPE_CHECKING:  # JAX takes seconds to start: functions import what needs it, so that flags are answered at once
+    from agrl_jax.data.rows import Record
+    from agrl_jax.judging.engine import Judge, Judgement
 
 _SHOWN = ("title", "brand", "color", "category", "price", "description")
 _ANSWERS = ("left", "same", "right")
@@ -62,6 +61,9 @@ def read_queries(path: str) -> tuple[list[Record], dict[str, list[int]]]:
     Raises:
       PairsError: the file cannot be read, lacks a column, or has a row that cannot be read.
     """
+    from agrl_jax.data.pairs import PairsError
+    from agrl_jax.data.rows import open_rows
+
     file = open_rows(path)
     for name in ("query", "title"):
         if name not in file.schema.names:
@@ -228,6 +230,8 @@ def table(asked: Gsb, equal: int) -> rich.table.Table:
 
 def write_page(values: flags.FlagValues) -> None:
     """Judges the queries with both judges, and writes the page and its key."""
+    from agrl_jax.judging.engine import Judge
+
     out = Path(values.out)
     check_writable(out, "--out")
     rows, queries = read_queries(values.queries)
@@ -294,8 +298,8 @@ def _define_flags() -> None:
     flags.DEFINE_integer("top", 10, "Items shown of each list.", lower_bound=1)
     flags.DEFINE_integer("sample", 0, "Queries drawn from the file; 0: all.", lower_bound=0)
     flags.DEFINE_integer("seed", 0, "Of the sides, and of the sample.")
-    flags.DEFINE_enum("a_stage", "best", trained.STAGES, "Of a workdir: the best of RL, its end, or its start.")
-    flags.DEFINE_enum("b_stage", "best", trained.STAGES, "Likewise.")
+    flags.DEFINE_enum("a_stage", "best", STAGES, "Of a workdir: the best of RL, its end, or its start.")
+    flags.DEFINE_enum("b_stage", "best", STAGES, "Likewise.")
     flags.DEFINE_integer("batch_size", 64, "Pairs judged at once.", lower_bound=1)
     flags.DEFINE_bool("overwrite", False, "Replace the page and key of other queries or judges.")
 
@@ -310,6 +314,8 @@ def run(values: flags.FlagValues) -> None:
         return
     if len(given) < 3:
         raise ConfigError("--a, --b and --queries are all needed to write a page, or --answers to count its answers")
+    from agrl_jax.runtime import processes
+
     processes.require_one("compares judges")
     write_page(values)
 
@@ -318,6 +324,8 @@ def main(argv: list[str]) -> None:
     """Exit code 2 for bad input."""
     _define_flags()
     parse_flags(argv)
+    from agrl_jax.judging.files import USER_ERRORS
+
     try:
         run(flags.FLAGS)
     except (*USER_ERRORS, SideBySideError) as error:

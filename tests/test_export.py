@@ -11,10 +11,10 @@ import pytest
 from workdirs import make_workdir
 
 from agrl_jax.evaluation import tables
-from agrl_jax.export import export
 from agrl_jax.judging import cuts, trained
 from agrl_jax.judging.cuts import Fit
 from agrl_jax.judging.engine import Judge
+from agrl_jax.judging.export import export
 from agrl_jax.judging.trained import TrainedError
 from agrl_jax.policy.families import LoadingError
 from agrl_jax.rulebook import book

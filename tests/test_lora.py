@@ -16,8 +16,7 @@ from ml_collections import ConfigDict
 from test_pretrained import make_config, run, save_model, small_benchmark  # noqa: F401 (a fixture for this module too)
 from tiny import get_config
 
-from agrl_jax import export
-from agrl_jax.judging import trained
+from agrl_jax.judging import export, trained
 from agrl_jax.policy import loading, lora
 from agrl_jax.policy.layers import PolicyConfig
 from agrl_jax.policy.lora import LoraConfig

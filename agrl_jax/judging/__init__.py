@@ -1,0 +1,4 @@
+"""Trained policies as judges: of pairs, of files of any length, and as a folder to hand on."""
+
+STAGES = ("best", "rl", "sft_end")  # of a workdir: the best of RL by validation, its end, and its start
+PREFIX = "judge_"  # of the columns that judging adds to a file

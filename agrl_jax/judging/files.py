@@ -14,13 +14,12 @@ import pyarrow as pa
 
 from agrl_jax.data.pairs import PairsError
 from agrl_jax.data.rows import Journal, OutputError, Record, RowFile, check_output, open_rows, write_rows
-from agrl_jax.judging import trained
+from agrl_jax.judging import PREFIX, trained
 from agrl_jax.judging.cuts import CutsError
 from agrl_jax.judging.engine import Judge, Judgement
 from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.runtime.console import progress
 
-PREFIX = "judge_"  # of the columns that are added
 _LISTED = 10  # bad rows named in the summary
 
 USER_ERRORS = (*trained.LOAD_ERRORS, CutsError, PairsError, OutputError)  # shown as one message

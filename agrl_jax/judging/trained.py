@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from agrl_jax.data import chat, pipeline
 from agrl_jax.data.pairs import Pair
+from agrl_jax.judging import STAGES
 from agrl_jax.policy import loading, transformer
 from agrl_jax.policy.families import LoadingError
 from agrl_jax.policy.tokenizer import Tokenizer, TokenizerError
@@ -27,7 +28,6 @@ from agrl_jax.runtime.config import ConfigError
 from agrl_jax.training import assemble
 from agrl_jax.types import Array, Params, Policy, RuleTables
 
-STAGES = ("best", "rl", SFT_END)
 RECORD_FILE = "agrl_jax.json"  # what an exported folder says of its training
 CUTS_FILE = "cuts.json"
 # Fields of the record: how the policy was trained to be asked.

@@ -22,6 +22,8 @@ from ml_collections import ConfigDict
 
 from agrl_jax.hints import did_you_mean
 
+flags.disclaim_key_flags()  # what `define_distributed_flag` defines is its caller's, and shown by its --help
+
 
 class ConfigError(ValueError):
     """A config that cannot be run; the message names every field that is wrong."""
@@ -29,7 +31,7 @@ class ConfigError(ValueError):
 
 def _hint(name: str, known: Iterable[str]) -> str:
     known = list(known)
-    otherwise = f"; known: {', '.join(known)}" if len(known) <= 12 else "; see agrl_jax/recipes.py for all fields"
+    otherwise = f"; known: {', '.join(known)}" if len(known) <= 12 else "; `python -m agrl_jax.fields` lists all"
     return did_you_mean(name, known, count=3) or otherwise
 
 
@@ -114,9 +116,9 @@ class Rule:
         if (value is None and self.optional) or (type(value) is self.type and value in self.also):
             return ""
         if not _is_a(value, self.type):
-            return f"is {value!r}, expected {self._expected()}"
+            return f"is {value!r}, expected {self.expected()}"
         if self.choices and value not in self.choices:
-            return f"is {value!r}, expected {self._expected()}{did_you_mean(str(value), self.choices, count=3)}"
+            return f"is {value!r}, expected {self.expected()}{did_you_mean(str(value), self.choices, count=3)}"
         if self.type not in (int, float):
             return ""
         inside = (
@@ -125,9 +127,10 @@ class Rule:
             and (self.above is None or value > self.above)
             and (self.high is None or value <= self.high)
         )
-        return "" if inside else f"is {value!r}, expected {self._expected()}"
+        return "" if inside else f"is {value!r}, expected {self.expected()}"
 
-    def _expected(self) -> str:
+    def expected(self) -> str:
+        """What the field may hold, such as `a whole number >= 1`."""
         if self.choices:
             text = "one of " + ", ".join(map(str, self.choices))
         elif self.type in (int, float):
@@ -478,6 +481,8 @@ def parse_flags(argv: Sequence[str], name: str = "config", positional: bool = Fa
     first; more than that is a mistake, unless `positional`. Fits `absl.app.run(flags_parser=...)` too.
     """
     app.define_help_flags()
+    if not {"--help", "-help", "--h", "-h", "-?"}.isdisjoint(argv[1:]):
+        app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)  # absl itself exits with 1, as for a mistake
     try:
         rest = flags.FLAGS(list(argv))
         if name in flags.FLAGS and flags.FLAGS[name].value is not None:

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import jax
 import rich.console
 import rich.progress
 import rich.table
@@ -91,6 +90,8 @@ def say(*objects: Any) -> None:
 
 def _stdout() -> rich.console.Console:
     """Standard output; nothing is shown on any process of a run but the first."""
+    import jax  # here: a command answers --help before it starts
+
     return rich.console.Console(file=sys.stdout, quiet=jax.process_index() > 0)
 
 
