@@ -201,6 +201,18 @@ def base() -> ConfigDict:
     return c
 
 
+def pairs() -> ConfigDict:
+    """AGRL for the same small policy, on a file of labelled pairs, `data.path`, whose steps may be unknown."""
+    c = base()
+    c.data.source = "pairs"
+    c.data.prompt_len = 96  # real titles are longer
+    c.policy.vocab_size = 4000  # and their words more varied
+    c.rl.steps = 150
+    c.guidance.source = "own"  # most real pairs have the tier alone
+    c.eval.every = 25
+    return c
+
+
 def language_model() -> ConfigDict:
     """AGRL for a language model that can follow instructions, on the bundled benchmark."""
     c = base()

@@ -18,11 +18,4 @@ from agrl_jax.runtime.config import parse_arg
 def get_config(arg: str | None = None) -> ConfigDict:
     """The quickstart's policy and method, on pairs whose steps may be unknown."""
     variant = parse_arg(arg, variant=tuple(recipes.METHODS)).variant
-    c = recipes.base()
-    c.data.source = "pairs"
-    c.data.prompt_len = 96  # real titles are longer
-    c.policy.vocab_size = 4000  # and their words more varied
-    c.rl.steps = 150
-    c.guidance.source = "own"  # of most real pairs the tier alone is known
-    c.eval.every = 25
-    return recipes.with_method(c, variant)
+    return recipes.with_method(recipes.pairs(), variant)

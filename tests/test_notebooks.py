@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,6 +34,30 @@ def test_they_are_committed_clean_and_install_alike() -> None:
     assert first.source == second.source
 
 
+def first_cell(folder: Path, path: str = "") -> subprocess.CompletedProcess:
+    """Runs the first cell in `folder`, by a Python that knows no installed packages, and says what was found."""
+    notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
+    source = next(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    return subprocess.run(
+        [sys.executable, "-S", "-c", f"{source}\nimport agrl_jax; print(agrl_jax.__file__)"],
+        cwd=folder, env={"PYTHONPATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_the_first_cell_finds_a_checkout_and_an_installed_package(tmp_path: Path) -> None:
+    mine = str(ROOT / "agrl_jax" / "__init__.py")
+    assert first_cell(ROOT / "colab").stdout.strip() == mine  # the notebook in a checkout
+    (tmp_path / "agrl_jax").symlink_to(ROOT)  # a checkout beside the notebook
+    assert first_cell(tmp_path).stdout.strip() == str(tmp_path / "agrl_jax" / "agrl_jax" / "__init__.py")
+    assert first_cell(tmp_path.parent, str(ROOT)).stdout.strip() == mine
+
+
+def test_the_first_cell_says_what_to_do_where_there_is_no_package(tmp_path: Path) -> None:
+    done = first_cell(tmp_path)
+    assert done.returncode == 1 and "ModuleNotFoundError: agrl_jax is not here" in done.stderr
+    assert "pip wheel" in done.stderr and "OWNER" not in done.stderr
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Runs a notebook in a fresh kernel of this Python, the small setting after its parameters; its outputs as text."""
@@ -53,7 +78,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         small = nbformat.v4.new_code_cell(f"WORKDIR = {str(tmp_path / 'run')!r}\nCHANGES = {SMALL!r}")
         notebook.cells.insert(at + 1, small)
         client.NotebookClient(
-            notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "colab")}}
+            notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
         ).execute()
         outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
         return "\n".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs)

@@ -1,6 +1,6 @@
 """Labelled pairs for a rule book of another business: job ads for what people look for.
 
-    from examples import jobs
+    from agrl_jax.data.bundled import jobs
     jobs.write_pairs("jobs.csv", rules)
 
 The rule book has the steps `role` (same, related, other), `place` (here, remote, elsewhere, not asked) and `hours`
