@@ -160,7 +160,7 @@ def base() -> ConfigDict:
     c.objective.logprob_chunk = 0  # positions whose logits a device holds at once, to be recomputed; 0: all, kept
 
     c.guidance = ConfigDict()  # guided replay; see agrl_jax/rl/guidance.py
-    c.guidance.enabled = True  # failing groups are rolled again behind a part of the gold answer
+    c.guidance.enabled = True  # groups that fail answer again, after being given the first parts of the gold answer
     c.guidance.threshold = 0.0  # a group fails where at most this share of its answers passes
     c.guidance.capacity = 0.5  # groups guided at most, as a share of the batch
     c.guidance.replace = 2  # answers of a guided group that are rolled again

@@ -1,4 +1,4 @@
-"""The README's table of what a step takes on TPUs, each compiled for real; no TPU needed.
+"""The table of docs/tpu.md: what a step takes on TPUs, each compiled for real; no TPU needed.
 
     python -m benchmarks.preflight [--only=qwen3_8b@v6e:8x8]
 

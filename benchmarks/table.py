@@ -1,4 +1,4 @@
-"""The README's tables and plot of the benchmarks, from the results files.
+"""The tables and plot of docs/benchmarks.md, from the results files.
 
     python -m benchmarks.table [--results=benchmarks/results] [--plot=docs/benchmarks.png]
 

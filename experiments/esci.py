@@ -1,4 +1,4 @@
-"""Real pairs of which the tier alone is known: SFT, DPO, GRPO and AGRL on a file of ESCI pairs.
+"""Real pairs whose only label is the tier: SFT, DPO, GRPO and AGRL on a file of ESCI pairs.
 
     python -m experiments.run --sweep=experiments/esci.py --config.data.path=esci.parquet
 """

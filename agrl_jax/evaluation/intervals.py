@@ -23,7 +23,7 @@ def score(judged: Judgements, book: RuleBook, bootstrap: int = 1000, seed: int =
       kappa, mae                     quadratic-weighted, and mean absolute error, both in grades
       step_accuracy[/STEP]           over the known steps of all pairs together
       all_right                      the tier and every known step are right, so that the tier is not right by luck;
-                                     over the pairs of which a step is known
+                                     over the pairs with a known step
       adherence                      the stated steps imply the stated tier; over all pairs
       format, truncated              shares; response_tokens is a mean
       pass@K, majority@K             of K samples one is right; the most frequent stated tier is right

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): W + (alpha / rank) A B, of which only A and B are trained.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): W + (alpha / rank) A B, where only A and B are trained.
 
 The adapters are a tree of their own, with `a` and `b` in place of each adapted matrix of the layers; the base
 policy's parameters stay as they are. `attach` lays one over the other, and the result is a tree of parameters like

@@ -44,7 +44,7 @@ def token_logprobs(
 def _logp_and_entropy(logits: Array, tokens: Array) -> tuple[Array, Array]:
     """Log-probability of `tokens` [...] and entropy [...] under logits [..., V].
 
-    The gradient is written out, as one pass over the logits: that of a look-up alone would scatter into zeros as large.
+    The gradient is written out as one pass over the logits. The derived one would scatter into zeros of their size.
     """
     return _logp_and_entropy_forward(logits, tokens)[0]
 
@@ -52,8 +52,8 @@ def _logp_and_entropy(logits: Array, tokens: Array) -> tuple[Array, Array]:
 def _logp_and_entropy_forward(logits: Array, tokens: Array) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
     peak = jnp.max(logits, axis=-1)
     share = jnp.exp(logits - peak[..., None])
-    # As one reduction, of which the barrier keeps both parts: XLA's CPU backend hands a single sum of exponentials to a
-    # library (YNNPACK), where it takes 2 to 10 times as long.
+    # One reduction gives both sums, and the barrier keeps both. XLA on a CPU would hand a single sum of exponentials
+    # to a library (YNNPACK), which takes 2 to 10 times as long.
     sums = jax.lax.reduce((share, share * logits), (0.0, 0.0), _add_pairs, (logits.ndim - 1,))
     total, mean = jax.lax.optimization_barrier(sums)
     mean, log_total = mean / total, peak + jnp.log(total)

@@ -113,7 +113,7 @@ def rollout(
     """Samples a response for each of `keys` [B, G] until its end token or `length` tokens (T).
 
     `forced` [B, G, T] with `forced_len` [B, G]: tokens to take as given at positions t < forced_len;
-    their log-probability is recorded as 0, that of a choice without alternative. `grammar`: sample
+    their log-probability is recorded as 0, since they were certain. `grammar`: sample
     well-formed responses only, in at most T tokens. `prefill_forced=False` feeds forced tokens through
     the loop one by one, the slow reference to which the parallel pass is held.
     """

@@ -83,7 +83,7 @@ def compile_tables(book: RuleBook, token_bytes: Sequence[bytes | None], end_toke
 
 
 def find_phrases(phrases: Sequence[bytes]) -> ByteAutomaton:
-    """The Aho-Corasick automaton of phrases of which none stands inside another, so that no two end together."""
+    """The Aho-Corasick automaton of phrases. No phrase stands inside another, so no two end together."""
     children: list[dict[int, int]] = [{}]
     emit = [UNKNOWN]
     for index, phrase in enumerate(phrases):

@@ -1,4 +1,4 @@
-"""Pairs of which some steps are unknown: the policy fills them in itself, and is not taught what it filled in.
+"""Pairs with unknown steps: the policy fills them in itself, and is not taught what it filled in.
 
 Parts are taken in the order of the response. A part that is known gets its canonical text; for one that is not, the
 policy's own likeliest value is taken, among those that the table still allows with the tier and the steps known.

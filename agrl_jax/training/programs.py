@@ -119,7 +119,7 @@ def rl_program(
     """The program of reinforcement learning from the end of the warm start; guidance remembers `rows` training pairs
     and has levels for the `families` of queries."""
     base, start = _from_reference(config, reference)
-    # Of fresh adapters, the reference is the base itself: no adapters at all.
+    # The reference of adapters that begin here is the base alone, which has none.
     compared = None if config.objective.kl == "none" else {} if start is None else start
     _, axes = assemble.trained_part(config, model, "rl")
     updates = config.rl.steps * config.rl.epochs * config.rl.minibatches

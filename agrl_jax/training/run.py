@@ -146,7 +146,7 @@ def _set_up(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh, sa
     with processes.first_alone("set up"):
         if jax.process_index() == 0:
             assemble.write_config(config, workdir)
-        assemble.keep_pretrained(config, workdir)  # before the data, which take longer to find fault with
+        assemble.keep_pretrained(config, workdir)  # before the data: a mistake here shows sooner
         data = assemble.load_data(config, rules, workdir)
         model = assemble.load_model(config, workdir, data, mesh)
     for stage, pairs in (("sft", data.sft), ("rl", _pairs_of(config, data))):
