@@ -176,12 +176,21 @@ class Policy(NamedTuple):
 
 
 @struct.dataclass
+class OwnAnswers:
+    """The latest answer of the policy's own to each training row that is worth showing to it again."""
+
+    tokens: Array  # [N, T] int32
+    part_end: Array  # [N, P] int32, as in `Batch`; all 0 where there is no such answer yet
+
+
+@struct.dataclass
 class GuidanceState:
     """What guided replay remembers between steps."""
 
     level: Array  # [families] float32 parts revealed, before the offset of the row
     offset: Array  # [N] int8 correction of the level for each training row
     memory: Array  # [N] int8 pass rate in percent when the row was last guided; UNKNOWN if not, or since met again
+    own: OwnAnswers | None = None  # where guidance reveals the policy's own answers
 
 
 @struct.dataclass

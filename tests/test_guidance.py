@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agrl_jax.rl import guidance
-from agrl_jax.rl.guidance import GuidanceConfig, Selection
-from agrl_jax.types import UNKNOWN, GuidanceState, Reading, Rollout
+from agrl_jax.rl.guidance import GuidanceConfig, Revelation, Selection
+from agrl_jax.types import UNKNOWN, GuidanceState, OwnAnswers, Reading, Rollout
 
 BASE = GuidanceConfig(
     threshold=0.25, capacity=0.5, replace=2, source="gold", level="adaptive", initial_level=1.5, eta=0.4,
@@ -104,65 +104,105 @@ def test_the_first_state(batch):
     np.testing.assert_array_equal(state.level, [1.5])
     np.testing.assert_array_equal(state.offset, [0] * 5)
     np.testing.assert_array_equal(state.memory, [UNKNOWN] * 5)
+    assert state.own is None
+    own = guidance.initial_state(5, 3, having(source="own"), 6, 3).own
+    assert own.tokens.shape == (5, 6) and own.part_end.shape == (5, 3) and not own.part_end.any()
     assert guidance.initial_state(5, 3, having(per_family=True)).level.shape == (3,)
+
+
+def revealed(batch, level, own=None, order=(0, 1, 2)):
+    """The tokens revealed to each group, or None where it cannot be guided."""
+    seen = guidance.reveal(batch, jnp.array(level), own, order)
+    return [
+        row[:length].tolist() if most else None
+        for row, length, most in zip(*map(np.asarray, (seen.tokens, seen.length, seen.most)), strict=True)
+    ]
+
+
+def test_gold_is_revealed_part_by_part_as_far_as_it_is_known(batch):
+    # F:yes 0, F:part 1, F:no 2, B:ok 3, B:off 4
+    assert revealed(batch, [0, 0, 0, 0]) == [[], [], None, []]
+    assert revealed(batch, [1, 1, 1, 1]) == [[0], [1], None, [2]]
+    assert revealed(batch, [2, 2, 2, 2]) == [[0, 3], [1], None, [2, 4]]
+
+
+def test_the_tier_is_never_revealed_where_it_comes_last(batch):
+    assert revealed(batch, [3, 3, 3, 3]) == [[0, 3], [1], None, [2, 4]]
+
+
+def test_what_is_asked_for_and_what_is_shown_are_told_apart(batch):
+    seen = guidance.reveal(batch, jnp.array([0, 2, 2, 1]), None, (0, 1, 2))
+    np.testing.assert_array_equal(seen.asked, [0, 2, 2, 1])
+    np.testing.assert_array_equal(seen.most, [2, 1, 0, 2])
+    np.testing.assert_array_equal(seen.shown, [0, 1, 0, 1])
+    assert not seen.gives_tier.any()
+    tier_first = guidance.reveal(batch, jnp.array([0, 1, 2, 2]), None, (2, 0, 1))
+    np.testing.assert_array_equal(tier_first.gives_tier, [False, True, False, True])
 
 
 # What the groups said themselves: two answers each. A right answer of tokens brand-free, then 2 (F:no), 4, 7, end.
 OWN = np.array([[[0, 3, 5, 11, 11, 11], [8, 2, 9, 4, 7, 11]]] * 4, np.int32)
 ENDS = np.array([[[0, 1, 2], [1, 3, 4]]] * 4, np.int32)  # where fit, brand and tier were complete
+NOTHING = OwnAnswers(jnp.zeros((4, 6), jnp.int32), jnp.zeros((4, 3), jnp.int32))
 
 
-def revealed(batch, level, right, source, order=(0, 1, 2)):
-    """The tokens revealed to each group, or None where it cannot be guided."""
+def remembered(batch, right, own=NOTHING, order=(0, 1, 2), position=ENDS) -> OwnAnswers:
+    """What is remembered of answers of which these are `right`: [2], or [4, 2]."""
     blank = np.ones(OWN.shape, bool)
     rolled = Rollout(OWN, np.zeros(OWN.shape, np.float32), blank, blank, blank[..., 0])
-    reading = Reading(value=ENDS, count=ENDS, position=ENDS, well_formed=blank[..., 0])
-    right = np.broadcast_to(np.array(right), (4, 2))
-    tokens, lengths, available = guidance.reveal(
-        batch, jnp.array(level), rolled, reading, right, order, having(source=source)
-    )
-    return [
-        row[:length].tolist() if known else None
-        for row, length, known in zip(np.asarray(tokens), np.asarray(lengths), np.asarray(available), strict=True)
-    ]
-
-
-def test_gold_is_revealed_part_by_part_as_far_as_it_is_known(batch):
-    nobody = (False, False)
-    # F:yes 0, F:part 1, F:no 2, B:ok 3, B:off 4
-    assert revealed(batch, [0, 0, 0, 0], nobody, "gold") == [[], [], None, []]
-    assert revealed(batch, [1, 1, 1, 1], nobody, "gold") == [[0], [1], None, [2]]
-    assert revealed(batch, [2, 2, 2, 2], nobody, "gold") == [[0, 3], [1], None, [2, 4]]
-
-
-def test_the_tier_is_never_revealed_where_it_comes_last(batch):
-    assert revealed(batch, [3, 3, 3, 3], (False, False), "gold") == [[0, 3], [1], None, [2, 4]]
+    reading = Reading(value=position, count=position, position=position, well_formed=blank[..., 0])
+    return guidance.remember(own, batch, rolled, reading, np.broadcast_to(np.array(right), (4, 2)), order)
 
 
 def test_own_answers_are_revealed_where_gold_is_not_known_that_far(batch):
-    second = (False, True)
+    own = remembered(batch, (False, True))
     # Known far enough: gold. Otherwise the right answer up to where its first parts were complete, detours included.
-    assert revealed(batch, [1, 1, 1, 1], second, "own") == [[0], [1], [8, 2], [2]]
-    assert revealed(batch, [2, 2, 2, 2], second, "own") == [[0, 3], [8, 2, 9, 4], [8, 2, 9, 4], [2, 4]]
-    assert revealed(batch, [1, 1, 1, 1], (True, True), "own")[2] == [0]  # the first of the right answers
-    assert revealed(batch, [2, 2, 2, 2], (False, False), "own") == [[0, 3], [1], None, [2, 4]]
+    assert revealed(batch, [0, 0, 0, 0], own) == [[], [], [], []]
+    assert revealed(batch, [1, 1, 1, 1], own) == [[0], [1], [8, 2], [2]]
+    assert revealed(batch, [2, 2, 2, 2], own) == [[0, 3], [8, 2, 9, 4], [8, 2, 9, 4], [2, 4]]
+    assert revealed(batch, [1, 1, 1, 1], remembered(batch, (True, True)))[2] == [0]  # the first of the right answers
+    assert revealed(batch, [2, 2, 2, 2], remembered(batch, (False, False))) == [[0, 3], [1], None, [2, 4]]
+
+
+def test_a_row_that_fails_is_shown_what_it_once_said(batch):
+    """Row 2, of which nothing is known, had a right answer when it was met first, and has none now."""
+    first = remembered(batch, [[False, False], [False, False], [False, True], [False, False]])
+    assert revealed(batch, [2] * 4, first) == [[0, 3], [1], [8, 2, 9, 4], [2, 4]]
+    later = remembered(batch, (False, False), first)
+    assert revealed(batch, [2] * 4, later) == revealed(batch, [2] * 4, first)
+    newer = remembered(batch, (True, False), later)
+    assert revealed(batch, [2] * 4, newer)[2] == [0, 3]  # the latest one
+    other = jax.tree.map(lambda x: x[[2, 3, 0, 1]], batch)  # by row, wherever it stands in the batch
+    assert revealed(other, [2] * 4, first)[0] == [8, 2, 9, 4]
 
 
 def test_own_answers_in_another_order_of_parts(batch):
     """respond_then_think: the first part is the tier, complete where `position` of part R says."""
-    tier_first = dataclasses.replace(batch, known_parts=np.zeros(4, np.int32))
-    ends = revealed(tier_first, [1, 1, 1, 1], (False, True), "own", order=(2, 0, 1))
-    assert ends == [[8, 2, 9, 4, 7]] * 4
+    order, nothing_known = (2, 0, 1), dataclasses.replace(batch, known_parts=np.zeros(4, np.int32))
+    own = remembered(nothing_known, (False, True), order=order, position=ENDS[..., [1, 2, 0]])
+    assert revealed(nothing_known, [1, 1, 1, 1], own, order) == [[8, 2]] * 4
+    assert revealed(nothing_known, [2, 2, 2, 2], own, order) == [[8, 2, 9, 4]] * 4
 
 
 # ---------------------------------------------------------------------------------------- what is remembered
 
 
+def seen(shown=1, asked=None, most=2, gives_tier=False) -> Revelation:
+    """What was revealed to four groups, one value for all or one each; by default what was asked for."""
+    shown, asked, most, gives_tier = (
+        jnp.broadcast_to(jnp.array(x), 4) for x in (shown, shown if asked is None else asked, most, gives_tier)
+    )
+    return Revelation(jnp.zeros((4, 6), jnp.int32), shown, asked, most, shown, gives_tier)
+
+
+def updated(batch, state, plain_pass, guided, guided_pass, what=None, **changes) -> GuidanceState:
+    plain_pass, guided_pass = np.array(plain_pass, np.float32), np.array(guided_pass, np.float32)
+    return guidance.update(state, batch, plain_pass, np.array(guided), guided_pass, what or seen(), having(**changes))
+
+
 def test_the_level_moves_towards_a_pass_rate_of_one_half(batch):
     def level(guided, guided_pass, start=1.0, **changes):
-        passes = np.array(guided_pass, np.float32)
-        after = guidance.update(memory([start]), batch, np.zeros(4), np.array(guided), passes, having(**changes))
-        return float(after.level[0])
+        return float(updated(batch, memory([start]), [0] * 4, guided, guided_pass, **changes).level[0])
 
     some = [True, True, False, False]
     assert np.isclose(level(some, [0.0, 0.0, 9, 9]), 1 + 0.4 * 0.5)  # all fail: reveal more
@@ -174,32 +214,58 @@ def test_the_level_moves_towards_a_pass_rate_of_one_half(batch):
     assert level(some, [0.0, 0.0, 9, 9], level="fixed") == 1.0
 
 
+def test_the_level_does_not_wind_up_beyond_what_can_be_shown(batch):
+    def level(start, guided, guided_pass, what):
+        return float(updated(batch, memory([start]), [0] * 4, guided, guided_pass, what).level[0])
+
+    everyone, failing = [True] * 4, [0.0] * 4
+    tier_only = seen(shown=1, asked=2, most=1)
+    assert level(2.0, everyone, failing, tier_only) == 1.0  # no row could be shown more than one part
+    assert np.isclose(level(2.0, everyone, [1.0] * 4, tier_only), 1.0)
+    assert level(1.0, everyone, failing, seen(shown=1, most=1)) == 1.0  # fails, and that was all there is
+    # One row of the two could be shown two parts: it alone asks for more, and passes.
+    mixed = seen(shown=[1, 2, 1, 1], asked=2, most=[1, 2, 1, 1])
+    assert np.isclose(level(1.8, [True, True, False, False], [0.0, 0.75, 9, 9], mixed), 1.8 - 0.4 * 0.25 / 2)
+    # Rows that were not guided do not hold the level down.
+    assert level(2.0, [False, True, False, False], [9, 0.5, 9, 9], mixed) == 2.0
+
+
 def test_each_family_has_its_own_level(batch):
-    guided, passes = np.array([True, False, True, True]), np.array([0.0, 9.0, 1.0, 1.0], np.float32)
-    after = guidance.update(memory([1.0, 0.5]), batch, np.zeros(4), guided, passes, having(per_family=True))
+    guided, passes = [True, False, True, True], [0.0, 9.0, 1.0, 1.0]
+    after = updated(batch, memory([1.0, 0.5]), [0] * 4, guided, passes, per_family=True)
     np.testing.assert_allclose(after.level, [1.0, 0.5 - 0.2])  # rows 0 and 2 balance; row 3 alone
+    limited = seen(shown=1, asked=2, most=[1, 2, 1, 2])  # family 0 can be shown one part, family 1 two
+    after = updated(batch, memory([2.0, 2.0]), [0] * 4, [True] * 4, [0.5] * 4, limited, per_family=True)
+    np.testing.assert_allclose(after.level, [1.0, 2.0])
 
 
 def test_offsets_and_memory_by_hand(batch):
     state = memory(offset=(0, 2, -2, 1, 5), seen=(UNKNOWN, 30, 50, UNKNOWN, 77))  # row 4 is not in this batch
-    guided = np.array([True, True, False, False])
-    guided_pass = np.array([0.25, 0.26, 0.0, 0.0], np.float32)
-    plain_pass = np.array([0.0, 0.0, 0.26, 0.25], np.float32)
-    after = guidance.update(state, batch, plain_pass, guided, guided_pass, BASE)
+    guided = [True, True, False, False]
+    guided_pass, plain_pass = [0.25, 0.26, 0.0, 0.0], [0.0, 0.0, 0.26, 0.25]
+    after = updated(batch, state, plain_pass, guided, guided_pass)
     # Failed even guided: up. Passed guided: stays. Passes unguided: down, but not below -2. Fails, not guided: stays.
     np.testing.assert_array_equal(after.offset, [1, 2, -2, 1, 5])
     np.testing.assert_array_equal(after.memory, [25, 26, UNKNOWN, UNKNOWN, 77])
     assert after.offset.dtype == after.memory.dtype == jnp.int8
-    bounded = guidance.update(memory(offset=(2, 2, 2, 2)), batch, plain_pass, guided, guided_pass, BASE)
+    bounded = updated(batch, memory(offset=(2, 2, 2, 2)), plain_pass, guided, guided_pass)
     np.testing.assert_array_equal(bounded.offset, [2, 2, 1, 2])  # nor above 2
+    at_the_end = updated(batch, state, plain_pass, guided, guided_pass, seen(shown=1, most=[1, 2, 2, 2]))
+    np.testing.assert_array_equal(at_the_end.offset, [0, 2, -2, 1, 5])  # row 0 was shown all there is
+
+
+def test_a_pass_by_steps_is_not_kept_to_be_compared_with_a_pass_by_tier(batch):
+    given = seen(gives_tier=[True, False, False, False])
+    after = updated(batch, memory(), [0] * 4, [True, True, False, False], [0.75, 0.5, 9, 9], given)
+    np.testing.assert_array_equal(after.memory, [UNKNOWN, 50, UNKNOWN, UNKNOWN])
 
 
 def test_the_transfer_gap_is_over_rows_met_again(batch):
     state = memory(seen=(75, UNKNOWN, 0, UNKNOWN))
     gap, number = guidance.transfer_gap(state, batch, np.array([0.25, 1.0, 0.5, 0.0], np.float32))
-    assert number == 2 and np.isclose(gap, (0.75 - 0.25) + (0.0 - 0.5))
+    assert number == 2 and np.isclose(gap, ((0.75 - 0.25) + (0.0 - 0.5)) / 2)
     gap, number = guidance.transfer_gap(memory(), batch, np.ones(4, np.float32))
-    assert number == 0 and gap == 0
+    assert number == 0 and np.isnan(gap)  # a log has null there
 
 
 # ------------------------------------------------------------------------------------- gather and merge

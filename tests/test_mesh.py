@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quick
-from conftest import END, RESPONSE_LEN, VOCABULARY, Small, make_small
+from conftest import END, RESPONSE_LEN, VOCABULARY, Small, lenient, make_small
 
 from agrl_jax import recipes
 from agrl_jax.policy import decode_attention, decoding, layers, transformer
@@ -125,7 +125,7 @@ def take_steps(small: Small, mesh: jax.sharding.Mesh, tokens: np.ndarray | None 
         return policy, sharding.gathered(mesh, axes, params)
 
     step = jax.jit(
-        make_step(policy, small.tables, ("fit", "brand"), descend, cfg, sampler),
+        make_step(policy, lenient(small.tables), ("fit", "brand"), descend, cfg, sampler),
         in_shardings=(places, by_batch, params), out_shardings=(places, whole, whole), donate_argnums=0,
     )
     to_host = jax.jit(lambda x: x, out_shardings=whole)

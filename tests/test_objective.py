@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from agrl_jax.policy.scoring import token_logprobs
-from agrl_jax.rl.objective import ObjectiveConfig, advantages, kl_estimate, loss_terms, part_of_token, token_weights
+from agrl_jax.rl.objective import (
+    ObjectiveConfig,
+    advantages,
+    kl_estimate,
+    loss_terms,
+    masked_std,
+    part_of_token,
+    teaches,
+    token_weights,
+)
 from agrl_jax.rl.reward import Score
 from agrl_jax.types import Reading, Rollout
 
@@ -30,7 +39,7 @@ def having(**changes) -> ObjectiveConfig:
 # ---------------------------------------------------------------------------------------- advantages
 
 
-def advantage(earned, counted=True, guided=False, cfg=BASE) -> np.ndarray:
+def advantage(earned, counted=True, guided=False, cfg=BASE, divergence=None) -> np.ndarray:
     """Advantage of each answer of one group. `earned` is [G] of one component, or [G, Q]."""
     earned = np.array(earned, np.float32).reshape(1, len(earned), -1)
     counted = np.broadcast_to(np.array(counted), earned.shape[1:])[None]
@@ -38,7 +47,8 @@ def advantage(earned, counted=True, guided=False, cfg=BASE) -> np.ndarray:
     unused = np.zeros(earned.shape[:2], bool)
     score = Score(raw=earned, earned=earned, counted=counted, passed=unused, tier_forced=unused)
     reading = Reading(*[np.zeros((*earned.shape[:2], 3), np.int32)] * 3, well_formed=unused)
-    per_token = np.asarray(advantages(score, reading, guided, 4, cfg))
+    divergence = None if divergence is None else np.array([divergence], np.float32)
+    per_token = np.asarray(advantages(score, reading, guided, 4, cfg, divergence))
     assert per_token.shape == (1, earned.shape[1], 4) and np.all(per_token == per_token[..., :1])
     return per_token[0, :, 0]
 
@@ -65,6 +75,42 @@ def test_each_component_is_centred_over_the_answers_in_which_it_counts():
     np.testing.assert_allclose(advantage(earned, counted), centred / np.sqrt(2.5 / 4), rtol=1e-6)
     left_out = [2 / 3 + 1, -2 / 3 - 1, -2 / 3, 2 / 3]  # the others are three in the first, one in the second
     np.testing.assert_allclose(advantage(earned, counted, cfg=having(loss="rloo")), left_out, rtol=1e-6)
+
+
+def test_answers_of_which_nothing_counts_are_no_part_of_the_spread():
+    """A part was forced on two of four answers: the two others are compared with each other alone."""
+    by_hand = [1, -1, 0, 0]  # and not 1.41 with two zeros among them
+    half = [True, True, False, False]
+    np.testing.assert_allclose(advantage([1, 0, 1, 0], np.array(half)[:, None]), by_hand, rtol=1e-6)
+    # The format counts in all answers and all have it: that makes nobody comparable.
+    earned = [[1, 0.1], [0, 0.1], [1, 0.1], [0, 0.1]]
+    counted = [[known, True] for known in half]
+    np.testing.assert_allclose(advantage(earned, counted), by_hand, rtol=1e-6)
+    # Where the format differs, all are compared: totals 0.45, -0.55, 0.05 and 0.05 about their mean.
+    earned = [[1, 0.1], [0, 0.1], [1, 0.1], [0, 0.3]]
+    centred = np.array([0.5 - 0.05, -0.5 - 0.05, -0.05, 0.15])
+    np.testing.assert_allclose(advantage(earned, counted), centred / centred.std(), rtol=1e-5)
+
+
+def test_spreads_are_over_the_answers_that_count():
+    values, where = jnp.array([[1.0, 0, 9, 9], [2, 2, 2, 2], [1, 2, 3, 4]]), np.array([[1, 1, 0, 0], [1] * 4, [0] * 4])
+    np.testing.assert_allclose(masked_std(values, where.astype(bool)), [0.5, 0, 0])
+
+
+def test_k1_is_taken_from_the_reward():
+    """Rewards 1 and 0, of which 0.1 times log-ratios of 3 and 1 are taken: 0.7 against -0.1."""
+    cfg = having(loss="dr_grpo", kl="k1", kl_weight=0.1)
+    np.testing.assert_allclose(advantage([1, 0], cfg=cfg, divergence=[3, 1]), [0.4, -0.4], rtol=1e-6)
+    np.testing.assert_allclose(advantage([0, 0], cfg=having(kl="k1", kl_weight=0.1), divergence=[3, 1]), [-1, 1],
+                               rtol=1e-6)  # equal rewards teach to come nearer
+
+
+def test_a_group_teaches_where_a_sampled_token_has_an_advantage():
+    values = np.zeros((3, 2, 4), np.float32)
+    values[1, 0, 2], values[2, 1, 3] = 0.5, -0.5
+    answers = rolled([[1, 1, 1, 0], [0, 1, 1, 0]], forced=[[0] * 4, [1, 0, 0, 0]])
+    answers = jax.tree.map(lambda x: np.repeat(x, 3, axis=0), answers)
+    np.testing.assert_array_equal(teaches(values, answers), [False, True, False])  # the last one past its end
 
 
 def test_baselines_of_guided_answers():
@@ -125,6 +171,30 @@ def test_each_step_is_credited_to_its_own_tokens():
     alone = score.replace(counted=counted & ~((np.arange(6) == 2) & (np.arange(2) == 1)[:, None]))
     by_hand = [[1.3, 1.3, 1, 1, 1, 1], [-1.3, -1, -1, -1, -1, -1]]
     np.testing.assert_allclose(advantages(alone, reading, unused, 6, having(credit="step"))[0], by_hand, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("loss", "tier", "fit"), [("grpo", 1, 0.3), ("dr_grpo", 0.5, 0.25), ("rloo", 1, 0.5)])
+def test_a_step_has_its_weight_once(loss, tier, fit):
+    """Two answers; right steps earn 0.5, the weight of a step. Divided by their spread, they are given 0.3."""
+    earned = np.array([[[1, 0.5, 0, 0, 0, 0], [0] * 6]], np.float32)
+    unused = np.zeros((1, 2), bool)
+    score = Score(earned, earned, counted=jnp.ones(earned.shape, bool), passed=unused, tier_forced=unused)
+    found = advantages(score, reading_at([(0, 1, 2), (0, 1, 2)]), unused, 4, having(credit="step", loss=loss))
+    np.testing.assert_allclose(found[0], np.outer([1, -1], [tier + fit, tier, tier, tier]), rtol=1e-6)
+
+
+def test_step_credit_compares_the_answers_in_which_the_step_was_sampled():
+    """G = 4, the step fit was forced on two: of the two others one is right."""
+    earned = np.zeros((1, 4, 6), np.float32)
+    earned[0, [0, 2], 1] = 0.5
+    counted = np.ones(earned.shape, bool)
+    counted[0, 2:, 1] = False
+    guided = ~counted[..., 1]
+    score = Score(earned, earned, jnp.array(counted), passed=guided, tier_forced=guided)
+    found = advantages(score, reading_at([(1, 2, 3)] * 4), guided, 5, having(credit="step"))
+    by_hand = np.zeros((4, 5))
+    by_hand[:2, :2] = [[0.3, 0.3], [-0.3, -0.3]]
+    np.testing.assert_allclose(found[0], by_hand, rtol=1e-6)
 
 
 # --------------------------------------------------------------------------------- log-probabilities
@@ -249,6 +319,9 @@ def test_divergence_by_hand(kind, by_hand):
     np.testing.assert_allclose(kl_estimate(logp, reference, kind), by_hand, rtol=1e-6)
     cfg = having(kl=kind, kl_weight=0.1, loss="dapo")
     answers = rolled([[1, 1, 0]])
+    if kind == "k1":  # in the loss its gradient would be 0 in expectation
+        assert "kl" not in loss_of(cfg, answers, np.log([[0.5, 0.125, 0.3]]), np.ones((1, 3)), np.ones((1, 3)))[2]
+        return
     plain, *_ = loss_of(having(loss="dapo"), answers, np.log([[0.5, 0.125, 0.3]]), np.ones((1, 3)), np.ones((1, 3)))
     value, _, sums = loss_of(
         cfg, answers, np.log([[0.5, 0.125, 0.3]]), np.ones((1, 3)), np.ones((1, 3)), reference=[[*reference, -50.0]]
@@ -289,14 +362,15 @@ def guided_loss(**changes):
     ("changes", "term", "gradient"),
     [
         ({"treatment": "mask"}, 0, 0),
-        # -A p / (p + 0.1) = -1.5, as one of an answer of 3 tokens; its slope is -A p 0.1 / (p + 0.1)^2.
+        # -A p / (p + 0.1) = -1.5, as a sampled token of this answer of 3; its slope is -A p 0.1 / (p + 0.1)^2.
         ({"treatment": "shaped"}, -1.5 / 6, -2 * 0.3 * 0.1 / 0.16 / 6),
         ({"treatment": "importance"}, -0.6 / 6, -0.6 / 6),
-        ({"treatment": "imitate"}, -0.5 * np.log(0.3), -0.5),  # mean over the one forced token, times the weight
-        ({"treatment": "shaped", "loss": "dapo"}, -1.5 / 7, None),  # 7 tokens, sampled and forced
+        ({"treatment": "imitate"}, -0.5 * np.log(0.3) / 8, -0.5 / 8),  # the weight over T times two answers
+        ({"treatment": "imitate", "loss": "dapo"}, -0.5 * np.log(0.3) / 8, -0.5 / 8),
+        ({"treatment": "shaped", "loss": "dapo"}, -1.5 / 6, None),  # as one of 6 sampled tokens
         ({"treatment": "shaped", "loss": "dr_grpo"}, -1.5 / 8, None),
         ({"treatment": "shaped", "loss": "rloo"}, -1.5 / 2, None),
-        ({"treatment": "importance", "loss": "cispo"}, -0.6 / 7, None),
+        ({"treatment": "importance", "loss": "cispo"}, -0.6 / 6, None),
         ({"treatment": "importance", "loss": "gspo"}, -0.6 / 6, None),
     ],
 )
@@ -310,9 +384,32 @@ def test_forced_tokens_by_hand(changes, term, gradient):
         np.testing.assert_allclose(gradients[0, 0], gradient, rtol=1e-5)
 
 
+@pytest.mark.parametrize("treatment", ["shaped", "importance"])
+def test_true_tokens_are_not_pushed_down_when_what_follows_is_wrong(treatment):
+    worse = np.array([[-2.0] * 4, [1.0] * 4], np.float32)
+    _, gradients, _ = loss_of(having(treatment=treatment), GUIDED, GUIDED_LOGP, np.ones((2, 4), np.float32), worse)
+    assert gradients[0, 0] == 0 and np.all(gradients[0, 1:3] > 0)
+
+
+@pytest.mark.parametrize("groups", [1, 5])
+def test_a_forced_token_to_imitate_weighs_the_same_however_many_there_are(groups):
+    """Ten answers of T = 4, of which so many have one forced token."""
+    forced = np.zeros((10, 4), int)
+    forced[:groups, 0] = 1
+    weights = token_weights(rolled(1 - forced, forced), having(treatment="imitate")).forced
+    np.testing.assert_allclose(weights[0], 0.5 / 40 * forced, rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["grpo", "gspo"])
+def test_a_sampled_token_behind_a_prefix_weighs_no_more_than_elsewhere(loss):
+    """The tier alone was sampled in the first answer, all of the second; both have four tokens."""
+    weights = token_weights(rolled([[0, 0, 0, 1], [1] * 4], [[1, 1, 1, 0], [0] * 4]), having(loss=loss))
+    np.testing.assert_allclose(weights.sampled[0], [[0, 0, 0, 1 / 8], [1 / 8] * 4])
+
+
 def test_sampled_tokens_after_a_prefix_keep_their_weight():
-    # Ratios are 1: the first answer has advantage 2 over its 2 sampled tokens, the second -1 over its 4.
-    np.testing.assert_allclose(guided_loss()[0], -(2 - 1) / 2, rtol=1e-6)
+    # Ratios are 1: the first answer has advantage 2 over 2 of its 3 tokens, the second -1 over its 4.
+    np.testing.assert_allclose(guided_loss()[0], -(2 * 2 / 3 - 1) / 2, rtol=1e-6)
     np.testing.assert_allclose(guided_loss(loss="dapo")[0], -(2 * 2 - 4) / 6, atol=1e-6)
 
 

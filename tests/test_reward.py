@@ -11,7 +11,7 @@ from agrl_jax.data.pairs import Pair
 from agrl_jax.evaluation.samples import score_answers
 from agrl_jax.policy.tokenizer import train_bpe
 from agrl_jax.rl import reader
-from agrl_jax.rl.reward import RewardConfig, component_names, is_consistent, score
+from agrl_jax.rl.reward import RewardConfig, component_names, is_consistent, is_model_answer, score
 from agrl_jax.rulebook.automaton import compile_tables
 from agrl_jax.types import UNKNOWN, Batch, Reading, Rollout
 
@@ -27,8 +27,10 @@ T = 8
 TIER, FIT, BRAND, CONSISTENT, FORMAT, OVERLONG = range(6)
 
 
-def scored(small, stated, cfg=SUM, truth=(0, 0), tier=0, position=None, forced_len=0, length=4, well_formed=True):
-    """The score of one group: `stated` has (fit, brand, tier) of each answer; the rest is one for all or one each."""
+def scored(small, stated, cfg=SUM, truth=(0, 0), tier=0, position=None, forced_len=0, length=4, well_formed=True,
+           whole=False):
+    """The score of one group: `stated` has (fit, brand, tier) of each answer; the rest is one for all or one each.
+    `whole` returns the reading and the batch too."""
     stated = np.array(stated, np.int32)[None]
     g = stated.shape[1]
     default = np.where(stated == UNKNOWN, T, np.arange(3))  # fit by token 0, brand by 1, tier by 2
@@ -49,7 +51,8 @@ def scored(small, stated, cfg=SUM, truth=(0, 0), tier=0, position=None, forced_l
         prompt=empty, prompt_len=empty[0], gold=empty, gold_len=empty[0], part_end=empty, known_parts=empty[0],
         steps=np.array([truth], np.int32), tier=np.array([tier], np.int32), row=empty[0], family=empty[0],
     )
-    return score(reading, rolled, batch, small.tables, cfg)
+    s = score(reading, rolled, batch, small.tables, cfg)
+    return (s, reading, batch) if whole else s
 
 
 def test_names_go_with_components():
@@ -68,14 +71,41 @@ def test_every_component_and_their_sum(small):
         [1, 1, 1, 1, 1, 0],
         [1, 1, 0, 0, 1, -0.5],  # (yes, off) is fair, not good
         [0, 0, 0, 1, 1, -1],  # wrong throughout, but consistent
-        [1, 0, 1, 0, 0, 0],  # a step is not stated: wrong, and not consistent
+        [0, 0, 1, 0, 0, 0],  # malformed, so that its tier is not right; a step is not stated, so nothing is consistent
         [0, 1, 1, 0, 0, -0.25],  # nor is it without a tier
     ])
     assert np.all(s.counted)
-    total = [1 + 0.5 + 0.5 + 0.25 + 0.125, 1 + 0.5 + 0.125 - 1, 0.25 + 0.125 - 2, 1 + 0.5, 0.5 + 0.5 - 0.5]
+    total = [1 + 0.5 + 0.5 + 0.25 + 0.125, 1 + 0.5 + 0.125 - 1, 0.25 + 0.125 - 2, 0.5, 0.5 + 0.5 - 0.5]
     np.testing.assert_allclose(s.total[0], total)
-    np.testing.assert_array_equal(s.passed[0], [True, True, False, True, False])
+    np.testing.assert_array_equal(s.passed[0], [True, True, False, False, False])
     assert not s.tier_forced.any()
+
+
+@pytest.mark.parametrize("composition", ["terminal", "sum", "gated", "gated_tier"])
+@pytest.mark.parametrize("tier_kind", ["exact", "ordinal"])
+def test_a_malformed_answer_has_not_passed_and_its_tier_earns_nothing(small, composition, tier_kind):
+    cfg = dataclasses.replace(SUM, composition=composition, tier_kind=tier_kind)
+    s = scored(small, [(0, 0, 0), (0, 0, 0)], cfg, well_formed=[True, False])
+    np.testing.assert_array_equal(s.passed[0], [True, False])
+    np.testing.assert_array_equal(s.earned[0, :, TIER], [1, 0])
+    steps = {"terminal": 0, "gated_tier": 0}.get(composition, 0.5)  # right steps, and consistent
+    np.testing.assert_array_equal(s.earned[0, 1, [FIT, BRAND]], [steps] * 2)
+    forced = scored(small, [(0, 0, 0)] * 2, cfg, position=(1, 2, 0), forced_len=1, well_formed=[True, False])
+    np.testing.assert_array_equal(forced.passed[0], [True, False])  # nor by its steps, where the tier was given
+
+
+def test_model_answers_are_right_in_every_respect_that_is_known(small):
+    def model(stated, truth=(UNKNOWN, UNKNOWN), tier=1, **more):
+        s, reading, batch = scored(small, stated, truth=truth, tier=tier, whole=True, **more)
+        return is_model_answer(s, reading, batch, small.tables)[0].tolist()
+
+    # (yes, off) is fair, (part, ok) too, (yes, ok) is not; the last has another tier.
+    answers = [(0, 1, 1), (1, 0, 1), (0, 0, 1), (2, 1, 2)]
+    assert model(answers) == [True, True, False, False]
+    assert model(answers, truth=(0, UNKNOWN)) == [True, False, False, False]
+    assert model(answers, well_formed=[False, True, True, True]) == [False, True, False, False]
+    assert model(answers, truth=(0, 1), position=(1, 2, 0), forced_len=[0, 0, 0, 1]) == [True, False, False, False]
+    assert model(answers[:1], truth=(0, 1), position=(1, 2, 0), forced_len=1) == [False]  # passes, its tier was given
 
 
 @pytest.mark.parametrize(
@@ -201,7 +231,8 @@ def test_answers_that_somebody_wrote_earn_what_they_would_in_training(small):
     parts = {"tier": 1, "fit": 0.5, "brand": 0.5, "consistent": 0.25, "format": 0.125, "overlong": 0}
     assert rows[0]["parts"] == parts and "advantage" not in rows[0]
     gated = 1 + 0.125  # the steps do not imply the tier
-    assert [row["reward"] for row in rows] == [2.375, gated, 0.5 + 0.25 + 0.125, 1, 2.25, 0]
-    assert [row["passed"] for row in rows] == [True, True, False, True, True, False]
+    # The last three are malformed, so that their tier is not right.
+    assert [row["reward"] for row in rows] == [2.375, gated, 0.5 + 0.25 + 0.125, 0, 1.25, 0]
+    assert [row["passed"] for row in rows] == [True, True, False, False, False, False]
     (cut,) = score_answers([right + " " * 9], pair, small.book, tokenizer, tables, cfg, longest)
     assert not cut["finished"] and cut["parts"]["format"] == 0

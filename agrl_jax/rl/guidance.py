@@ -1,14 +1,20 @@
 """Adaptive guided replay: which groups are re-rolled, how much is revealed to them, and what is remembered.
 
 A group whose answers mostly fail teaches nothing: its rewards are alike. Such groups are rolled again
-with the first parts of the ground truth forced as a prefix. Level k reveals the first k parts of the
-gold response and never the last, so something is always left to the policy:
+with the first parts of a right response forced as a prefix. Level k asks for the first k parts, never for
+the last, so something is always left to the policy:
 
     level = clip(round(global + offset[row]), 0, P - 1)
+    revealed = min(level, parts that can be shown)
 
 `global` moves by eta * (1/2 - guided pass rate): guidance steers to a pass rate of one half, where
-groups teach most. `offset` corrects single rows as they are met again. The paper's own trigger and
-schedule are not public; this is our reading, and `level="fixed"` and `cap` are there to compare.
+groups teach most. `offset` corrects single rows as they are met again. Neither goes beyond what can be
+shown. The paper's own trigger and schedule are not public; this is our reading, and `level="fixed"` and
+`cap` are there to compare.
+
+What is shown is the gold response as far as it is known. With `source="own"`, where that is not far
+enough, it is the policy's own latest answer to the same pair that was right (`reward.is_model_answer`).
+It is remembered by training row, since a group that fails now may have none.
 
 Selection works within each data shard, so that no rollout crosses devices.
 """
@@ -21,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from agrl_jax.types import UNKNOWN, Array, Batch, GuidanceState, Reading, Rollout
+from agrl_jax.types import UNKNOWN, Array, Batch, GuidanceState, OwnAnswers, Reading, Rollout
 
 TARGET_PASS_RATE = 0.5
 
@@ -33,7 +39,7 @@ class GuidanceConfig:
     threshold: float  # a group fails where its share of passing answers is at most this
     capacity: float  # groups guided at most, as a share of the batch
     replace: int  # answers re-rolled in a guided group; the others stay for contrast
-    source: str  # gold: the ground truth; own: where that is unknown, a right and consistent answer of the group
+    source: str  # gold: the ground truth; own: where that is unknown, a right answer of the policy's own
     level: str  # adaptive, fixed
     initial_level: float
     eta: float  # step of the adaptive level
@@ -50,12 +56,29 @@ class Selection:
     unguidable: Array | None = None  # [B] bool the group fails, and there is nothing to reveal to it
 
 
-def initial_state(num_rows: int, num_families: int, cfg: GuidanceConfig) -> GuidanceState:
-    """Nothing met yet, every family at the initial level."""
+@struct.dataclass
+class Revelation:
+    """What is shown to each of B groups."""
+
+    tokens: Array  # [B, T] int32
+    length: Array  # [B] int32 how many of them are forced
+    asked: Array  # [B] int32 the level: parts to reveal
+    most: Array  # [B] int32 parts that can be shown; a group with 0 cannot be guided
+    shown: Array  # [B] int32 parts that are
+    gives_tier: Array  # [B] bool the tier is one of them
+
+
+def initial_state(
+    num_rows: int, num_families: int, cfg: GuidanceConfig, length: int = 0, parts: int = 0
+) -> GuidanceState:
+    """Nothing met yet, every family at the initial level. Own answers have up to `length` tokens and `parts` parts."""
     return GuidanceState(
         level=jnp.full((num_families if cfg.per_family else 1,), cfg.initial_level, jnp.float32),
         offset=jnp.zeros((num_rows,), jnp.int8),
         memory=jnp.full((num_rows,), UNKNOWN, jnp.int8),
+        own=None if cfg.source == "gold" else OwnAnswers(
+            tokens=jnp.zeros((num_rows, length), jnp.int32), part_end=jnp.zeros((num_rows, parts), jnp.int32)
+        ),
     )
 
 
@@ -83,28 +106,35 @@ def levels(state: GuidanceState, batch: Batch, progress: Array, cfg: GuidanceCon
     return jnp.clip(jnp.round(level), 0, most).astype(jnp.int32)
 
 
-def reveal(
-    batch: Batch, level: Array, rolled: Rollout, reading: Reading, right: Array, order: tuple[int, ...],
-    cfg: GuidanceConfig,
-) -> tuple[Array, Array, Array]:
-    """The prefix to force on each group: tokens [B, T], their number [B], and whether there is one to give [B].
+def remember(
+    own: OwnAnswers, batch: Batch, rolled: Rollout, reading: Reading, right: Array, order: tuple[int, ...]
+) -> OwnAnswers:
+    """`own` with the first answer of each group that is `right` [B, G], in place of the row's older one.
 
-    Gold where known. With `source="own"`, where the gold response is known for fewer parts than the
-    level asks, the prefix of the first of the group's own answers that is `right` [B, G]: rule-consistent
-    and of the right tier. A group of which nothing is known and that has no such answer cannot be guided.
+    `order` has the part indices in the order of the response.
     """
-    shown = jnp.minimum(level, jnp.minimum(batch.known_parts, batch.part_end.shape[1] - 1))
-    gold_len = _length_at(batch.part_end, shown)
-    tokens, lengths, available = batch.gold, gold_len, batch.known_parts > 0
-    if cfg.source == "own":
-        first = jnp.argmax(right, axis=1)
-        ends = jnp.take_along_axis(reading.position, first[:, None, None], axis=1)[:, 0][:, jnp.array(order)] + 1
-        use_own = jnp.any(right, axis=1) & (batch.known_parts < level)
-        own = jnp.take_along_axis(rolled.tokens, first[:, None, None], axis=1)[:, 0]
-        tokens = jnp.where(use_own[:, None], own, tokens)
-        lengths = jnp.where(use_own, _length_at(ends, level), gold_len)
-        available |= jnp.any(right, axis=1)
-    return tokens, lengths, available
+    first = jnp.argmax(right, axis=1)
+    tokens = jnp.take_along_axis(rolled.tokens, first[:, None, None], axis=1)[:, 0]
+    position = jnp.take_along_axis(reading.position, first[:, None, None], axis=1)[:, 0]
+    row = jnp.where(jnp.any(right, axis=1), batch.row, own.tokens.shape[0])  # out of range: dropped
+    return OwnAnswers(
+        tokens=own.tokens.at[row].set(tokens, mode="drop"),
+        part_end=own.part_end.at[row].set(position[:, jnp.array(order)] + 1, mode="drop"),
+    )
+
+
+def reveal(batch: Batch, asked: Array, own: OwnAnswers | None, order: tuple[int, ...]) -> Revelation:
+    """What to force on each group where the level asks for so many parts [B]: gold, or else the row's own answer."""
+    last = batch.part_end.shape[1] - 1
+    tokens, part_end, most = batch.gold, batch.part_end, jnp.minimum(batch.known_parts, last)
+    if own is not None:
+        found = own.part_end[batch.row]
+        there = found[:, 0] > 0
+        use = (there & (most < asked))[:, None]
+        tokens, part_end = jnp.where(use, own.tokens[batch.row], tokens), jnp.where(use, found, part_end)
+        most = jnp.where(there, last, most)
+    shown = jnp.minimum(asked, most)
+    return Revelation(tokens, _length_at(part_end, shown), asked, most, shown, shown > order.index(last))
 
 
 def _length_at(ends: Array, level: Array) -> Array:
@@ -114,27 +144,34 @@ def _length_at(ends: Array, level: Array) -> Array:
 
 
 def update(
-    state: GuidanceState, batch: Batch, plain_pass: Array, guided: Array, guided_pass: Array, cfg: GuidanceConfig
+    state: GuidanceState, batch: Batch, plain_pass: Array, guided: Array, guided_pass: Array, seen: Revelation,
+    cfg: GuidanceConfig,
 ) -> GuidanceState:
-    """What is remembered after a step.
+    """What is remembered after a step, own answers apart.
 
     `plain_pass` [B]: pass rate of the unguided answers of every group; `guided` [B] bool; `guided_pass`
-    [B]: pass rate under guidance, read where guided. A row's offset falls by one where it passes
-    unguided and rises by one where it failed even guided.
+    [B]: pass rate under guidance, read where guided; `seen`: what was revealed. A row's offset falls by one where it
+    passes unguided and rises by one where it failed even guided and more can be shown. Rows to which less was shown
+    than the level asked for do not raise the level, which ends at what could be shown to some guided row.
     """
-    shift = TARGET_PASS_RATE - guided_pass
     family = batch.family if cfg.per_family else jnp.zeros_like(batch.family)
-    number = jax.ops.segment_sum(guided.astype(jnp.float32), family, state.level.shape[0])
-    total = jax.ops.segment_sum(jnp.where(guided, shift, 0.0), family, state.level.shape[0])
-    most = batch.part_end.shape[1] - 1
+    families = state.level.shape[0]
+    last = batch.part_end.shape[1] - 1
     level = state.level
     if cfg.level == "adaptive":
-        level = jnp.clip(level + cfg.eta * total / jnp.maximum(number, 1), 0, most)
-    harder = guided & (guided_pass <= cfg.threshold)
+        shift = TARGET_PASS_RATE - guided_pass
+        shift = jnp.where(seen.shown < seen.asked, jnp.minimum(shift, 0.0), shift)
+        number = jax.ops.segment_sum(guided.astype(jnp.float32), family, families)
+        total = jax.ops.segment_sum(jnp.where(guided, shift, 0.0), family, families)
+        reach = jnp.where(guided, seen.most, 0)
+        reach = jnp.where(number > 0, jax.ops.segment_max(reach, family, families), last)
+        level = jnp.clip(level + cfg.eta * total / jnp.maximum(number, 1), 0, jnp.clip(reach, 0, last))
+    harder = guided & (guided_pass <= cfg.threshold) & (seen.shown < seen.most)
     change = harder.astype(jnp.int8) - (plain_pass > cfg.threshold).astype(jnp.int8)
-    offset = jnp.clip(state.offset[batch.row] + change, -most, most)
-    memory = jnp.where(guided, jnp.round(100 * guided_pass), UNKNOWN).astype(jnp.int8)
-    return GuidanceState(
+    offset = jnp.clip(state.offset[batch.row] + change, -last, last)
+    # Where the tier was given, passing means that the steps are right: nothing to compare an unguided tier with.
+    memory = jnp.where(guided & ~seen.gives_tier, jnp.round(100 * guided_pass), UNKNOWN).astype(jnp.int8)
+    return state.replace(
         level=level,
         offset=state.offset.at[batch.row].set(offset),
         memory=state.memory.at[batch.row].set(memory),
@@ -142,10 +179,11 @@ def update(
 
 
 def transfer_gap(state: GuidanceState, batch: Batch, plain_pass: Array) -> tuple[Array, Array]:
-    """Sum and number, over rows met again since they were guided, of guided less unguided pass rate now."""
+    """Mean over rows met again since they were guided of guided less unguided pass rate now (NaN without such rows),
+    and their number."""
     before = state.memory[batch.row]
     met = before != UNKNOWN
-    return jnp.sum(jnp.where(met, before / 100 - plain_pass, 0.0)), jnp.sum(met)
+    return jnp.mean(before / 100 - plain_pass, where=met), jnp.sum(met)
 
 
 # ---------------------------------------------------------------------------------- gather and merge

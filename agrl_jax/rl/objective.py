@@ -3,11 +3,11 @@
 Advantages compare each answer with the others of its group (GRPO, arXiv 2402.03300). Here each reward
 component is centred on its own, over the answers in which it counts, before the components are added:
 without forced tokens that is the textbook's `(reward - mean) / std`; with them, a part that was given
-to some answers of a group neither lifts nor lowers the others. Standard deviations are those of the
-population (ddof 0), without an epsilon; a group whose rewards spread less than `MIN_SPREAD` gets
-advantage 0.
+to some answers of a group neither lifts nor lowers the others, and an answer of which nothing counts is
+no part of the spread. Standard deviations are those of the population (ddof 0), without an epsilon; a
+group whose rewards spread less than `MIN_SPREAD` gets advantage 0.
 
-    loss      per token (r: ratio new/old, A: advantage)     weight of a sampled token         advantage
+    loss      per token (r: ratio new/old, A: advantage)     weight of a token                 advantage
     grpo      -min(r A, clip(r) A)                           1 / (its answer's tokens * answers)   / std
     dr_grpo   the same                                       1 / (T * answers)                     centred
     dapo      the same, clip_high > clip_low                 1 / (all sampled tokens)              / std
@@ -15,16 +15,21 @@ advantage 0.
     cispo     -stop_gradient(clip(r)) A log p                as dapo                               / std
     rloo      -r A                                           1 / answers                           leave-one-out
 
-(dr_grpo arXiv 2503.20783, dapo 2503.14476, gspo 2507.18071, cispo 2506.13585, rloo 2402.14740.)
+(dr_grpo arXiv 2503.20783, dapo 2503.14476, gspo 2507.18071, cispo 2506.13585, rloo 2402.14740.) An answer's
+tokens are all of it, forced ones included: behind a prefix, a sampled token weighs what it weighs elsewhere.
 
-Forced tokens have behaviour probability 1 and stay out of ratios, KL, entropy and lengths. Their term:
+Forced tokens have behaviour probability 1 and stay out of ratios, KL and entropy. Their term, and its weight:
 
-    shaped      -A p / (p + gamma)          (LUFFY, arXiv 2504.14945)
-    imitate     -log p, times `imitate_weight`, averaged over all forced tokens
-    importance  -A p, unclipped
-    mask        none
+    shaped      -max(A, 0) p / (p + gamma)      that of a sampled token of the answer (LUFFY, arXiv 2504.14945)
+    importance  -max(A, 0) p, unclipped         the same
+    imitate     -log p                          imitate_weight / (T * answers), however many are forced
+    mask        none                            0
 
-`shaped` and `importance` weigh a forced token as a sampled one of an answer of its whole length.
+A forced token is true. What was sampled after it may be wrong, which is no reason to make it less likely: hence
+max(A, 0).
+
+KL to the reference is a term of the loss as `k2` or `k3`. The gradient of `k1` there is 0 in expectation, so `k1`
+is taken from the reward of the answer instead, summed over its sampled tokens.
 """
 
 from __future__ import annotations
@@ -39,6 +44,7 @@ from agrl_jax.rl.reward import Score
 from agrl_jax.types import Array, Reading, Rollout
 
 MIN_SPREAD = 1e-4
+UNSCALED = ("rloo", "dr_grpo")  # losses whose advantages are not divided by the spread of their group
 
 
 @dataclass(frozen=True)
@@ -49,38 +55,51 @@ class ObjectiveConfig:
     credit: str  # sequence: one advantage per answer; step: each step's reward to the tokens of that step
     clip_low: float
     clip_high: float
-    kl: str  # none, k1, k2, k3
+    kl: str  # none; k1: in the reward; k2, k3: in the loss
     kl_weight: float
     entropy_weight: float
     mask_truncated: bool  # answers that did not end give no gradient
     treatment: str  # of forced tokens: shaped, imitate, importance, mask
     gamma: float
-    imitate_weight: float
+    imitate_weight: float  # of a forced token, in units of a sampled one with advantage 1 in an answer of T tokens
     baseline: str  # pooled: mean over the group; unguided_only: mean over its unguided answers
-    step_weight: float  # of each step's advantage where credit is by step
+    step_weight: float  # of each step's advantage where credit is by step and advantages are scaled by their spread
 
 
 # ---------------------------------------------------------------------------------------- advantages
 
 
-def advantages(score: Score, reading: Reading, guided: Array, length: int, cfg: ObjectiveConfig) -> Array:
-    """Advantages [B, G, T] float32 of each token. `guided` [B, G] marks answers with a forced prefix."""
+def advantages(
+    score: Score, reading: Reading, guided: Array, length: int, cfg: ObjectiveConfig, divergence: Array | None = None
+) -> Array:
+    """Advantages [B, G, T] float32 of each token. `guided` [B, G] marks answers with a forced prefix.
+
+    `divergence` [B, G] is taken from the rewards, times `kl_weight`: the k1 estimate summed over each answer.
+    """
     num_steps = reading.value.shape[-1] - 1
+    earned, counted = score.earned, score.counted
+    if divergence is not None:
+        earned = jnp.concatenate([earned, -cfg.kl_weight * divergence[..., None]], axis=-1)
+        counted = jnp.pad(counted, ((0, 0), (0, 0), (0, 1)), constant_values=True)
     baseline = ~guided if cfg.baseline == "unguided_only" else jnp.ones_like(guided)
     if cfg.credit == "sequence":
-        whole = _normalise(score.earned, score.counted, baseline, cfg.loss)
+        whole = _normalise(earned, counted, baseline, cfg.loss)
         return jnp.broadcast_to(whole[..., None], (*whole.shape, length))
-    step = slice(1, num_steps + 1)
-    rest = score.counted.at[..., step].set(False)
-    per_token = jnp.broadcast_to(
-        _normalise(score.earned, rest, baseline, cfg.loss)[..., None], (*guided.shape, length)
-    )
+    rest = counted.at[..., 1 : num_steps + 1].set(False)
+    per_token = jnp.broadcast_to(_normalise(earned, rest, baseline, cfg.loss)[..., None], (*guided.shape, length))
+    # What is earned has the weight of a step in it already. Dividing by the spread takes it out again.
+    weight = 1.0 if cfg.loss in UNSCALED else cfg.step_weight
     part = part_of_token(reading, length)
     for r in range(num_steps):
-        own = jnp.arange(score.earned.shape[-1]) == r + 1
-        advantage = _normalise(score.earned, score.counted & own, baseline, cfg.loss)
-        per_token += cfg.step_weight * jnp.where(part == r, advantage[..., None], 0.0)
+        own = jnp.arange(earned.shape[-1]) == r + 1
+        advantage = _normalise(earned, counted & own, baseline, cfg.loss)
+        per_token += weight * jnp.where(part == r, advantage[..., None], 0.0)
     return per_token
+
+
+def teaches(advantage: Array, rolled: Rollout) -> Array:
+    """[B] bool: some sampled token of the group has an advantage [B, G, T], so the policy gradient is not 0."""
+    return jnp.any((advantage != 0) & rolled.sampled, axis=(1, 2))
 
 
 def part_of_token(reading: Reading, length: int) -> Array:
@@ -101,9 +120,18 @@ def _normalise(earned: Array, counted: Array, baseline: Array, loss: str) -> Arr
     if loss == "rloo":  # x - mean of the others = n / (n - 1) (x - mean of all n)
         centred = centred * jnp.where(member, number / jnp.maximum(number - 1, 1), 1.0)
     total = jnp.sum(centred, axis=-1)
-    spread = jnp.std(total, axis=1, keepdims=True)
-    scaled = total if loss in ("rloo", "dr_grpo") else total / jnp.where(spread < MIN_SPREAD, 1.0, spread)
+    # Parts that all have alike tell nobody apart, so an answer in which nothing else counts is not compared.
+    tells = counted & jnp.any(jnp.abs(centred) > MIN_SPREAD, axis=1, keepdims=True)
+    spread = masked_std(total, jnp.any(tells, axis=-1))[:, None]
+    scaled = total if loss in UNSCALED else total / jnp.where(spread < MIN_SPREAD, 1.0, spread)
     return jnp.where(spread < MIN_SPREAD, 0.0, scaled)
+
+
+def masked_std(values: Array, where: Array) -> Array:
+    """[B] standard deviation (ddof 0) of `values` [B, G] over the answers `where`; 0 where there are none."""
+    number = jnp.maximum(jnp.sum(where, axis=1), 1)
+    mean = jnp.sum(values * where, axis=1) / number
+    return jnp.sqrt(jnp.sum(where * (values - mean[:, None]) ** 2, axis=1) / number)
 
 
 # -------------------------------------------------------------------------------------------- losses
@@ -124,22 +152,18 @@ def token_weights(rolled: Rollout, cfg: ObjectiveConfig) -> TokenWeights:
     sampled = (rolled.sampled & kept[..., None]).astype(jnp.float32)
     forced = (rolled.forced & kept[..., None]).astype(jnp.float32)
     answers = jnp.maximum(jnp.sum(kept), 1)
-    if cfg.treatment == "mask":
-        given = jnp.zeros_like(forced)
-    elif cfg.treatment == "imitate":
-        given = cfg.imitate_weight * forced / jnp.maximum(jnp.sum(forced), 1)
-    else:
-        given = forced * _per_token(cfg.loss, sampled + forced, answers)
-    return TokenWeights(sampled=sampled * _per_token(cfg.loss, sampled, answers), forced=given)
+    per_token = _per_token(cfg.loss, sampled, sampled + forced, answers)
+    given = {"mask": 0.0, "imitate": cfg.imitate_weight / (forced.shape[-1] * answers)}.get(cfg.treatment, per_token)
+    return TokenWeights(sampled=sampled * per_token, forced=forced * given)
 
 
-def _per_token(loss: str, mask: Array, answers: Array) -> Array:
-    """The weight of one token of each answer, [B, G, 1] or scalar, from the 0/1 mask of those that count."""
+def _per_token(loss: str, sampled: Array, whole: Array, answers: Array) -> Array:
+    """The weight of one token, [B, G, 1] or scalar, from the 0/1 masks of sampled tokens and of all that count."""
     if loss in ("grpo", "gspo"):
-        return 1.0 / (jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1) * answers)
+        return 1.0 / (jnp.maximum(jnp.sum(whole, axis=-1, keepdims=True), 1) * answers)
     if loss in ("dapo", "cispo"):
-        return 1.0 / jnp.maximum(jnp.sum(mask), 1)
-    return 1.0 / answers if loss == "rloo" else 1.0 / (mask.shape[-1] * answers)
+        return 1.0 / jnp.maximum(jnp.sum(sampled), 1)
+    return 1.0 / answers if loss == "rloo" else 1.0 / (whole.shape[-1] * answers)
 
 
 def loss_terms(
@@ -149,7 +173,7 @@ def loss_terms(
     """The loss of these answers, a sum over their weighted tokens, and sums for the metrics.
 
     All arguments [B, G, T]: `logp` and `entropy` of the policy being trained, `old_logp` of the sampler,
-    `reference_logp` of the reference (needed where `cfg.kl` is not "none").
+    `reference_logp` of the reference (needed where `cfg.kl` is k2 or k3).
     """
     # Silenced before any arithmetic: past an exponential, a weight of 0 would still leave a NaN in the gradient.
     own, given = (jnp.where(weight > 0, logp, 0.0) for weight in (weights.sampled, weights.forced))
@@ -168,7 +192,7 @@ def loss_terms(
     forced_term = _forced_term(given, advantage, cfg)
     loss = _dot(weights.sampled, policy_term) + _dot(weights.forced, forced_term)
     sums = {"clipped": _dot(weights.sampled, clipped != ratio), "ratio_change": _dot(weights.sampled, jnp.abs(change))}
-    if cfg.kl != "none":
+    if cfg.kl in ("k2", "k3"):
         divergence = kl_estimate(own, reference_logp, cfg.kl)
         sums["kl"] = _dot(weights.sampled, divergence)
         loss += cfg.kl_weight * sums["kl"]
@@ -190,7 +214,8 @@ def _forced_term(logp: Array, advantage: Array, cfg: ObjectiveConfig) -> Array:
     if cfg.treatment == "imitate":
         return -logp
     probability = jnp.exp(logp)
-    return -advantage * (probability / (probability + cfg.gamma) if cfg.treatment == "shaped" else probability)
+    worth = probability / (probability + cfg.gamma) if cfg.treatment == "shaped" else probability
+    return -jnp.maximum(advantage, 0.0) * worth
 
 
 def _dot(weights: Array, values: Array) -> Array:

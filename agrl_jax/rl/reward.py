@@ -3,14 +3,16 @@
 A response is read on the device (`reader.read`) and scored by components: the tier, each reasoning
 step, `consistent` (the rule book applied to the stated steps gives the stated tier), `format`, and a
 soft penalty for overlong answers. Components stay apart until the advantages are formed, because a
-component completed inside a forced prefix counts for nothing and must enter no mean.
+component completed inside a forced prefix counts for nothing and must enter no mean. A right answer is
+a well-formed one: the tier of an answer that the grammar does not accept earns nothing, whatever the
+composition, since the scorecard counts that answer as wrong.
 
 The paper's exact weights and gate are not public; `composition` chooses among readings of it:
 
     terminal   the tier alone: plain GRPO
     sum        all components added up
     gated      step rewards count only in an answer that is rule-consistent (our reading)
-    gated_tier step rewards count only in an answer whose tier is right
+    gated_tier step rewards count only in a well-formed answer whose tier is right
 """
 
 from __future__ import annotations
@@ -62,8 +64,8 @@ def component_names(step_names: tuple[str, ...]) -> tuple[str, ...]:
 def score(reading: Reading, rolled: Rollout, batch: Batch, tables: RuleTables, cfg: RewardConfig) -> Score:
     """Scores responses [B, G] against the truth of their pairs.
 
-    `passed` means: the tier is right and was sampled. Where the tier itself was forced, it means that
-    all sampled steps of known truth are right, and that there is at least one.
+    `passed` means: the answer is well-formed, and its tier is right and was sampled. Where the tier itself was
+    forced, it means that all sampled steps of known truth are right, and that there is at least one.
     """
     r = tables.num_steps
     steps, tier = reading.value[..., :r], reading.value[..., r]
@@ -72,14 +74,15 @@ def score(reading: Reading, rolled: Rollout, batch: Batch, tables: RuleTables, c
     part_sampled = reading.position >= forced_len[..., None]  # parts never stated have position T: the policy's doing
 
     step_right = (steps == truth) & (truth != UNKNOWN)
-    tier_right = tier == batch.tier[:, None]
+    tier_right = (tier == batch.tier[:, None]) & reading.well_formed
+    tier_score = _tier_score(tier, batch.tier[:, None], tables.num_tiers, cfg.tier_kind) * reading.well_formed
     consistent = is_consistent(steps, tier, tables)
     length = jnp.sum(rolled.valid, axis=-1)
     span = max(rolled.tokens.shape[-1] - cfg.overlong_from, 1)
     overlong = -jnp.clip((length - cfg.overlong_from) / span, 0.0, 1.0)
 
     raw = jnp.concatenate(
-        [_tier_score(tier, batch.tier[:, None], tables.num_tiers, cfg.tier_kind)[..., None], step_right]
+        [tier_score[..., None], step_right]
         + [x[..., None] for x in (consistent, reading.well_formed, overlong)],
         axis=-1,
         dtype=jnp.float32,
@@ -101,10 +104,19 @@ def score(reading: Reading, rolled: Rollout, batch: Batch, tables: RuleTables, c
     earned = raw * weight * jnp.where(is_step, gate[..., None], True)
 
     known = counted[..., 1 : r + 1]
-    steps_pass = jnp.all(step_right | ~known, axis=-1) & jnp.any(known, axis=-1)
+    steps_pass = jnp.all(step_right | ~known, axis=-1) & jnp.any(known, axis=-1) & reading.well_formed
     tier_forced = ~part_sampled[..., r]
     passed = jnp.where(tier_forced, steps_pass, tier_right)
     return Score(raw=raw, earned=earned, counted=counted, passed=passed, tier_forced=tier_forced)
+
+
+def is_model_answer(score: Score, reading: Reading, batch: Batch, tables: RuleTables) -> Array:
+    """[B, G] bool: answers worth showing to the policy later. Well-formed, of the right tier, which was sampled,
+    consistent with the rule book, and right in every step whose truth is known."""
+    r = tables.num_steps
+    steps_right = (score.raw[..., 1 : r + 1] > 0) | (batch.steps[:, None] == UNKNOWN)
+    consistent = is_consistent(reading.value[..., :r], reading.value[..., r], tables)
+    return score.passed & ~score.tier_forced & consistent & jnp.all(steps_right, axis=-1)
 
 
 def is_consistent(steps: Array, tier: Array, tables: RuleTables) -> Array:

@@ -37,12 +37,12 @@ from flax import struct
 from agrl_jax.policy import scoring
 from agrl_jax.policy.scoring import predicting_hidden, prefill
 from agrl_jax.rl import guidance, objective, reader, refill
-from agrl_jax.rl.guidance import GuidanceConfig, Selection
+from agrl_jax.rl.guidance import GuidanceConfig, Revelation, Selection
 from agrl_jax.rl.objective import ObjectiveConfig, TokenWeights
 from agrl_jax.rl.refill import Groups
-from agrl_jax.rl.reward import RewardConfig, Score, component_names, is_consistent, score
+from agrl_jax.rl.reward import RewardConfig, Score, component_names, is_model_answer, score
 from agrl_jax.rl.rollout import PURPOSE_REPLAY, PURPOSE_ROLLOUT, rollout, row_keys
-from agrl_jax.types import Array, Batch, Params, Policy, Prefix, Reading, Rollout, RuleTables, TrainState
+from agrl_jax.types import Array, Batch, GuidanceState, Params, Policy, Prefix, Reading, Rollout, RuleTables, TrainState
 
 PHASES = ("lay_out", "prefill", "decode", "replay", "reference", "loss", "update")
 
@@ -94,6 +94,18 @@ class Inspection:
     advantage: Array  # [n, G] mean over the answer's tokens
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """What a step is made of: the same for a whole run."""
+
+    policy: Policy
+    tables: RuleTables
+    step_names: tuple[str, ...]
+    update: UpdateFn
+    cfg: StepConfig
+    sampler: SamplerFn
+
+
 def make_step(
     policy: Policy, tables: RuleTables, step_names: tuple[str, ...], update: UpdateFn, cfg: StepConfig,
     sampler: SamplerFn | None = None,
@@ -102,200 +114,278 @@ def make_step(
 
     `sampler` lays the parameters out for decoding, once per step, and says which policy takes them so; it must
     compute the same. By default the policy samples with the parameters as they are. `reference` holds the
-    parameters of the reference policy, and is None where `objective.kl` is "none". `metrics` are float32 scalars.
+    parameters of the reference policy, and is None where `objective.kl` is "none". `metrics` are float32 scalars;
+    one that is a mean over nothing is NaN.
     """
+    sampler = sampler or (lambda params: (policy, params))
+    return partial(_step, _Parts(policy, tables, step_names, update, cfg, sampler))
 
-    def judge(rolled: Rollout, batch: Batch) -> tuple[Reading, Score]:
-        reading = reader.read(tables, rolled.tokens, rolled.valid)
-        return reading, score(reading, rolled, batch, tables, cfg.reward)
 
-    def step(
-        state: TrainState, batch: Batch, reference: Params | None
-    ) -> tuple[TrainState, Metrics, Inspection]:
-        # ------------------------------------------------------------------------------------- roll
-        with jax.named_scope("lay_out"):
-            decoding = (policy, state.params) if sampler is None else sampler(state.params)
-        sample = partial(
-            rollout, *decoding, length=cfg.response_len, temperature=cfg.temperature, end_token=tables.end_token
+def _step(
+    parts: _Parts, state: TrainState, batch: Batch, reference: Params | None
+) -> tuple[TrainState, Metrics, Inspection]:
+    """The algorithm of the module's docstring."""
+    cfg = parts.cfg
+    # ------------------------------------------------------------------------------------- roll
+    with jax.named_scope("lay_out"):
+        decoding = parts.sampler(state.params)
+    rounds = _split(batch, cfg.candidates)
+    batch = jax.tree.map(lambda x: x[0], rounds)
+    prefix, rolled = _roll(parts, decoding, state, batch)
+    reading, scored = _read_and_score(parts, rolled, batch)
+    metrics = _rollout_metrics(batch, rolled, scored, _teaches(parts, rolled, reading, scored), parts.step_names)
+
+    # ----------------------------------------------------------------------------------- refill
+    if cfg.candidates > 1:
+        batch, rolled, figures = _refill(parts, decoding, state, rounds, rolled)
+        reading, scored = _read_and_score(parts, rolled, batch)
+        metrics |= figures
+
+    # ----------------------------------------------------------------------------------- replay
+    remembered = state.guidance
+    if cfg.guidance is not None:
+        with jax.named_scope("replay"):
+            rolled, remembered, figures = _replay(parts, decoding, state, batch, prefix, rolled, reading, scored)
+        reading, scored = _read_and_score(parts, rolled, batch)
+        metrics |= figures
+
+    # ------------------------------------------------------------------------------- advantages
+    reference_logp = None
+    if cfg.objective.kl != "none":
+        with jax.named_scope("reference"):
+            reference_logp = _reference_logp(parts, reference, batch, rolled)
+    advantage, figures = _advantages(parts, rolled, reading, scored, reference_logp)
+    metrics |= figures
+
+    # ----------------------------------------------------------------------------------- update
+    examples = _Example(batch.prompt, batch.prompt_len, rolled, advantage, reference_logp)
+    params, opt_state, skipped, figures = _updates(parts, state, examples)
+    metrics |= figures | _token_counts(batch, rolled, metrics, cfg)
+    state = TrainState(params, opt_state, state.step + 1, state.key, remembered, skipped)
+    seen = Inspection(batch.row, rolled, reading, scored, jnp.mean(advantage, axis=-1, where=rolled.valid))
+    return (
+        state,
+        {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()},
+        jax.tree.map(lambda x: x[: cfg.inspect], seen),
+    )
+
+
+# --------------------------------------------------------------------------------------------- roll
+
+
+def _roll(parts: _Parts, decoding: tuple[Policy, Params], state: TrainState, batch: Batch) -> tuple[Prefix, Rollout]:
+    """G answers to each prompt, and what the policy keeps of the prompts."""
+    with jax.named_scope("prefill"):
+        prefix = prefill(*decoding, batch.prompt, batch.prompt_len)
+    with jax.named_scope("decode"):
+        keys = row_keys(state.key, PURPOSE_ROLLOUT, state.step, batch.row, parts.cfg.group_size)
+        return prefix, _sample(parts, decoding, prefix, keys)
+
+
+def _sample(
+    parts: _Parts, decoding: tuple[Policy, Params], prefix: Prefix, keys: Array, **forced: Array
+) -> Rollout:
+    cfg = parts.cfg
+    return rollout(
+        *decoding, prefix, keys, length=cfg.response_len, temperature=cfg.temperature,
+        end_token=parts.tables.end_token, **forced,
+    )
+
+
+def _read_and_score(parts: _Parts, rolled: Rollout, batch: Batch) -> tuple[Reading, Score]:
+    reading = reader.read(parts.tables, rolled.tokens, rolled.valid)
+    return reading, score(reading, rolled, batch, parts.tables, parts.cfg.reward)
+
+
+def _teaches(parts: _Parts, rolled: Rollout, reading: Reading, scored: Score) -> Array:
+    """[B] bool: the answers of the group differ in what the policy learns from."""
+    cfg = parts.cfg
+    guided = jnp.any(rolled.forced, axis=-1)
+    return objective.teaches(objective.advantages(scored, reading, guided, cfg.response_len, cfg.objective), rolled)
+
+
+def _refill(
+    parts: _Parts, decoding: tuple[Policy, Params], state: TrainState, rounds: Batch, rolled: Rollout
+) -> tuple[Batch, Rollout, Metrics]:
+    """Examples and answers of which as many groups teach as can be had from the `rounds` of candidates."""
+
+    def groups(batch: Batch, rolled: Rollout) -> Groups:
+        return Groups(batch, rolled, _teaches(parts, rolled, *_read_and_score(parts, rolled, batch)))
+
+    def roll(batch: Batch) -> Groups:
+        return groups(batch, _roll(parts, decoding, state, batch)[1])
+
+    first = groups(jax.tree.map(lambda x: x[0], rounds), rolled)
+    found, figures = refill.refill(first, rounds, roll, parts.cfg.shards)
+    return found.batch, found.rolled, figures
+
+
+# ------------------------------------------------------------------------------------------- replay
+
+
+@struct.dataclass
+class _Replayed:
+    """What a replay gives: the answers with some of them replaced, and what the guided ones did."""
+
+    rolled: Rollout  # [B, G, T]
+    guided_pass: Array  # [B] pass rate of the guided answers, where guided
+    tokens: Array  # [] sampled or forced
+    by_steps: Array  # [2] guided answers whose tier was given: those that pass, and all
+
+
+def _replay(
+    parts: _Parts, decoding: tuple[Policy, Params], state: TrainState, batch: Batch, prefix: Prefix, rolled: Rollout,
+    reading: Reading, scored: Score,
+) -> tuple[Rollout, GuidanceState, Metrics]:
+    """Guided replay: the answers with some of them replaced, what is remembered of it, and figures."""
+    cfg, tables = parts.cfg, parts.tables
+    plain_pass = jnp.mean(scored.passed, axis=1)
+    asked = guidance.levels(state.guidance, batch, state.step / cfg.total_steps, cfg.guidance)
+    own = state.guidance.own
+    if own is not None:
+        right = is_model_answer(scored, reading, batch, tables)
+        own = guidance.remember(own, batch, rolled, reading, right, tables.order)
+    seen = guidance.reveal(batch, asked, own, tables.order)
+    selection = guidance.select(plain_pass, seen.most > 0, cfg.guidance, cfg.shards)
+
+    def replayed() -> _Replayed:
+        again = _roll_guided(parts, decoding, state, batch, prefix, seen, selection)
+        _, scored_again = _read_and_score(parts, again, guidance.gather(batch, selection))
+        passed = scored_again.passed
+        by_steps = scored_again.tier_forced & selection.chosen.reshape(-1, 1)
+        return _Replayed(
+            rolled=guidance.replace_answers(rolled, again, scored.passed, selection),
+            guided_pass=guidance.scatter(jnp.zeros_like(plain_pass), jnp.mean(passed, axis=1), selection),
+            tokens=jnp.sum(again.valid & selection.chosen.reshape(-1, 1, 1)),
+            by_steps=jnp.stack([jnp.sum(by_steps & passed), jnp.sum(by_steps)]),
         )
 
-        def roll(batch: Batch) -> tuple[Prefix, Rollout, Reading, Score]:
-            with jax.named_scope("prefill"):
-                prefix = prefill(*decoding, batch.prompt, batch.prompt_len)
-            with jax.named_scope("decode"):
-                rolled = sample(prefix, row_keys(state.key, PURPOSE_ROLLOUT, state.step, batch.row, cfg.group_size))
-            return prefix, rolled, *judge(rolled, batch)
+    def untouched() -> _Replayed:
+        return _Replayed(rolled, jnp.zeros_like(plain_pass), jnp.int32(0), jnp.zeros(2, jnp.int32))
 
-        rounds = _split(batch, cfg.candidates)
-        batch = jax.tree.map(lambda x: x[0], rounds)
-        prefix, rolled, reading, scored = roll(batch)
-        metrics = _rollout_metrics(batch, rolled, scored, step_names)
+    guided = guidance.scatter(jnp.zeros(plain_pass.shape, bool), selection.chosen.reshape(-1), selection)
+    found = jax.lax.cond(jnp.any(selection.chosen), replayed, untouched)
+    after = guidance.update(state.guidance, batch, plain_pass, guided, found.guided_pass, seen, cfg.guidance)
+    gap, met = guidance.transfer_gap(state.guidance, batch, plain_pass)
+    figures = {
+        "guide/share": jnp.mean(guided),
+        "guide/level": jnp.mean(seen.shown, where=guided),
+        "guide/global_level": jnp.mean(after.level),
+        "guide/pass_before": jnp.mean(plain_pass, where=guided),
+        "guide/pass_after": jnp.mean(found.guided_pass, where=guided),
+        "guide/pass_steps": found.by_steps[0] / found.by_steps[1],
+        "guide/failing": jnp.mean(plain_pass <= cfg.guidance.threshold),
+        "guide/unguidable": jnp.mean(selection.unguidable),
+        "guide/transfer_gap": gap,
+        "guide/met_again": met,
+        "tokens/replayed": found.tokens,
+    }
+    return found.rolled, after.replace(own=own), figures
 
-        # ----------------------------------------------------------------------------------- refill
-        if cfg.candidates > 1:
 
-            def roll_again(batch: Batch) -> Groups:
-                _, rolled, _, scored = roll(batch)
-                return Groups(batch, rolled, ~_equal(scored))
+def _roll_guided(
+    parts: _Parts, decoding: tuple[Policy, Params], state: TrainState, batch: Batch, prefix: Prefix,
+    seen: Revelation, selection: Selection,
+) -> Rollout:
+    """`replace` answers for each slot of the selection, behind their forced prefixes."""
+    cfg = parts.cfg
+    used = selection.chosen.reshape(-1)
+    tokens, lengths, row = guidance.gather((seen.tokens, seen.length, batch.row), selection)
+    # A slot not in use is given the end token at once, so that it neither lengthens nor delays the loop.
+    tokens = jnp.where(used[:, None], tokens, parts.tables.end_token)
+    lengths = jnp.where(used, lengths, cfg.response_len)
+    shape = (row.shape[0], cfg.guidance.replace)
+    shared = Prefix(
+        *guidance.gather((prefix.k, prefix.v), selection, axis=-4),
+        *guidance.gather((prefix.length, prefix.last_hidden), selection),
+    )
+    return _sample(
+        parts, decoding, shared, row_keys(state.key, PURPOSE_REPLAY, state.step, row, cfg.guidance.replace),
+        forced=jnp.broadcast_to(tokens[:, None], (*shape, cfg.response_len)),
+        forced_len=jnp.broadcast_to(lengths[:, None], shape),
+    )
 
-            groups, figures = refill.refill(Groups(batch, rolled, ~_equal(scored)), rounds, roll_again, cfg.shards)
-            batch, rolled = groups.batch, groups.rolled
-            reading, scored = judge(rolled, batch)
-            metrics |= figures
 
-        # ----------------------------------------------------------------------------------- replay
-        guided, memory = jnp.zeros((batch.row.shape[0], cfg.group_size), bool), state.guidance
-        if cfg.guidance is not None:
-            with jax.named_scope("replay"):
-                rolled, guided, memory, figures = _replay(state, batch, prefix, rolled, reading, scored, sample, judge)
-            reading, scored = judge(rolled, batch)
-            metrics |= figures
+# ------------------------------------------------------------------------------ advantages and update
 
-        # ------------------------------------------------------------------------------- advantages
-        advantage = objective.advantages(scored, reading, guided, cfg.response_len, cfg.objective)
-        metrics |= _reward_metrics(scored)
 
-        # ----------------------------------------------------------------------------------- update
-        examples = _Example(batch.prompt, batch.prompt_len, rolled, advantage, None)
-        if cfg.objective.kl != "none":
-            with jax.named_scope("reference"):
-                examples = examples.replace(reference_logp=_reference_logp(reference, examples))
-        params, opt_state, skipped, figures = _updates(state, examples)
-        metrics |= figures | _token_counts(batch, rolled, metrics, cfg)
-        state = TrainState(params, opt_state, state.step + 1, state.key, memory, skipped)
-        mean_advantage = jnp.mean(advantage, axis=-1, where=rolled.valid)
-        seen = Inspection(batch.row, rolled, reading, scored, mean_advantage)
-        return (
-            state,
-            {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()},
-            jax.tree.map(lambda x: x[: cfg.inspect], seen),
-        )
+def _advantages(
+    parts: _Parts, rolled: Rollout, reading: Reading, scored: Score, reference_logp: Array | None
+) -> tuple[Array, Metrics]:
+    """Advantages [B, G, T] of what is learnt from, and its figures: answers after others have replaced some."""
+    cfg = parts.cfg
+    figures, divergence = {}, None
+    if cfg.objective.kl == "k1":
+        k1 = jnp.where(rolled.sampled, objective.kl_estimate(rolled.logp, reference_logp, "k1"), 0.0)
+        divergence = jnp.sum(k1, axis=-1)
+        figures["policy/kl"] = jnp.sum(k1) / jnp.sum(rolled.sampled)
+    guided = jnp.any(rolled.forced, axis=-1)
+    advantage = objective.advantages(scored, reading, guided, cfg.response_len, cfg.objective, divergence)
+    figures |= {
+        "reward/learnt_from": jnp.mean(scored.total),
+        "reward/equal_groups_after": 1 - jnp.mean(objective.teaches(advantage, rolled)),
+    }
+    return advantage, figures
 
-    def _replay(
-        state: TrainState, batch: Batch, prefix: Prefix, rolled: Rollout, reading: Reading, scored: Score,
-        sample: Callable[..., Rollout], judge: Callable[..., tuple[Reading, Score]],
-    ) -> tuple[Rollout, Array, Any, Metrics]:
-        """Guided replay: the merged rollout, which answers are guided [B, G], the new memory, and figures."""
-        plain_pass = jnp.mean(scored.passed, axis=1)
-        steps, tier = reading.value[..., :-1], reading.value[..., -1]
-        right = scored.passed & is_consistent(steps, tier, tables) & reading.well_formed
-        level = guidance.levels(state.guidance, batch, state.step / cfg.total_steps, cfg.guidance)
-        forced, forced_len, guidable = guidance.reveal(
-            batch, level, rolled, reading, right, tables.order, cfg.guidance
-        )
-        selection = guidance.select(plain_pass, guidable, cfg.guidance, cfg.shards)
 
-        def replayed() -> tuple[Rollout, Array, Array, Array, Array]:
-            again = _roll_guided(batch, prefix, forced, forced_len, selection, sample, state)
-            _, scored = judge(again, guidance.gather(batch, selection))
-            merged = guidance.replace_answers(rolled, again, passed_before, selection)
-            guided_pass = guidance.scatter(jnp.zeros_like(plain_pass), jnp.mean(scored.passed, axis=1), selection)
-            tokens = jnp.sum(again.valid & selection.chosen.reshape(-1, 1, 1))
-            return merged, guided_pass, tokens, *_pass_steps(scored, selection)
+def _logprobs(parts: _Parts, params: Params, prompt: Array, prompt_len: Array, tokens: Array) -> tuple[Array, Array]:
+    """Log-probabilities and entropies [B, G, T], prompts shared by their groups."""
+    prefix = prefill(parts.policy, params, prompt, prompt_len)
+    hidden = predicting_hidden(parts.policy, params, prefix, tokens)
+    unembed = partial(parts.policy.unembed, params)
+    return scoring.token_logprobs(unembed, hidden, tokens, parts.cfg.temperature, parts.cfg.logprob_chunk)
 
-        def untouched() -> tuple[Rollout, Array, Array, Array, Array]:
-            return rolled, jnp.zeros_like(plain_pass), jnp.int32(0), jnp.float32(0), jnp.float32(0)
 
-        passed_before = scored.passed
-        chosen = guidance.scatter(jnp.zeros(plain_pass.shape, bool), selection.chosen.reshape(-1), selection)
-        merged, guided_pass, tokens, step_passes, step_number = jax.lax.cond(
-            jnp.any(selection.chosen), replayed, untouched
-        )
-        # A level of 0 reveals nothing: the answers are new, but they are the policy's own.
-        guided = jnp.any(merged.forced, axis=-1)
-        gap, met = guidance.transfer_gap(state.guidance, batch, plain_pass)
-        memory = guidance.update(state.guidance, batch, plain_pass, chosen, guided_pass, cfg.guidance)
-        number = jnp.maximum(jnp.sum(chosen), 1)
-        figures = {
-            "guide/share": jnp.mean(chosen),
-            "guide/level": jnp.sum(jnp.where(chosen, level, 0)) / number,
-            "guide/global_level": jnp.mean(memory.level),
-            "guide/pass_before": jnp.sum(jnp.where(chosen, plain_pass, 0)) / number,
-            "guide/pass_after": jnp.sum(guided_pass) / number,
-            "guide/pass_steps": step_passes / jnp.maximum(step_number, 1),
-            "guide/failing": jnp.mean(plain_pass <= cfg.guidance.threshold),
-            "guide/unguidable": jnp.mean(selection.unguidable),
-            "guide/transfer_gap": gap / jnp.maximum(met, 1),
-            "guide/met_again": met,
-            "tokens/replayed": tokens,
-        }
-        return merged, guided, memory, figures
+def _reference_logp(parts: _Parts, reference: Params, batch: Batch, rolled: Rollout) -> Array:
+    """Log-probabilities [B, G, T] of the answers under the reference policy, in as many pieces as the loss."""
+    arrays = (batch.prompt, batch.prompt_len, rolled.tokens)
+    pieces = _split(arrays, parts.cfg.minibatches * parts.cfg.micro_batches)
+    logp = jax.lax.map(lambda piece: _logprobs(parts, reference, *piece)[0], pieces)
+    return logp.swapaxes(0, 1).reshape(rolled.tokens.shape)
 
-    def _roll_guided(
-        batch: Batch, prefix: Prefix, forced: Array, forced_len: Array, selection: Selection,
-        sample: Callable[..., Rollout], state: TrainState,
-    ) -> Rollout:
-        """`replace` answers for each slot of the selection, behind their forced prefixes."""
-        number, used = cfg.guidance.replace, selection.chosen.reshape(-1)
-        tokens, lengths, row = guidance.gather((forced, forced_len, batch.row), selection)
-        # A slot not in use is given the end token at once, so that it neither lengthens nor delays the loop.
-        tokens = jnp.where(used[:, None], tokens, tables.end_token)
-        lengths = jnp.where(used, lengths, cfg.response_len)
-        shape = (row.shape[0], number)
-        shared = Prefix(
-            *guidance.gather((prefix.k, prefix.v), selection, axis=-4),
-            *guidance.gather((prefix.length, prefix.last_hidden), selection),
-        )
-        return sample(
-            shared,
-            row_keys(state.key, PURPOSE_REPLAY, state.step, row, number),
-            forced=jnp.broadcast_to(tokens[:, None], (*shape, cfg.response_len)),
-            forced_len=jnp.broadcast_to(lengths[:, None], shape),
-        )
 
-    def _logprobs(params: Params, prompt: Array, prompt_len: Array, tokens: Array) -> tuple[Array, Array]:
-        """Log-probabilities and entropies [B, G, T], prompts shared by their groups."""
-        prefix = prefill(policy, params, prompt, prompt_len)
-        hidden = predicting_hidden(policy, params, prefix, tokens)
-        unembed = partial(policy.unembed, params)
-        return scoring.token_logprobs(unembed, hidden, tokens, cfg.temperature, cfg.logprob_chunk)
+def _updates(parts: _Parts, state: TrainState, examples: _Example) -> tuple[Params, Any, Array, Metrics]:
+    """Epochs x minibatches, each the gradient of a sum over micro-batches and one update."""
+    cfg = parts.cfg
 
-    def _reference_logp(reference: Params, examples: _Example) -> Array:
-        pieces = _split(examples, cfg.minibatches * cfg.micro_batches)
-        logp = jax.lax.map(lambda e: _logprobs(reference, e.prompt, e.prompt_len, e.rolled.tokens)[0], pieces)
-        return logp.swapaxes(0, 1).reshape(examples.advantage.shape)
+    def minibatch(carry: tuple[Params, Any, Array], examples: _Example) -> tuple[Any, Metrics]:
+        params, opt_state, skipped = carry
+        weights = objective.token_weights(examples.rolled, cfg.objective)
+        with jax.named_scope("loss"):
+            grads, sums = _accumulate(
+                partial(jax.value_and_grad(partial(_loss, parts), has_aux=True), params),
+                (_split(examples, cfg.micro_batches), _split(weights, cfg.micro_batches)),
+            )
+        with jax.named_scope("update"):
+            params, opt_state, skipped, figures = parts.update(grads, params, opt_state, skipped)
+        return (params, opt_state, skipped), _loss_metrics(sums, examples.rolled) | figures
 
-    def _loss(params: Params, example: _Example, weights: TokenWeights) -> tuple[Array, Metrics]:
-        rolled = example.rolled
-        logp, entropy = _logprobs(params, example.prompt, example.prompt_len, rolled.tokens)
-        loss, sums = objective.loss_terms(
-            logp, entropy, rolled.logp, example.reference_logp, example.advantage, rolled.sampled, weights,
-            cfg.objective,
-        )
-        change = jnp.abs(jnp.where(rolled.sampled, logp - rolled.logp, 0.0))
-        sums |= {
-            "entropy": jnp.sum(jnp.where(rolled.sampled, entropy, 0.0)),
-            "forced_logp": jnp.sum(jnp.where(rolled.forced, logp, 0.0)),
-            "sampler_gap": jnp.max(change),
-        }
-        return loss, sums
+    def epoch(carry: tuple[Params, Any, Array], _: None) -> tuple[Any, Metrics]:
+        return jax.lax.scan(minibatch, carry, _split(examples, cfg.minibatches))
 
-    def _updates(state: TrainState, examples: _Example) -> tuple[Params, Any, Array, Metrics]:
-        """Epochs x minibatches, each the gradient of a sum over micro-batches and one update."""
+    carry = (state.params, state.opt_state, state.skipped)
+    (params, opt_state, skipped), metrics = jax.lax.scan(epoch, carry, None, length=cfg.epochs)
+    first = ("policy/sampler_gap", "guide/forced_probability")  # of the policy that sampled, before any update
+    return params, opt_state, skipped, {
+        name: value[0, 0] if name in first else jnp.mean(value) for name, value in metrics.items()
+    }
 
-        def minibatch(carry: tuple[Params, Any, Array], examples: _Example) -> tuple[Any, Metrics]:
-            params, opt_state, skipped = carry
-            weights = objective.token_weights(examples.rolled, cfg.objective)
-            with jax.named_scope("loss"):
-                grads, sums = _accumulate(
-                    partial(jax.value_and_grad(_loss, has_aux=True), params),
-                    (_split(examples, cfg.micro_batches), _split(weights, cfg.micro_batches)),
-                )
-            with jax.named_scope("update"):
-                params, opt_state, skipped, figures = update(grads, params, opt_state, skipped)
-            return (params, opt_state, skipped), _loss_metrics(sums, examples.rolled) | figures
 
-        def epoch(carry: tuple[Params, Any, Array], _: None) -> tuple[Any, Metrics]:
-            return jax.lax.scan(minibatch, carry, _split(examples, cfg.minibatches))
-
-        carry = (state.params, state.opt_state, state.skipped)
-        (params, opt_state, skipped), metrics = jax.lax.scan(epoch, carry, None, length=cfg.epochs)
-        first = ("policy/sampler_gap", "guide/forced_probability")  # of the policy that sampled, before any update
-        return params, opt_state, skipped, {
-            name: value[0, 0] if name in first else jnp.mean(value) for name, value in metrics.items()
-        }
-
-    return step
+def _loss(parts: _Parts, params: Params, example: _Example, weights: TokenWeights) -> tuple[Array, Metrics]:
+    """The loss of some examples, a sum, and sums for the metrics."""
+    rolled = example.rolled
+    logp, entropy = _logprobs(parts, params, example.prompt, example.prompt_len, rolled.tokens)
+    loss, sums = objective.loss_terms(
+        logp, entropy, rolled.logp, example.reference_logp, example.advantage, rolled.sampled, weights,
+        parts.cfg.objective,
+    )
+    change = jnp.abs(jnp.where(rolled.sampled, logp - rolled.logp, 0.0))
+    sums |= {
+        "entropy": jnp.sum(jnp.where(rolled.sampled, entropy, 0.0)),
+        "forced_logp": jnp.sum(jnp.where(rolled.forced, logp, 0.0)),
+        "sampler_gap": jnp.max(change),
+    }
+    return loss, sums
 
 
 # ------------------------------------------------------------------------------------------- helpers
@@ -329,29 +419,20 @@ def _accumulate(value_and_grad: Callable[..., Any], pieces: tuple[Any, Any]) -> 
     return jax.lax.scan(add, zeros, pieces)[0]
 
 
-def _pass_steps(scored: Score, selection: Selection) -> tuple[Array, Array]:
-    """Passes and number of the guided answers whose tier was forced: they pass by their steps."""
-    counts = scored.tier_forced & selection.chosen.reshape(-1)[:, None]
-    return jnp.sum(counts & scored.passed).astype(jnp.float32), jnp.sum(counts).astype(jnp.float32)
-
-
 # ------------------------------------------------------------------------------------------- metrics
 
 
-def _equal(scored: Score) -> Array:
-    """[B] bool: the rewards of the group are alike."""
-    return jnp.std(scored.total, axis=1) < objective.MIN_SPREAD
-
-
-def _rollout_metrics(batch: Batch, rolled: Rollout, scored: Score, step_names: tuple[str, ...]) -> Metrics:
-    """Figures of the first rollout, before refill and guidance: the policy as it is."""
+def _rollout_metrics(
+    batch: Batch, rolled: Rollout, scored: Score, teaches: Array, step_names: tuple[str, ...]
+) -> Metrics:
+    """Figures of the first rollout, before refill and guidance: the policy as it is. `teaches` [B] marks groups."""
     total, steps = scored.total, slice(1, 1 + len(step_names))
     gated = (scored.raw > 0) & (scored.earned == 0) & scored.counted
     metrics = {
         "reward/total": jnp.mean(total),
         "reward/total_spread": jnp.mean(jnp.std(total, axis=1)),
         "reward/tier_accuracy": jnp.mean(scored.passed),
-        "reward/equal_groups": jnp.mean(_equal(scored)),
+        "reward/equal_groups": 1 - jnp.mean(teaches),
         "reward/gated": jnp.mean(jnp.any(gated[..., steps], axis=-1)),  # answers of which a right step earned nothing
         "policy/length": jnp.mean(jnp.sum(rolled.valid, axis=-1)),
         "policy/truncated": 1 - jnp.mean(rolled.finished),
@@ -360,17 +441,10 @@ def _rollout_metrics(batch: Batch, rolled: Rollout, scored: Score, step_names: t
     }
     for index, name in enumerate(component_names(step_names)):
         raw, counted = scored.raw[..., index], scored.counted[..., index]
-        metrics[f"reward/{name}"] = jnp.sum(raw * counted) / jnp.maximum(jnp.sum(counted), 1)
-        metrics[f"reward/{name}_spread"] = jnp.mean(jnp.std(raw, axis=1, where=counted.any(1, keepdims=True)))
+        metrics[f"reward/{name}"] = jnp.mean(raw, where=counted)
+        spread = objective.masked_std(raw, counted)
+        metrics[f"reward/{name}_spread"] = jnp.mean(spread, where=jnp.any(counted, axis=1))
     return metrics
-
-
-def _reward_metrics(scored: Score) -> Metrics:
-    """Figures of what is learnt from: the rollout after others have replaced some."""
-    return {
-        "reward/learnt_from": jnp.mean(scored.total),
-        "reward/equal_groups_after": jnp.mean(_equal(scored)),
-    }
 
 
 def _loss_metrics(sums: Metrics, rolled: Rollout) -> Metrics:
@@ -381,7 +455,7 @@ def _loss_metrics(sums: Metrics, rolled: Rollout) -> Metrics:
         "policy/ratio_change": sums["ratio_change"],
         "policy/entropy": sums["entropy"] / jnp.maximum(sampled, 1),
         "policy/sampler_gap": sums["sampler_gap"],
-        "guide/forced_probability": jnp.exp(sums["forced_logp"] / jnp.maximum(forced, 1)) * (forced > 0),
+        "guide/forced_probability": jnp.exp(sums["forced_logp"] / forced),
     }
     return metrics | ({"policy/kl": sums["kl"]} if "kl" in sums else {})
 

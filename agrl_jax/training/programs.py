@@ -40,6 +40,9 @@ def step_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> StepConfig:
     loss = {name: guide.pop(name) for name in ("treatment", "gamma", "imitate_weight", "baseline")}
     objective = config.objective.to_dict()
     del objective["logprob_chunk"]
+    clip = objective.pop("gspo_clip_low"), objective.pop("gspo_clip_high")
+    if config.objective.loss == "gspo":
+        objective["clip_low"], objective["clip_high"] = clip
     return StepConfig(
         group_size=config.rl.group_size,
         response_len=config.data.response_len,
@@ -133,7 +136,9 @@ def rl_program(
     def make(policy: Policy, sampler: rl_step.SamplerFn) -> Callable[..., Any]:
         return rl_step.make_step(policy, model.tables, names, _updater(tx), cfg, sampler)
 
-    memory = None if cfg.guidance is None else partial(guidance.initial_state, rows, families, cfg.guidance)
+    memory = None if cfg.guidance is None else partial(
+        guidance.initial_state, rows, families, cfg.guidance, cfg.response_len, len(model.book.parts)
+    )
     fresh, template = _fresh_state(config, mesh, model, "rl", tx, start, memory)
     return Program(
         _jit(config, mesh, model, "rl", make, template, base, compared), template, (base, compared), fresh
