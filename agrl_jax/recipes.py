@@ -6,7 +6,12 @@ changed on the command line: `--config.rl.steps=100`. Ranges stand in `runtime/c
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 from ml_collections import ConfigDict
+
+from agrl_jax.runtime.config import flatten, last_branch, raise_problems
 
 
 def as_long_as_rl(c: ConfigDict) -> int:
@@ -51,7 +56,7 @@ def base() -> ConfigDict:
     """The defaults: AGRL for a small policy trained from scratch on the bundled benchmark."""
     c = ConfigDict()
     c.seed = 0  # of parameters, batches and sampling
-    c.method = "agrl"  # names the RL stage in the scorecard
+    c.method = "agrl"  # one of METHODS, which the fields must be; names the stage after the warm start
 
     c.rulebook = ConfigDict()  # the business's rules
     c.rulebook.path = "four_tier"  # a bundled rule book by name, or the path of a YAML file
@@ -153,8 +158,10 @@ def base() -> ConfigDict:
     c.objective.credit = "step"  # each step's reward to the tokens of that step; or sequence: all to all
     c.objective.clip_low = 0.2  # the ratio of new to old probability counts down to 1 - clip_low
     c.objective.clip_high = 0.2  # and up to 1 + clip_high; DAPO takes 0.28
-    c.objective.kl = "none"  # to the end of the warm start: none, k1, k2, k3
-    c.objective.kl_weight = 0.0  # of the KL term
+    c.objective.gspo_clip_low = 3e-4  # the same for gspo, whose ratios are geometric means over an answer
+    c.objective.gspo_clip_high = 4e-4  # as in its paper
+    c.objective.kl = "none"  # to the end of the warm start: none; k1, taken from the reward; k2 or k3, in the loss
+    c.objective.kl_weight = 0.0  # of KL
     c.objective.entropy_weight = 0.003  # of the entropy bonus
     c.objective.mask_truncated = False  # answers without an end give no gradient
     c.objective.logprob_chunk = 0  # positions whose logits a device holds at once, to be recomputed; 0: all, kept
@@ -164,10 +171,10 @@ def base() -> ConfigDict:
     c.guidance.threshold = 0.0  # a group fails where at most this share of its answers passes
     c.guidance.capacity = 0.5  # groups guided at most, as a share of the batch
     c.guidance.replace = 2  # answers of a guided group that are rolled again
-    c.guidance.source = "gold"  # own: where the truth is unknown, a right answer of the group itself
+    c.guidance.source = "gold"  # own: where the truth is unknown, the policy's latest right answer to the pair
     c.guidance.treatment = "imitate"  # of forced tokens in the loss: shaped, imitate, importance, mask
     c.guidance.gamma = 0.1  # of shaped
-    c.guidance.imitate_weight = 0.1  # of imitate
+    c.guidance.imitate_weight = 1.0  # of imitate; 1: as a sampled token with advantage 1 in an answer of T tokens
     c.guidance.baseline = "pooled"  # or unguided_only
     c.guidance.level = "adaptive"  # or fixed
     c.guidance.initial_level = 4.0  # parts of the gold response revealed at first
@@ -209,6 +216,7 @@ def pairs() -> ConfigDict:
     c.policy.vocab_size = 4000  # and their words more varied
     c.rl.steps = 150
     c.guidance.source = "own"  # most real pairs have the tier alone
+    c.guidance.threshold = 0.25  # a group with one right answer of four is shown it, so that pairs met once are guided
     c.eval.every = 25
     return c
 
@@ -251,3 +259,64 @@ def with_method(config: ConfigDict, method: str) -> ConfigDict:
         fields = {name: value(config) if callable(value) else value for name, value in METHODS[method].items()}
         config.update_from_flattened_dict(fields)
     return config
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ConfigError where the method's name is not that of the fields, or where a field was changed that has no
+    effect beside the others; all problems in one message."""
+    raise_problems([*_method_problems(config), *_idle_problems(config)])
+
+
+def rl_method(config: ConfigDict) -> str:
+    """The method that RL with these fields is."""
+    terminal = config.reward.composition == "terminal"
+    if config.guidance.enabled:
+        return "agr" if terminal else "agrl"
+    if terminal:
+        return "grpo_ds" if config.rl.candidates > 1 else "grpo"
+    return "grpo_pr" if config.reward.composition == "sum" else "rrs"
+
+
+def _method_problems(config: ConfigDict) -> Iterator[str]:
+    method = config.method
+    if method not in METHODS:
+        yield f"method is {method!r}, expected one of {', '.join(METHODS)}"
+        return
+    advice = f"choose a method by the argument of the config, --config=FILE:{method}"
+    if method == "sft":
+        if config.rl.steps:
+            yield f"method=sft with rl.steps={config.rl.steps}: it makes no step of RL; {advice}"
+    elif last_branch(method) == "more":
+        source = METHODS[method].get("more.source", "sft")
+        if config.more.source != source:
+            yield f"method={method} with more.source={config.more.source}: it trains on {source}; {advice}"
+    elif last_branch(method) == "rl" and method != rl_method(config):
+        names, fields = ("guidance.enabled", "reward.composition", "rl.candidates"), flatten(config)
+        values = ", ".join(f"{name}={fields[name]}" for name in names)
+        yield f"method={method} with {values}: that is {rl_method(config)}; {advice}, or set method to what it is"
+
+
+# Fields that act only beside certain values of others, and which.
+_ACTS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("objective.kl_weight", "objective.kl", lambda kl: kl != "none"),
+    ("objective.clip_low", "objective.loss", lambda loss: loss not in ("gspo", "rloo")),
+    ("objective.clip_high", "objective.loss", lambda loss: loss not in ("gspo", "rloo")),
+    ("objective.gspo_clip_low", "objective.loss", lambda loss: loss == "gspo"),
+    ("objective.gspo_clip_high", "objective.loss", lambda loss: loss == "gspo"),
+    ("reward.step_weight", "reward.composition", lambda composition: composition != "terminal"),
+    ("reward.consistent_weight", "reward.composition", lambda composition: composition != "terminal"),
+    ("reward.format_weight", "reward.composition", lambda composition: composition != "terminal"),
+    ("guidance.gamma", "guidance.treatment", lambda treatment: treatment == "shaped"),
+    ("guidance.imitate_weight", "guidance.treatment", lambda treatment: treatment == "imitate"),
+    ("guidance.eta", "guidance.level", lambda level: level == "adaptive"),
+    ("guidance.per_family", "guidance.level", lambda level: level == "adaptive"),
+)
+
+
+def _idle_problems(config: ConfigDict) -> Iterator[str]:
+    fields, defaults = flatten(config), flatten(base())
+    for name, other, acts in _ACTS:
+        if fields[name] != defaults[name] and not acts(fields[other]):
+            yield f"{name}={fields[name]} has no effect with {other}={fields[other]}"
+    if config.objective.kl != "none" and not config.objective.kl_weight:
+        yield f"objective.kl={config.objective.kl} has no effect with objective.kl_weight=0"

@@ -10,7 +10,7 @@ from experiments import study
 # A shorter warm start than the study's: each step fills in what is unknown, and takes longer.
 PAIRS = {
     "data.source": "pairs", "data.prompt_len": 64, "policy.vocab_size": 4000, "sft.source": "both", "sft.steps": 1000,
-    "guidance.source": "own", "rl.batch_size": 32,
+    "guidance.source": "own", "guidance.threshold": 0.25, "rl.batch_size": 32,
 }  # fmt: skip
 RL = PAIRS | {"rl.steps": 105}  # what the budget lets through
 

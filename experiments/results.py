@@ -49,7 +49,7 @@ def write(sweep: Sweep, run: str, seed: int, workdir: Path, diverged: bool, dige
             for row in after
             if "validation/macro_f1" in row
         ],
-        "watched": {name: _thin([row[name] for row in after if name in row]) for name in WATCHED},
+        "watched": {name: _thin([row[name] for row in after if row.get(name) is not None]) for name in WATCHED},
         "excursions": {name: _excursion(after, name) for name in ("optim/grad_norm", "policy/kl")},
         "skipped": int(sum(row.get("optim/finite", 1) == 0 for row in after)),
         "cost": _cost(after) | {"pairs": _pairs_met(config, after)},

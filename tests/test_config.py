@@ -1,6 +1,7 @@
 """Configs: the string argument, the rules of the fields, resolving and comparing, the command line."""
 
 import json
+import re
 
 import pytest
 from absl import flags
@@ -177,6 +178,84 @@ def test_fields_that_do_not_go_together_are_refused(changes, shards, message):
         cfg.validate_together(config, shards)
     assert message in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+def changed(**fields):
+    config = recipes.base()
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+    return config
+
+
+@pytest.mark.parametrize("method", recipes.METHODS)
+def test_every_method_is_what_its_name_says(method):
+    recipes.check(recipes.with_method(recipes.base(), method))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "grpo"}, "method=grpo with guidance.enabled=True, reward.composition=gated, rl.candidates=1: that "
+         "is agrl; choose a method by the argument of the config, --config=FILE:grpo, or set method"),
+        ({"guidance__enabled": False}, "that is rrs"),
+        ({"reward__composition": "terminal"}, "that is agr;"),
+        ({"method": "rrs", "guidance__enabled": False, "reward__composition": "sum"}, "that is grpo_pr"),
+        ({"method": "grpo", "guidance__enabled": False, "reward__composition": "terminal", "rl__candidates": 2},
+         "that is grpo_ds"),
+        ({"method": "sft"}, "method=sft with rl.steps=400: it makes no step of RL"),
+        ({"method": "sft_all"}, "method=sft_all with more.source=sft: it trains on train"),
+        ({"method": "gprc"}, "method is 'gprc', expected one of agrl, rrs"),
+    ],
+)  # fmt: skip
+def test_a_method_that_is_not_that_of_the_fields_is_refused(fields, message):
+    with pytest.raises(ConfigError) as error:
+        recipes.check(changed(**fields))
+    assert message in str(error.value)
+
+
+def test_what_a_method_leaves_open_can_be_chosen():
+    recipes.check(changed(reward__composition="sum"))  # AGRL without the gate
+    plain = {"guidance__enabled": False, "reward__composition": "terminal"}
+    recipes.check(changed(method="grpo_ds", rl__candidates=8, **plain))
+    recipes.check(changed(method="dpo", guidance__enabled=False))
+    recipes.check(changed(method="sft_more", more__steps=7))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"objective__kl_weight": 0.1}, "objective.kl_weight=0.1 has no effect with objective.kl=none"),
+        ({"objective__kl": "k3"}, "objective.kl=k3 has no effect with objective.kl_weight=0"),
+        ({"objective__loss": "gspo", "objective__clip_low": 0.1}, "objective.clip_low=0.1 has no effect with"),
+        ({"objective__gspo_clip_high": 0.1}, "objective.gspo_clip_high=0.1 has no effect with objective.loss=grpo"),
+        ({"guidance__gamma": 0.2}, "guidance.gamma=0.2 has no effect with guidance.treatment=imitate"),
+        ({"guidance__treatment": "mask", "guidance__imitate_weight": 0.2}, "guidance.imitate_weight=0.2 has no"),
+        ({"guidance__level": "fixed", "guidance__eta": 0.1}, "guidance.eta=0.1 has no effect with guidance.level"),
+        ({"guidance__level": "fixed", "guidance__per_family": False}, "guidance.per_family=False has no effect"),
+        ({"method": "agr", "reward__composition": "terminal", "reward__step_weight": 0.5}, "reward.step_weight=0.5"),
+    ],
+)
+def test_changed_fields_without_effect_are_refused_by_name(fields, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        recipes.check(changed(**fields))
+
+
+def test_fields_that_act_are_fine():
+    recipes.check(changed(objective__kl="k1", objective__kl_weight=0.1, objective__clip_high=0.28))
+    recipes.check(changed(objective__loss="gspo", objective__gspo_clip_low=0.1))
+    recipes.check(changed(guidance__treatment="shaped", guidance__gamma=0.2))
+
+
+def test_own_answers_that_can_never_be_there_are_refused():
+    own = {"guidance__source": "own", "rl__steps": 10, "rl__batch_size": 8, "rl__group_size": 4}
+    with pytest.raises(ConfigError) as error:
+        cfg.check_guidance(changed(**own), pairs=80)
+    assert "own can never act: in rl.steps=10 x rl.batch_size=8 none of the 80 pairs is met twice" in str(error.value)
+    assert "use guidance.threshold=0.25, at least 11 steps" in str(error.value)
+    cfg.check_guidance(changed(**own), pairs=79)  # one pair is met again
+    cfg.check_guidance(changed(**own, guidance__threshold=0.25), pairs=80)  # one right answer of four, and it fails
+    cfg.check_guidance(changed(rl__steps=10), pairs=80)
+    cfg.check_guidance(changed(**own, guidance__enabled=False), pairs=80)
+    cfg.check_guidance(changed(**own, method="dpo"), pairs=80)
 
 
 def test_guidance_that_is_off_needs_no_capacity():

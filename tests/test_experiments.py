@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import quick
 
+from agrl_jax import recipes
 from agrl_jax.runtime.config import ConfigError, flatten, validate, validate_together
 from experiments import ablations, choose, esci, longer, main_table, results, search, study, table
 from experiments import run as run_sweep
@@ -32,6 +33,7 @@ def test_every_run_of_a_sweep_has_a_config_in_order(sweep: study.Sweep) -> None:
         if config.data.source == "pairs":
             config.data.path = "pairs.csv"
         validate(config)
+        recipes.check(config)
         validate_together(config)
         assert config.seed == seed and config.method in study.LABELS
         assert sweep.fields(run).items() <= flatten(config).items()

@@ -27,7 +27,7 @@ MAY_IMPORT = {
 }
 BELOW_TRAINING = {"types", "hints", "policy", "runtime", "rulebook", "rl", "data"}
 MAY_IMPORT["supervised"] = MAY_IMPORT["evaluation"] = BELOW_TRAINING
-MAY_IMPORT["training"] = BELOW_TRAINING | {"supervised", "evaluation"}
+MAY_IMPORT["training"] = BELOW_TRAINING | {"supervised", "evaluation", "recipes"}
 MAY_IMPORT["judging"] = MAY_IMPORT["bounds"] = MAY_IMPORT["training"] | {"training"}
 
 RL_LIBRARIES = {"jax", "flax", "optax", "numpy"}  # arrays, their containers, and the update; no files, flags or text

@@ -181,11 +181,11 @@ def test_preferences_are_mined_learnt_from_and_mined_again_by_a_run_that_resumes
 def test_supervised_training_goes_on_from_the_warm_start_in_place_of_rl(
     tmp_path: Path, data_dir: Path, cache_dir: Path
 ) -> None:
-    overrides = ("--config.method=sft_all", "--config.more.source=sft", "--config.eval.pairs=8")
+    overrides = ("--config.method=sft_more", "--config.eval.pairs=8")
     finish(start(tmp_path, data_dir, cache_dir, "--config.more.steps=20", *overrides))
     output = finish(start(tmp_path, data_dir, cache_dir, "--config.more.steps=24", *overrides))
     assert "resuming from rl step 20" in output
-    assert set(json.loads((tmp_path / "scorecard.json").read_text())) == {"sft", "sft_all"}
+    assert set(json.loads((tmp_path / "scorecard.json").read_text())) == {"sft", "sft_more"}
     rows = read_jsonl(tmp_path / "metrics.jsonl")
     loss = {stage: [row["policy/loss"] for row in rows if row["stage"] == stage] for stage in ("sft", "rl")}
     assert len(loss["rl"]) == 24 and loss["rl"][0] < loss["sft"][0] and min(loss["rl"]) < min(loss["sft"])

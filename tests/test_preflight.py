@@ -252,7 +252,8 @@ def test_guided_share_weighs_the_replay_alone(monkeypatch):
 
 def test_refill_samples_again_and_stages_without_rl_are_refused(monkeypatch):
     plain = {"guidance.enabled": False, "reward.composition": "terminal"}
-    once, thrice = (step_flops(monkeypatch, **plain, **{"rl.candidates": rounds}) for rounds in (1, 3))
+    once = step_flops(monkeypatch, method="grpo", **plain)
+    thrice = step_flops(monkeypatch, method="grpo_ds", **plain, **{"rl.candidates": 3})
     assert {name: thrice[name] / once[name] for name in once} == {"prefill": 3, "decode": 3, "loss": 1, "update": 1}
     for fields in ({"method": "dpo"}, {"method": "sft", "rl.steps": 0}):
         with pytest.raises(ValueError, match=f"method={fields['method']} makes no step of RL"):

@@ -13,7 +13,7 @@ import optax
 import pytest
 from conftest import RESPONSE_LEN, lenient
 
-from agrl_jax.policy.scoring import prefill
+from agrl_jax.policy.scoring import predicting_hidden, prefill, token_logprobs
 from agrl_jax.rl import guidance, objective, reader
 from agrl_jax.rl.guidance import GuidanceConfig
 from agrl_jax.rl.objective import ObjectiveConfig
@@ -21,7 +21,7 @@ from agrl_jax.rl.reward import RewardConfig
 from agrl_jax.rl.rollout import PURPOSE_ROLLOUT, rollout, row_keys
 from agrl_jax.rl.step import StepConfig, _rollout_metrics, make_step
 from agrl_jax.runtime import optim
-from agrl_jax.types import Batch, Rollout, TrainState
+from agrl_jax.types import UNKNOWN, Batch, OwnAnswers, Rollout, TrainState
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -62,7 +62,7 @@ def descend(grads, params, opt_state, skipped):
 
 def fresh_state(params, cfg, opt_state=None, skipped=0) -> TrainState:
     opt_state = jax.tree.map(jnp.zeros_like, params) if opt_state is None else opt_state
-    memory = None if cfg.guidance is None else guidance.initial_state(N, 2, cfg.guidance)
+    memory = None if cfg.guidance is None else guidance.initial_state(N, 2, cfg.guidance, RESPONSE_LEN, 3)
     return TrainState(params, opt_state, jnp.int32(0), KEY, memory, jnp.int32(skipped))
 
 
@@ -262,6 +262,39 @@ def test_failing_groups_are_replayed_behind_their_gold_prefix(step, truths):
     gap = passed.mean() - metrics["reward/tier_accuracy"]
     assert not np.isnan(metrics["guide/transfer_gap"])
     np.testing.assert_allclose(metrics["guide/transfer_gap"], gap, atol=0.006)  # kept in whole percent
+
+
+def test_own_answers_are_shown_again_and_k1_is_taken_from_the_reward(small, truths, reference):
+    """Every group fails, and nothing is known but the tiers. Rows of even number were answered right before."""
+    cfg = dataclasses.replace(
+        CONFIG, guidance=dataclasses.replace(CONFIG.guidance, source="own"),
+        objective=dataclasses.replace(CONFIG.objective, kl="k1", kl_weight=0.5),
+    )
+    hard, even = truths.hard, truths.hard.row % 2 == 0
+    batch = small.batch([(UNKNOWN, UNKNOWN)] * B, tiers=hard.tier, rows=hard.row)
+    there = (np.arange(N) % 2 == 0)[:, None]
+    own = OwnAnswers(np.where(there, [8, 2, 4, 7, 11, 11], 0).astype(np.int32), np.where(there, [2, 3, 4], 0))
+    state = fresh_state(small.params, cfg)
+    state = state.replace(guidance=state.guidance.replace(own=jax.tree.map(jnp.int32, own)))
+    after, metrics, seen = jitted(small, cfg)(state, batch, reference)
+
+    forced, tokens = np.asarray(seen.rolled.forced), np.asarray(seen.rolled.tokens)
+    replayed = even[:, None] & (np.arange(G) < 2)
+    np.testing.assert_array_equal(forced, replayed[..., None] & (np.arange(RESPONSE_LEN) < 2))
+    assert np.all(tokens[replayed][:, :2] == [8, 2]) and 0 < even.sum() < B
+    assert metrics["guide/unguidable"] == 1 - even.mean() and metrics["guide/level"] == 1
+    jax.tree.map(np.testing.assert_array_equal, after.guidance.own, own)  # no answer was right
+
+    prefix = prefill(small.policy, reference, batch.prompt, batch.prompt_len)
+    hidden = predicting_hidden(small.policy, reference, prefix, seen.rolled.tokens)
+    unembed = partial(small.policy.unembed, reference)
+    reference_logp, _ = token_logprobs(unembed, hidden, seen.rolled.tokens, cfg.temperature, 0)
+    k1 = np.where(seen.rolled.sampled, seen.rolled.logp - reference_logp, 0)
+    np.testing.assert_allclose(metrics["policy/kl"], k1.sum() / seen.rolled.sampled.sum(), rtol=1e-4)
+    total = np.asarray(seen.score.total) - 0.5 * k1.sum(axis=-1)
+    plain = ~even  # without forced parts: the textbook's advantage of the reward less the KL
+    by_hand = (total - total.mean(axis=1, keepdims=True)) / total.std(axis=1, keepdims=True)
+    np.testing.assert_allclose(seen.advantage[plain], by_hand[plain], atol=1e-3)
 
 
 def test_the_order_of_a_batch_does_not_matter(step, mixed):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
+from agrl_jax import recipes
 from agrl_jax.bounds.flops import matrix_flops
 from agrl_jax.bounds.hlo import traffic
 from agrl_jax.data.bundled.catalog import FAMILIES
@@ -121,6 +122,7 @@ def compile_step(
     validate(config)
     if last_branch(config.method) != "rl" or not config.rl.steps:
         raise ConfigError(f"method={config.method} makes no step of RL, which is what preflight compiles")
+    recipes.check(config)
     mesh = sharding.make_mesh(*(config.mesh[axis] for axis in sharding.AXES), devices=devices)
     checked = config.copy_and_resolve_references()
     checked.policy.pretrained = shape or config.policy.pretrained

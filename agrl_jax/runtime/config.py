@@ -260,6 +260,8 @@ RULES: Mapping[str, Rule] = {
     "objective.credit": _one_of("sequence", "step"),
     "objective.clip_low": Rule(above=0, high=10),
     "objective.clip_high": Rule(above=0, high=10),
+    "objective.gspo_clip_low": Rule(above=0, high=10),
+    "objective.gspo_clip_high": Rule(above=0, high=10),
     "objective.kl": _one_of("none", "k1", "k2", "k3"),
     "objective.kl_weight": _WEIGHT,
     "objective.entropy_weight": _WEIGHT,
@@ -307,7 +309,7 @@ def check_known(config: ConfigDict | Mapping[str, Any], reference: ConfigDict | 
     """Raises ConfigError if `config` has fields that `reference` lacks, each with the nearest valid ones."""
     known = dict(_flatten(reference))
     unknown = [name for name, _ in _flatten(config) if name not in known]
-    _raise([f"unknown field {name}{_hint(name, known)}" for name in unknown])
+    raise_problems([f"unknown field {name}{_hint(name, known)}" for name in unknown])
 
 
 def validate(
@@ -330,7 +332,7 @@ def validate(
         problem = rule.problem(value)
         if problem:
             problems.append(f"{name} {problem}")
-    _raise(problems)
+    raise_problems(problems)
 
 
 def validate_together(config: ConfigDict, data_shards: int = 1) -> None:
@@ -341,7 +343,7 @@ def validate_together(config: ConfigDict, data_shards: int = 1) -> None:
     """
     checks = (_policy_problems(config), _lora_problems(config), _batch_problems(config, data_shards),
               _objective_problems(config))  # fmt: skip
-    _raise([problem for check in checks for problem in check])
+    raise_problems([problem for check in checks for problem in check])
 
 
 def _policy_problems(config: ConfigDict) -> Iterator[str]:
@@ -408,13 +410,28 @@ def _objective_problems(config: ConfigDict) -> Iterator[str]:
         yield "data.source=pairs needs data.path, a CSV or Parquet file: --config.data.path=FILE"
 
 
+def check_guidance(config: ConfigDict, pairs: int) -> None:
+    """Raises ConfigError where guidance is to reveal the policy's own answers to the training `pairs`, so many, and
+    no failing group can have one: not of its own, nor from an earlier meeting."""
+    rl, guidance = config.rl, config.guidance
+    own = guidance.enabled and guidance.source == "own" and last_branch(config.method) == "rl" and rl.steps > 0
+    if own and guidance.threshold * rl.group_size < 1 - 1e-9 and rl.steps * rl.batch_size <= pairs:
+        raise_problems([
+            f"guidance.source=own can never act: in rl.steps={rl.steps} x rl.batch_size={rl.batch_size} none of the "
+            f"{pairs} pairs is met twice, and with guidance.threshold={guidance.threshold} below 1/rl.group_size a "
+            f"failing group has no right answer; use guidance.threshold={1 / rl.group_size:.4g}, at least "
+            f"{pairs // rl.batch_size + 1} steps, or guidance.source=gold"
+        ])
+
+
 def _multiple(size: int, of: int) -> str:
     """The multiples of `of` next to `size`, as text."""
     below, above = size // of * of, (size // of + 1) * of
     return f"{below} or {above}" if below else str(above)
 
 
-def _raise(problems: Sequence[str]) -> None:
+def raise_problems(problems: Sequence[str]) -> None:
+    """Raises ConfigError with all of them, if there are any."""
     if len(problems) == 1:
         raise ConfigError(f"config: {problems[0]}")
     if problems:

@@ -21,6 +21,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from agrl_jax import recipes
 from agrl_jax.data import pipeline
 from agrl_jax.data.pairs import Pair, PairsError
 from agrl_jax.data.pipeline import EncodedSplit
@@ -36,7 +37,7 @@ from agrl_jax.rl import step as rl_step
 from agrl_jax.rulebook.book import RuleBookError
 from agrl_jax.runtime import processes, sharding
 from agrl_jax.runtime.checkpoint import Checkpointer, CheckpointError
-from agrl_jax.runtime.config import ConfigError, resolve, validate, validate_together
+from agrl_jax.runtime.config import ConfigError, check_guidance, resolve, validate, validate_together
 from agrl_jax.runtime.console import progress, say
 from agrl_jax.runtime.logs import MetricsWriter
 from agrl_jax.runtime.sharding import ShardingError
@@ -102,6 +103,7 @@ def train(config: ConfigDict, workdir: str, say: Callable[..., None] = say) -> d
     # ------------------------------------------------------------------------------------------ set up
     began = time.monotonic()
     validate(config)
+    recipes.check(config)
     mesh = sharding.make_mesh(*(config.mesh[axis] for axis in sharding.AXES))
     validate_together(config, sharding.data_shards(mesh))
     run = _set_up(config, epath.Path(workdir), mesh, say)
@@ -118,7 +120,7 @@ def train(config: ConfigDict, workdir: str, say: Callable[..., None] = say) -> d
             learn = {"rl": _reinforce, "dpo": _prefer, "more": _go_on}[branch]
             weights = _timed(run, config.method, lambda: learn(run, reference))
             del reference  # this stage owns the parameters now
-            name = config.method if config.method != "sft" else "rl"
+            name = config.method
             cards[name] = _timed(run, f"evaluate {name}", lambda: _scorecard(run, name, "rl", weights))
 
     # --------------------------------------------------------------------------------------- scorecard
@@ -154,6 +156,7 @@ def _set_up(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh, sa
         size = config[branch].batch_size
         if config[branch].steps and size > len(pairs):
             raise ConfigError(f"{branch}.batch_size={size} is more than the {len(pairs)} pairs that it trains on")
+    check_guidance(config, len(data.splits["train"]))
     evaluator = assemble.make_evaluator(config, model, mesh)
     at = checkpoints.newest()
     writer = MetricsWriter(workdir, resume=at)
