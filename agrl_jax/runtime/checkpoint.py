@@ -15,6 +15,7 @@ import errno
 import json
 import logging
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -260,7 +261,8 @@ class Checkpointer:
         try:
             return self._managers[name].restore(step, args=ocp.args.Composite(**args))
         except (ValueError, KeyError, OSError) as error:
-            raise CheckpointError(f"{self.directory / name / str(step)} cannot be restored: {error}") from error
+            place = self.directory / name / str(step)
+            raise CheckpointError(f"{place} cannot be restored: {_misfit(error)}") from error
 
     def _check_identity(self) -> None:
         """Refuses to go on under a config or rule book other than that of the newest checkpoint."""
@@ -294,6 +296,15 @@ def _quiet(record: logging.LogRecord) -> bool:
 def _plain(value: Any) -> Any:
     """`value` as it comes back from JSON; NumPy scalars become numbers."""
     return json.loads(json.dumps(value, default=lambda scalar: scalar.item()))
+
+
+def _misfit(error: Exception) -> str:
+    """Why a state could not be restored; in one line where it has other fields than the one that is kept now."""
+    if "tree structures do not match" not in str(error):
+        return str(error)
+    fields = ", ".join(re.findall(r"^(\S+):$", str(error), re.MULTILINE))
+    return (f"it was written by another version, whose state has other fields ({fields}); use a new workdir, or go on "
+            "with that version")
 
 
 def _reason(error: BaseException) -> str:
