@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 from safetensors.numpy import save_file
 
-from agrl_jax.policy.tokenizer import Tokenizer, train_bpe
+from agrl_jax.policy.tokenizer import QWEN2_WORDS, Tokenizer, byte_level, train_bpe
 
 _SHAPE = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -56,8 +56,12 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def tokenizer() -> Tokenizer:
-    """A small vocabulary."""
-    return train_bpe(["red shoes", "blue shoes, not leather", "Tier: 4-Excellent"], 280)
+    """A small vocabulary, whose words are cut as Qwen2's are: so a model of any family can be exported with it."""
+    small = train_bpe(["red shoes", "blue shoes, not leather", "Tier: 4-Excellent"], 280)
+    core = tokenizers.Tokenizer.from_str(small._core.to_str())
+    core.normalizer = tokenizers.normalizers.NFC()
+    core.pre_tokenizer = byte_level(core.model, (QWEN2_WORDS,)).pre_tokenizer
+    return Tokenizer(core, small.end_token)
 
 
 def config(case: str, vocab_size: int) -> dict[str, Any]:

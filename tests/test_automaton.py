@@ -16,7 +16,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from agrl_jax.policy.tokenizer import from_gguf, train_bpe
+from agrl_jax.policy.gguf import read_tokenizer as from_gguf
+from agrl_jax.policy.tokenizer import train_bpe
 from agrl_jax.rl import reader
 from agrl_jax.rulebook import wording
 from agrl_jax.rulebook.automaton import compile_tables, find_phrases

@@ -444,7 +444,7 @@ import jax, numpy as np
 from jax.sharding import PartitionSpec as P
 import hf_models, tempfile
 from pathlib import Path
-from agrl_jax.policy import loading
+from agrl_jax.policy import huggingface, loading
 from agrl_jax.policy.transformer import build
 from agrl_jax.runtime import sharding
 
@@ -455,7 +455,7 @@ for case in ("llama", "qwen3_moe"):
         hf_models.write(Path(folder), case)
         cfg, whole, _ = loading.load_pretrained(folder)
         _, params, tokenizer = loading.load_pretrained(folder, shardings=partial(sharding.param_shardings, mesh))
-        loading.save_pretrained(Path(folder) / "out", cfg, params, tokenizer)
+        huggingface.save_pretrained(Path(folder) / "out", cfg, params, tokenizer)
         jax.tree.map(np.testing.assert_array_equal, loading.load_pretrained(Path(folder) / "out")[1], whole)
     jax.tree.map(np.testing.assert_array_equal, params, whole)
     assert params["embedding"].sharding.spec == P("tensor", "fsdp")

@@ -11,7 +11,8 @@ from tokenizers import pre_tokenizers
 
 from agrl_jax.policy import smollm2
 from agrl_jax.policy import tokenizer as tokenizers
-from agrl_jax.policy.tokenizer import END, Tokenizer, TokenizerError, from_gguf, load, train_bpe
+from agrl_jax.policy.gguf import read_tokenizer as from_gguf
+from agrl_jax.policy.tokenizer import END, Tokenizer, TokenizerError, load, train_bpe
 
 CORPUS = ["Query: red running shoes\nItem: men's boots 12.50", "Category: same\nBrand: not asked"] * 3
 

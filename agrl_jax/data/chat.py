@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
-from typing import Any, NoReturn
-
-import jinja2
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from agrl_jax.policy.tokenizer import Tokenizer, TokenizerError
 from agrl_jax.rulebook import wording
@@ -17,12 +14,16 @@ Message = dict[str, str]
 
 _ANSWER = "{answer}"  # stands for what an assistant says
 
+# A thought that the template leaves open at the end of a prompt, for the model to go on with.
+_OPEN_THOUGHT = re.compile(r"([<\[])([\w:]*(?:think|thought|reason)\w*)([>\]])\s*$", re.IGNORECASE)
+
 
 def pieces(book: RuleBook, tokenizer: Tokenizer) -> tuple[str, str, str]:
     """The fixed text before the query, between query and item, and after the item.
 
     The first and the last hold special tokens by their spelling. The instructions are the system's turn, or stand
-    first in the user's where the template has no place for a system.
+    first in the user's where the template has no place for a system. A thought that the template opens is closed: what
+    follows is the answer.
 
     Raises:
       TokenizerError: the model has no chat template, or one that cannot be rendered.
@@ -31,14 +32,20 @@ def pieces(book: RuleBook, tokenizer: Tokenizer) -> tuple[str, str, str]:
     alone = [{"role": "user", "content": f"{system}\n\n{user}"}]
     try:
         text = render(tokenizer, [{"role": "system", "content": system}, {"role": "user", "content": user}])
-        text = text if system in text else render(tokenizer, alone)
+        text = text if system.strip() in text else render(tokenizer, alone)
     except TokenizerError:
         text = render(tokenizer, alone)
     before, query, rest = text.rpartition("{query}")  # the question is the last turn, whatever the instructions hold
     between, item, after = rest.partition("{item}")
     if not query or not item:
         raise TokenizerError("the chat template leaves out what the user says; set data.style=full")
-    return before, between, after
+    return before, between, _without_open_thought(after)
+
+
+def _without_open_thought(reply: str) -> str:
+    """The beginning of a reply, with the thought that it opens closed at once, as Qwen3's template does it."""
+    opened = _OPEN_THOUGHT.search(reply)
+    return f"{reply.rstrip()}\n\n{opened[1]}/{opened[2]}{opened[3]}\n\n" if opened else reply
 
 
 def end_of_turn(tokenizer: Tokenizer) -> int:
@@ -51,26 +58,23 @@ def end_of_turn(tokenizer: Tokenizer) -> int:
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Message], reply: bool = True) -> str:
-    """The messages as the chat template spells them; with `reply`, up to where the assistant speaks.
+    """The messages as `transformers` renders them by the chat template; with `reply`, up to where the assistant speaks.
 
-    As `transformers` does it, in a sandbox. Models that think aloud before they answer are told not to.
+    Models that think aloud before they answer are told not to.
+
+    Raises:
+      TokenizerError: the model has no chat template, or one that cannot be rendered.
     """
     if tokenizer.chat_template is None:
         raise TokenizerError("the model has no chat template; set data.style=full")
-    known = {} if tokenizer.bos_token is None else {"bos_token": tokenizer.decode([tokenizer.bos_token], special=True)}
-    known["eos_token"] = tokenizer.decode([tokenizer.end_token], special=True)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it need not say that PyTorch is missing
+    from transformers.utils import chat_template_utils  # takes a second, and only templates need it
+
     try:
-        return _environment().from_string(tokenizer.chat_template).render(
-            messages=messages, add_generation_prompt=reply, enable_thinking=False, **known
-        )
-    except (jinja2.TemplateError, TypeError) as error:
+        (text,), _ = chat_template_utils.render_jinja_template(
+            [list(messages)], chat_template=tokenizer.chat_template, add_generation_prompt=reply,
+            enable_thinking=False, **tokenizer.special_tokens,
+        )  # fmt: skip
+    except Exception as error:  # a template is a program of others, and can fail in any way
         raise TokenizerError(f"the chat template cannot be rendered: {error}; set data.style=full") from error
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    def refuse(message: Any) -> NoReturn:
-        raise jinja2.TemplateError(str(message))
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.globals["raise_exception"] = refuse
-    return environment
+    return text

@@ -13,14 +13,14 @@ import numpy as np
 from agrl_jax.policy.layers import PolicyConfig
 from agrl_jax.policy.transformer import build
 
-# `model_type` in config.json (and, but for the mixture, `general.architecture` in GGUF) and the class that loads it.
+# `model_type` in config.json, and the class of `transformers` that loads it.
 CLASSES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
-GGUF_FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe"}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 
@@ -41,9 +41,9 @@ class _Tensor(NamedTuple):
 
 _LAYER = "model.layers.{layer}."
 _PLAIN = {
-    ("embedding",): _Tensor("model.embed_tokens.weight", -1),
+    ("embedding",): _Tensor(EMBEDDING, -1),
     ("final_norm",): _Tensor("model.norm.weight", -1),
-    ("head",): _Tensor("lm_head.weight", 1),
+    ("head",): _Tensor(HEAD, 1),
     ("blocks", "attention_norm"): _Tensor(_LAYER + "input_layernorm.weight", -1),
     ("blocks", "mlp_norm"): _Tensor(_LAYER + "post_attention_layernorm.weight", -1),
     ("blocks", "attention", "q"): _Tensor(_LAYER + "self_attn.q_proj.weight", 1),
@@ -66,22 +66,6 @@ _MIXTURE = _PLAIN | {
     ("blocks", "mlp", "up"): _Tensor(_EXPERT + "up_proj.weight", 1),
     ("blocks", "mlp", "down"): _Tensor(_EXPERT + "down_proj.weight", 1),
 }
-
-
-# Hugging Face's names of what GGUF calls blk.N.{key}; experts are stacked there.
-GGUF_LAYER = {
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "ffn_gate_inp": "mlp.gate",
-    "ffn_gate_exps": "mlp.experts.{expert}.gate_proj", "ffn_up_exps": "mlp.experts.{expert}.up_proj",
-    "ffn_down_exps": "mlp.experts.{expert}.down_proj",
-}  # fmt: skip
-GGUF_GLOBAL = {
-    "token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}  # fmt: skip
-GGUF_ROPE = "rope_freqs.weight"
 
 
 class Leaf(NamedTuple):

@@ -1,4 +1,11 @@
-"""GGUF files, read."""
+"""GGUF files, read: a model's shape, its tensors under Hugging Face's names and in their layout, and its tokenizer.
+
+    open_gguf        shape and tensors
+    read_tokenizer   the tokenizer
+
+A file holds metadata, keys such as `llama.block_count` with their values, and tensors, most of them quantised. A model
+may be split over several files, of which the first has the metadata.
+"""
 
 from __future__ import annotations
 
@@ -9,41 +16,59 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
+from tokenizers import models, normalizers
 
 from agrl_jax.policy.attention import rope_frequencies
-from agrl_jax.policy.families import GGUF_FAMILIES, GGUF_GLOBAL, GGUF_LAYER, GGUF_ROPE, Entry, LoadingError
+from agrl_jax.policy.families import EMBEDDING, HEAD, Entry, LoadingError
 from agrl_jax.policy.huggingface import hf_rope
 from agrl_jax.policy.layers import PolicyConfig, RopeScaling
+from agrl_jax.policy.tokenizer import QWEN2_WORDS, SENTENCEPIECE, Tokenizer, TokenizerError, byte_level, with_date
+
+# `general.architecture`, and the family as Hugging Face calls it.
+_FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe"}
+
+# Hugging Face's names of what GGUF calls blk.N.{key}; experts are stacked there.
+_LAYER = {
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{expert}.gate_proj", "ffn_up_exps": "mlp.experts.{expert}.up_proj",
+    "ffn_down_exps": "mlp.experts.{expert}.down_proj",
+}  # fmt: skip
+_GLOBAL = {
+    "token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight",
+    "output.weight": HEAD,
+}  # fmt: skip
+_ROPE_DIVISORS = "rope_freqs.weight"
+
+_MISSING = object()  # stands for "no default"
+
+
+# ------------------------------------------------------------------------------------- shape and tensors
 
 
 def open_gguf(path: Path, param_dtype: str, compute_dtype: str) -> tuple[PolicyConfig, dict[str, Entry]]:
-    """The shape in a GGUF file's metadata, and its tensors under Hugging Face's names and in their layout."""
-    import gguf  # slow to import, and only needed here
+    """The shape in a model's metadata, and its tensors; each is read and dequantised when it is asked for.
 
-    try:
-        reader = gguf.GGUFReader(str(path))
-        fields = {key: f.contents() for key, f in reader.fields.items() if not key.startswith("tokenizer.")}
-        found = {t.name: (t.shape.tolist()[::-1], t.tensor_type, t.data_offset, t.n_bytes) for t in reader.tensors}
-        swapped = reader.byte_order == "S"
-        del reader  # it holds a Python object for each token of the vocabulary
-    except Exception as error:  # on a bad file the reader fails in many ways
-        raise LoadingError(f"{path}: missing, truncated or corrupt, or not a GGUF file: {error}") from error
-    if swapped:
-        raise LoadingError(f"{path}: stored for machines of the other byte order")
-    family = GGUF_FAMILIES.get(arch := fields.get("general.architecture"))
+    Raises:
+      LoadingError: the file, or another of a split model's, is missing or cannot be read, or is of a model that the
+        policy does not compute.
+    """
+    fields, stored = _open_file(path)
+    for part in _other_parts(path, fields):
+        stored |= _open_file(part)[1]
+    metadata = _Metadata(fields, fields.get("general.architecture"))
+    family = _FAMILIES.get(metadata.arch)
     if family is None:
-        raise LoadingError(f"{path}: general.architecture is {arch!r}; known are: {', '.join(GGUF_FAMILIES)}")
-
-    tensors = {}
-    for name, (shape, kind, offset, size) in found.items():
-        read = _gguf_reader(path, kind, shape, offset, size)
-        for alias, shape_, read_ in _gguf_aliases(path, name, tuple(shape), read):
-            tensors[alias] = Entry(shape_, path, read_)
-    rope_freqs = tensors.pop(GGUF_ROPE, None)
+        raise LoadingError(f"{path}: general.architecture is {metadata.arch!r}; known are: {', '.join(_FAMILIES)}")
+    tensors = {alias: entry for name in stored for alias, entry in _under_hf_names(name, stored[name])}
+    divisors = tensors.pop(_ROPE_DIVISORS, None)
     try:
-        cfg = _gguf_config(fields, arch, family, tensors, param_dtype, compute_dtype)
-        if rope_freqs is not None:
-            cfg = dataclasses.replace(cfg, rope_scaling=_llama3_of(cfg, rope_freqs.read(slice(None))))
+        cfg = _shape(metadata, family, tensors, param_dtype, compute_dtype)
+        if divisors is not None:
+            cfg = dataclasses.replace(cfg, rope_scaling=_llama3_of(cfg, divisors.read(slice(None))))
     except KeyError as error:
         raise LoadingError(f"{path}: {error.args[0]} is missing") from error
     except (TypeError, ValueError) as error:
@@ -56,63 +81,120 @@ def open_gguf(path: Path, param_dtype: str, compute_dtype: str) -> tuple[PolicyC
     return cfg, tensors
 
 
-def _gguf_config(
-    fields: Mapping[str, Any], arch: str, family: str, tensors: Mapping[str, Entry], param_dtype: str,
-    compute_dtype: str,
+def _open_file(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
+    """The metadata of one file, the tokenizer's aside, and its tensors under the names that they have there."""
+    import gguf  # slow to import, and only needed here
+
+    try:
+        reader = gguf.GGUFReader(str(path))
+        fields = {key: f.contents() for key, f in reader.fields.items() if not key.startswith("tokenizer.")}
+        found = {t.name: (t.tensor_type, t.shape.tolist()[::-1], t.data_offset, t.n_bytes) for t in reader.tensors}
+        swapped = reader.byte_order == "S"
+        del reader  # it holds a Python object for each token of the vocabulary
+    except Exception as error:  # on a bad file the reader fails in many ways
+        raise LoadingError(f"{path}: missing, truncated or corrupt, or not a GGUF file: {error}") from error
+    if swapped:
+        raise LoadingError(f"{path}: stored for machines of the other byte order")
+    return fields, {name: Entry(tuple(place[1]), path, _dequantised(path, *place)) for name, place in found.items()}
+
+
+def _other_parts(path: Path, fields: Mapping[str, Any]) -> list[Path]:
+    """The other files of a model that is split, as llama.cpp names them; none where it is whole."""
+    count, number = fields.get("split.count", 1), fields.get("split.no", 0)
+    if count <= 1:
+        return []
+    stem = re.fullmatch(r"(.+)-\d{5}-of-\d{5}\.gguf", path.name)
+    if stem is None:
+        raise LoadingError(f"{path}: the first of {count} files should be called NAME-00001-of-{count:05d}.gguf")
+    parts = [path.with_name(f"{stem[1]}-{part:05d}-of-{count:05d}.gguf") for part in range(1, count + 1)]
+    if number != 0:
+        raise LoadingError(f"{path}: file {number + 1} of {count} of a split model; name the first, {parts[0].name}")
+    if lost := [part.name for part in parts[1:] if not part.exists()]:
+        raise LoadingError(f"{path}: the first of {count} files of a split model; {lost[0]} is not beside it")
+    return parts[1:]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Metadata:
+    """The keys and values of a file, where most keys begin with the name of the architecture."""
+
+    fields: Mapping[str, Any]
+    arch: str
+
+    def get(self, key: str, default: Any = _MISSING) -> Any:
+        """Raises KeyError where the key is missing and there is no default."""
+        name = f"{self.arch}.{key}"
+        return self.fields[name] if default is _MISSING else self.fields.get(name, default)
+
+    def decimal(self, key: str, default: float) -> float:
+        """Stored in 32 bits: the shortest decimal that rounds to it is what was meant."""
+        return float(str(np.float32(self.get(key, default))))
+
+
+def _shape(
+    metadata: _Metadata, family: str, tensors: Mapping[str, Entry], param_dtype: str, compute_dtype: str
 ) -> PolicyConfig:
     """The shape in the metadata. Raises KeyError for a key that is missing."""
-
-    def get(key: str) -> Any:
-        return fields[f"{arch}.{key}"]
-
-    def decimal(key: str, default: float) -> float:
-        """Stored in 32 bits: the shortest decimal that rounds to it is what was meant."""
-        return float(str(np.float32(fields.get(f"{arch}.{key}", default))))
-
-    if "model.embed_tokens.weight" not in tensors:
+    if EMBEDDING not in tensors:
         raise KeyError("tensor token_embd.weight")
+    get = metadata.get
     width, heads = get("embedding_length"), get("attention.head_count")
+    head_dim = get("attention.key_length", width // heads)
+    if get("rope.dimension_count", head_dim) != head_dim:
+        raise ValueError(f"{metadata.arch}.rope.dimension_count should be the whole head, {head_dim}")
     mixture = family == "qwen3_moe"
-    scaling = None
-    if (kind := fields.get(f"{arch}.rope.scaling.type", "none")) != "none":
-        rope = {
-            "rope_type": kind,
-            "factor": get("rope.scaling.factor"),
-            "original_max_position_embeddings": fields.get(f"{arch}.rope.scaling.original_context_length"),
-            "beta_fast": fields.get(f"{arch}.rope.scaling.yarn_beta_fast"),
-            "beta_slow": fields.get(f"{arch}.rope.scaling.yarn_beta_slow"),
-        }
-        scaling = hf_rope({"rope_scaling": rope, "max_position_embeddings": get("context_length")})["rope_scaling"]
-        # llama.cpp multiplies the paper's factor by this one.
-        extra = fields.get(f"{arch}.rope.scaling.yarn_attn_factor", fields.get(f"{arch}.rope.scaling.attn_factor", 1.0))
-        scaling = dataclasses.replace(scaling, attention=scaling.attention * extra)
-    head_dim = fields.get(f"{arch}.attention.key_length", width // heads)
-    if fields.get(f"{arch}.rope.dimension_count", head_dim) != head_dim:
-        raise ValueError(f"{arch}.rope.dimension_count should be the whole head, {head_dim}")
     return PolicyConfig(
-        vocab_size=tensors["model.embed_tokens.weight"].shape[0],
+        vocab_size=tensors[EMBEDDING].shape[0],
         width=width,
         layers=get("block_count"),
         heads=heads,
-        kv_heads=fields.get(f"{arch}.attention.head_count_kv", heads),
+        kv_heads=get("attention.head_count_kv", heads),
         head_dim=head_dim,
         mlp=get("expert_feed_forward_length" if mixture else "feed_forward_length"),
-        tied="lm_head.weight" not in tensors,
+        tied=HEAD not in tensors,
         qk_norm=family in ("qwen3", "qwen3_moe"),
         bias=family == "qwen2",
-        rope_theta=decimal("rope.freq_base", 10_000.0),
-        norm_eps=decimal("attention.layer_norm_rms_epsilon", 1e-6),
+        rope_theta=metadata.decimal("rope.freq_base", 10_000.0),
+        norm_eps=metadata.decimal("attention.layer_norm_rms_epsilon", 1e-6),
         param_dtype=param_dtype,
         compute_dtype=compute_dtype,
         max_positions=get("context_length"),
-        rope_scaling=scaling,
+        rope_scaling=_rope_scaling(metadata),
         experts=get("expert_count") if mixture else 0,
         experts_per_token=get("expert_used_count") if mixture else 0,
     )
 
 
-def _gguf_reader(path: Path, kind: Any, shape: Sequence[int], offset: int, size: int) -> Callable[[slice], np.ndarray]:
-    """Reads and dequantises some rows along the first axis, in float32."""
+def _rope_scaling(metadata: _Metadata) -> RopeScaling | None:
+    """The scaling of rotary frequencies that the keys tell; that of Llama 3 is in a tensor instead."""
+    kind = metadata.get("rope.scaling.type", "none")
+    if kind == "none":
+        return None
+    rope = {
+        "rope_type": kind,
+        "factor": metadata.get("rope.scaling.factor"),
+        "original_max_position_embeddings": metadata.get("rope.scaling.original_context_length", None),
+        "beta_fast": metadata.get("rope.scaling.yarn_beta_fast", None),
+        "beta_slow": metadata.get("rope.scaling.yarn_beta_slow", None),
+    }
+    scaling = hf_rope({"rope_scaling": rope, "max_position_embeddings": metadata.get("context_length")})["rope_scaling"]
+    # llama.cpp multiplies the paper's factor by this one.
+    extra = metadata.get("rope.scaling.yarn_attn_factor", metadata.get("rope.scaling.attn_factor", 1.0))
+    return dataclasses.replace(scaling, attention=scaling.attention * extra)
+
+
+def _llama3_of(cfg: PolicyConfig, divisors: np.ndarray) -> RopeScaling:
+    """The `llama3` scaling that divides the frequencies so. Files hold the divisors alone, of Llama's own settings."""
+    plain, _ = rope_frequencies(dataclasses.replace(cfg, rope_scaling=None))
+    scaling = RopeScaling("llama3", factor=float(divisors.max()), original=8192)
+    scaled, _ = rope_frequencies(dataclasses.replace(cfg, rope_scaling=scaling))
+    if divisors.shape != plain.shape or not np.allclose(plain / scaled, divisors, rtol=1e-3):
+        raise ValueError(f"tensor {_ROPE_DIVISORS} holds divisors other than those of Llama 3, which are not supported")
+    return scaling
+
+
+def _dequantised(path: Path, kind: Any, shape: Sequence[int], offset: int, size: int) -> Callable[[slice], np.ndarray]:
+    """What reads some rows of a tensor, along its first axis, in float32."""
     import gguf
 
     def read(rows: slice) -> np.ndarray:
@@ -127,21 +209,21 @@ def _gguf_reader(path: Path, kind: Any, shape: Sequence[int], offset: int, size:
     return read
 
 
-def _gguf_aliases(
-    path: Path, name: str, shape: tuple[int, ...], read: Callable[[slice], np.ndarray]
-) -> Iterator[tuple[str, tuple[int, ...], Callable[[slice], np.ndarray]]]:
-    """The tensors in Hugging Face's layout that a tensor of a GGUF file holds: one, or one for each expert."""
+def _under_hf_names(name: str, entry: Entry) -> Iterator[tuple[str, Entry]]:
+    """The tensors of Hugging Face's that one of a GGUF file holds, with their names: one, or one for each expert."""
     layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if layer is None or layer[2] not in GGUF_LAYER:
-        yield GGUF_GLOBAL.get(name, name), shape, read
+    if layer is None or layer[2] not in _LAYER:
+        yield _GLOBAL.get(name, name), entry
         return
-    alias = f"model.layers.{layer[1]}.{GGUF_LAYER[layer[2]]}.{layer[3]}"
+    alias = f"model.layers.{layer[1]}.{_LAYER[layer[2]]}.{layer[3]}"
     if "{expert}" not in alias:
-        yield alias, shape, read
+        yield alias, entry
         return
-    for expert in range(shape[0]):
+    for expert in range(entry.shape[0]):
         one = slice(expert, expert + 1)
-        yield alias.format(expert=expert), shape[1:], lambda rows, one=one: read(one)[0][rows]
+        yield alias.format(expert=expert), Entry(
+            entry.shape[1:], entry.file, lambda rows, one=one: entry.read(one)[0][rows]
+        )
 
 
 def _halves_paired(read: Callable[[slice], np.ndarray], heads: int) -> Callable[[slice], np.ndarray]:
@@ -154,11 +236,83 @@ def _halves_paired(read: Callable[[slice], np.ndarray], heads: int) -> Callable[
     return read_all
 
 
-def _llama3_of(cfg: PolicyConfig, divisors: np.ndarray) -> RopeScaling:
-    """The `llama3` scaling that divides the frequencies so. Files hold the divisors alone, of Llama's own settings."""
-    plain, _ = rope_frequencies(dataclasses.replace(cfg, rope_scaling=None))
-    scaling = RopeScaling("llama3", factor=float(divisors.max()), original=8192)
-    scaled, _ = rope_frequencies(dataclasses.replace(cfg, rope_scaling=scaling))
-    if divisors.shape != plain.shape or not np.allclose(plain / scaled, divisors, rtol=1e-3):
-        raise ValueError(f"tensor {GGUF_ROPE} holds divisors other than those of Llama 3, which are not supported")
-    return scaling
+# --------------------------------------------------------------------------------------------- tokenizer
+
+# How text is cut into words before merging, by `tokenizer.ggml.pre`: patterns that cut in turn.
+_GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_WORDS = {
+    "gpt-2": (_GPT2_WORDS,),
+    "smollm": (r"\p{N}", _GPT2_WORDS),
+    "qwen2": (QWEN2_WORDS,),
+    "llama-bpe": (QWEN2_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|"),),
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2_WORDS, r"\p{N}+", r"[0-9][0-9][0-9]"),
+}
+_SAME_WORDS = {"deepseek-r1-qwen": "qwen2", "llama3": "llama-bpe", "llama-v3": "llama-bpe"}
+
+_NORMAL = 1  # token types: the others are unknown, control, user-defined, unused and byte
+_NAMED_TOKENS = {"bos_token": "bos", "pad_token": "padding", "unk_token": "unknown"}  # `transformers`' names and GGUF's
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Rebuilds the tokenizer inside a GGUF file, special tokens and chat template included. Reads metadata only.
+
+    A vocabulary may lack bytes that its makers never met (SmolLM2's lacks 21, such as control characters and bytes
+    that no UTF-8 has): `encode` leaves them out.
+
+    Raises:
+      TokenizerError: the file cannot be read, or its tokenizer is not a byte-level BPE with known word patterns.
+    """
+    get = _tokenizer_fields(path)
+    if (model := get("ggml.model")) != "gpt2":
+        kind = f", {SENTENCEPIECE}" if model == "llama" else ""
+        raise TokenizerError(
+            f"{path}: tokenizer.ggml.model is {model!r}{kind}; only 'gpt2' (byte-level BPE) can be read"
+        )
+    pre = get("ggml.pre", "default")
+    words = _SAME_WORDS.get(pre, pre)
+    if words not in _WORDS:
+        raise TokenizerError(f"{path}: tokenizer.ggml.pre is {pre!r}; known are: {', '.join([*_WORDS, *_SAME_WORDS])}")
+    tokens, types = get("ggml.tokens", []), get("ggml.token_type", [])
+    if (end := get("ggml.eos_token_id")) is None or len(set(tokens)) != len(tokens) or len(types) != len(tokens):
+        raise TokenizerError(f"{path}: needs tokenizer.ggml.eos_token_id, and distinct tokens with a type for each")
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    merges = _merges(path, get("ggml.merges", []), vocabulary)
+    core = byte_level(models.BPE(vocabulary, merges, ignore_merges=words == "llama-bpe"), _WORDS[words])
+    if words == "qwen2":
+        core.normalizer = normalizers.NFC()
+    control = [token for token, kind in zip(tokens, types, strict=True) if kind != _NORMAL]
+    core.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in control])
+    named = {name: get(f"ggml.{key}_token_id") for name, key in _NAMED_TOKENS.items()}
+    settings = {name: tokens[token] for name, token in named.items() if token is not None and token < len(tokens)}
+    bos = get("ggml.bos_token_id") if get("ggml.add_bos_token", words == "llama-bpe") else None
+    return Tokenizer(core, end, bos, with_date(get("chat_template")), settings)
+
+
+def _tokenizer_fields(path: Path) -> Callable[..., Any]:
+    """`get(key, default=None)` of the metadata under `tokenizer.`; the values are read when they are asked for."""
+    from gguf import GGUFReader  # slow to import, and only needed here
+
+    try:
+        fields = dict(GGUFReader(str(path)).fields)
+    except (OSError, ValueError, IndexError) as error:
+        raise TokenizerError(f"{path}: not a readable GGUF file: {error}") from error
+
+    def get(key: str, default: Any = None) -> Any:
+        field = fields.get(f"tokenizer.{key}")
+        return default if field is None else field.contents()
+
+    if not any(key.startswith("tokenizer.") for key in fields):
+        _other_parts(path, {key: fields[key].contents() for key in ("split.count", "split.no") if key in fields})
+    return get
+
+
+def _merges(path: Path, merges: Sequence[str], vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
+    """The pairs of tokens that become one, the most frequent first."""
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    for merge, pair in zip(merges, pairs, strict=True):
+        if len(pair) != 2 or not vocabulary.keys() >= {*pair, "".join(pair)}:
+            raise TokenizerError(
+                f"{path}: tokenizer.ggml.merges holds {merge!r}, where there should be two tokens of the vocabulary "
+                "that make a third, with a space between them"
+            )
+    return pairs

@@ -1,4 +1,9 @@
-"""Hugging Face folders, read and written."""
+"""Hugging Face folders, read and written.
+
+    hf_config          config.json -> the shape
+    open_safetensors   the tensors, each read when it is asked for
+    save_pretrained    a folder that `transformers`, and so vLLM or SGLang, load as it is
+"""
 
 from __future__ import annotations
 
@@ -22,6 +27,105 @@ from agrl_jax.types import Params
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 PICKLE = "a pickle, which can run any code when it is read; bring the model as safetensors or GGUF"
+
+
+# ------------------------------------------------------------------------------------------------ read
+
+
+def hf_config(file: Path, param_dtype: str, compute_dtype: str) -> PolicyConfig:
+    """The shape that a config.json describes; refuses what this transformer does not compute."""
+    raw = _json(file)
+    family = raw.get("model_type")
+    if family not in CLASSES:
+        raise LoadingError(f"{file}: model_type is {family!r}; known are: {', '.join(CLASSES)}")
+    _refuse_unknown_layers(file, family, raw)
+    mixture = family == "qwen3_moe"
+    try:
+        width, heads = int(raw["hidden_size"]), int(raw["num_attention_heads"])
+        return PolicyConfig(
+            vocab_size=int(raw["vocab_size"]),
+            width=width,
+            layers=int(raw["num_hidden_layers"]),
+            heads=heads,
+            kv_heads=int(raw.get("num_key_value_heads") or heads),
+            head_dim=int(raw.get("head_dim") or (128 if family == "qwen3" else width // heads)),
+            mlp=int(raw["moe_intermediate_size" if mixture else "intermediate_size"]),
+            tied=bool(raw.get("tie_word_embeddings", False)),
+            qk_norm=family in ("qwen3", "qwen3_moe"),
+            bias=family == "qwen2",
+            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            param_dtype=param_dtype,
+            compute_dtype=compute_dtype,
+            max_positions=int(raw["max_position_embeddings"]),
+            experts=int(raw.get("num_local_experts") or raw["num_experts"]) if mixture else 0,
+            experts_per_token=int(raw["num_experts_per_tok"]) if mixture else 0,
+            renormalise_experts=bool(raw.get("norm_topk_prob", False)) if mixture else True,
+            **hf_rope(raw),
+        )
+    except KeyError as error:
+        raise LoadingError(f"{file}: {error.args[0]} is missing") from error
+    except (TypeError, ValueError) as error:
+        raise LoadingError(f"{file}: {error}") from error
+
+
+def _refuse_unknown_layers(file: Path, family: str, raw: Mapping[str, Any]) -> None:
+    """Refuses settings under which the family's layers are others than those of this transformer."""
+    fixed = {
+        "hidden_act": "silu", "mlp_bias": False, "quantization_config": None, "partial_rotary_factor": 1.0,
+        "decoder_sparse_step": 1, "mlp_only_layers": [],
+    } | ({} if family == "qwen2" else {"attention_bias": False})  # fmt: skip
+    for key, right in fixed.items():
+        if raw.get(key) not in (None, right):
+            raise LoadingError(f"{file}: {key}={raw[key]!r} is not supported, only {right!r}")
+    if any(kind != "full_attention" for kind in raw.get("layer_types") or ()) or (
+        raw.get("use_sliding_window") and raw.get("max_window_layers", 0) < raw.get("num_hidden_layers", 0)
+    ):
+        raise LoadingError(f"{file}: layers with a sliding window are not supported")
+
+
+def hf_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` of a PolicyConfig, from either generation of config.json."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return {"rope_theta": theta, "rope_scaling": None}
+    if kind not in ("linear", "llama3", "yarn"):
+        # `dynamic` and `longrope` turn by the longest sequence at hand: a response's probability would
+        # depend on its neighbours in the batch.
+        raise ValueError(f"rope_type={kind!r} is not supported, only default, linear, llama3 and yarn")
+    original = raw.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    scaling = RopeScaling(
+        kind,
+        factor=float(rope["factor"]),
+        original=0 if kind == "linear" else int(original or raw["max_position_embeddings"]),
+    )
+    if kind == "llama3":
+        scaling = dataclasses.replace(
+            scaling, low_freq=float(rope["low_freq_factor"]), high_freq=float(rope["high_freq_factor"])
+        )
+    if kind == "yarn":
+        scaling = dataclasses.replace(
+            scaling,
+            beta_fast=float(rope.get("beta_fast") or 32),
+            beta_slow=float(rope.get("beta_slow") or 1),
+            attention=_yarn_attention(rope),
+            truncate=rope.get("truncate", True),
+        )
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def _yarn_attention(rope: Mapping[str, Any]) -> float:
+    """The factor on queries and keys: as given, or the paper's 0.1 ln(factor) + 1, or a ratio of two such."""
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+
+    def strength(weight: float) -> float:
+        return 0.1 * weight * math.log(max(rope["factor"], 1.0)) + 1.0
+
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return strength(rope["mscale"]) / strength(rope["mscale_all_dim"])
+    return strength(1.0)
 
 
 def open_safetensors(folder: Path) -> dict[str, Entry]:
@@ -75,95 +179,7 @@ def _json(file: Path) -> dict[str, Any]:
     return content
 
 
-def hf_config(file: Path, param_dtype: str, compute_dtype: str) -> PolicyConfig:
-    """The shape that a config.json describes; refuses what this transformer does not compute."""
-    raw = _json(file)
-    family = raw.get("model_type")
-    if family not in CLASSES:
-        raise LoadingError(f"{file}: model_type is {family!r}; known are: {', '.join(CLASSES)}")
-    fixed = {
-        "hidden_act": "silu", "mlp_bias": False, "quantization_config": None, "partial_rotary_factor": 1.0,
-        "decoder_sparse_step": 1, "mlp_only_layers": [],
-    } | ({} if family == "qwen2" else {"attention_bias": False})  # fmt: skip
-    for key, right in fixed.items():
-        if raw.get(key) not in (None, right):
-            raise LoadingError(f"{file}: {key}={raw[key]!r} is not supported, only {right!r}")
-    if any(kind != "full_attention" for kind in raw.get("layer_types") or ()) or (
-        raw.get("use_sliding_window") and raw.get("max_window_layers", 0) < raw.get("num_hidden_layers", 0)
-    ):
-        raise LoadingError(f"{file}: layers with a sliding window are not supported")
-    mixture = family == "qwen3_moe"
-    try:
-        width, heads = int(raw["hidden_size"]), int(raw["num_attention_heads"])
-        return PolicyConfig(
-            vocab_size=int(raw["vocab_size"]),
-            width=width,
-            layers=int(raw["num_hidden_layers"]),
-            heads=heads,
-            kv_heads=int(raw.get("num_key_value_heads") or heads),
-            head_dim=int(raw.get("head_dim") or (128 if family == "qwen3" else width // heads)),
-            mlp=int(raw["moe_intermediate_size" if mixture else "intermediate_size"]),
-            tied=bool(raw.get("tie_word_embeddings", False)),
-            qk_norm=family in ("qwen3", "qwen3_moe"),
-            bias=family == "qwen2",
-            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            param_dtype=param_dtype,
-            compute_dtype=compute_dtype,
-            max_positions=int(raw["max_position_embeddings"]),
-            experts=int(raw.get("num_local_experts") or raw["num_experts"]) if mixture else 0,
-            experts_per_token=int(raw["num_experts_per_tok"]) if mixture else 0,
-            renormalise_experts=bool(raw.get("norm_topk_prob", False)) if mixture else True,
-            **hf_rope(raw),
-        )
-    except KeyError as error:
-        raise LoadingError(f"{file}: {error.args[0]} is missing") from error
-    except (TypeError, ValueError) as error:
-        raise LoadingError(f"{file}: {error}") from error
-
-
-def hf_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` of a PolicyConfig, from either generation of config.json."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return {"rope_theta": theta, "rope_scaling": None}
-    if kind not in ("linear", "llama3", "yarn"):
-        # `dynamic` and `longrope` turn by the longest sequence at hand: a response's probability would
-        # depend on its neighbours in the batch.
-        raise ValueError(f"rope_type={kind!r} is not supported, only default, linear, llama3 and yarn")
-    original = raw.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
-    scaling = RopeScaling(
-        kind,
-        factor=float(rope["factor"]),
-        original=0 if kind == "linear" else int(original or raw["max_position_embeddings"]),
-    )
-    if kind == "llama3":
-        scaling = dataclasses.replace(
-            scaling, low_freq=float(rope["low_freq_factor"]), high_freq=float(rope["high_freq_factor"])
-        )
-    if kind == "yarn":
-        scaling = dataclasses.replace(
-            scaling,
-            beta_fast=float(rope.get("beta_fast") or 32),
-            beta_slow=float(rope.get("beta_slow") or 1),
-            attention=_yarn_attention(rope),
-            truncate=rope.get("truncate", True),
-        )
-    return {"rope_theta": theta, "rope_scaling": scaling}
-
-
-def _yarn_attention(rope: Mapping[str, Any]) -> float:
-    """The factor on queries and keys: as given, or the paper's 0.1 ln(factor) + 1, or a ratio of two such."""
-    if rope.get("attention_factor") is not None:
-        return float(rope["attention_factor"])
-
-    def strength(weight: float) -> float:
-        return 0.1 * weight * math.log(max(rope["factor"], 1.0)) + 1.0
-
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return strength(rope["mscale"]) / strength(rope["mscale_all_dim"])
-    return strength(1.0)
+# --------------------------------------------------------------------------------------------- written
 
 
 def save_pretrained(
@@ -188,15 +204,21 @@ def save_pretrained(
       max_shard_bytes: weights beyond this are split over several files.
 
     Raises:
-      LoadingError: the folder is not empty, or no architecture of Hugging Face's has this shape.
+      LoadingError: the folder is not empty, or no architecture of Hugging Face's has this shape, or `transformers`
+        would cut text into other words for it than the tokenizer does.
     """
     folder = Path(folder)
     description = _describe(cfg)
+    if description["model_type"] == "qwen2" and not tokenizer.cuts_as_qwen2:
+        raise LoadingError(
+            "a policy with attention biases is a Qwen2 model to transformers, which cuts text into Qwen2's words "
+            "whatever its tokenizer.json says; this tokenizer cuts it otherwise (train with policy.bias=False)"
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise LoadingError(f"{folder}: should be an empty folder, so that no file of another model stays in it")
     folder.mkdir(parents=True, exist_ok=True)
     dtype = dtype or str(params["embedding"].dtype)
-    special = {"eos_token_id": tokenizer.end_token, "pad_token_id": tokenizer.end_token}
+    special = {"eos_token_id": tokenizer.end_token, "pad_token_id": tokenizer.pad_token}
     if tokenizer.bos_token is not None:
         special["bos_token_id"] = tokenizer.bos_token
     tokenizer.save(folder)

@@ -1,13 +1,13 @@
-"""Language models from files and back: Hugging Face folders in and out, GGUF files in.
+"""Language models from Hugging Face folders and GGUF files.
 
     load_pretrained   config.json and safetensors, or a GGUF file -> shape, parameters, tokenizer
-    read_config       the shape alone, of either
-    save_pretrained   a folder that `transformers`, and so vLLM or SGLang, load as it is
+    read_config       the shape alone
+    read_tokenizer    the tokenizer alone
 
-Both formats are read as one: a table of tensors under Hugging Face's names, each with a function that
-reads some of its rows. Parameters are filled piece by piece (a layer, or some rows of the vocabulary),
-straight onto the devices that hold them, so that the host never holds more than the parameters
-themselves and a few pieces. Files are read, not mapped, and nothing is ever unpickled.
+Both formats (`huggingface`, `gguf`) are read as one: a table of tensors under Hugging Face's names, each with a
+function that reads some of its rows. Parameters are filled piece by piece (a layer, or some rows of the vocabulary),
+straight onto the devices that hold them, so that the host never holds more than the parameters themselves and a few
+pieces. Files are read, not mapped, and nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -25,19 +25,16 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import SafetensorError
 
+from agrl_jax.policy import gguf
 from agrl_jax.policy import tokenizer as tokenizers
-from agrl_jax.policy.families import CONFIG, Entry, Leaf, LoadingError, leaves_of
-from agrl_jax.policy.gguf import open_gguf
+from agrl_jax.policy.families import CONFIG, EMBEDDING, HEAD, Entry, Leaf, LoadingError, leaves_of
 from agrl_jax.policy.huggingface import PICKLE, PICKLES, hf_config, open_safetensors
 from agrl_jax.policy.layers import PolicyConfig, RopeScaling
-from agrl_jax.policy.tokenizer import Tokenizer
+from agrl_jax.policy.tokenizer import Tokenizer, TokenizerError
 from agrl_jax.policy.transformer import build
 from agrl_jax.types import Array, Params
 
 _PIECE_BYTES = 8 * 2**20  # of a vocabulary's rows read at once
-
-
-# ------------------------------------------------------------------------------------------------ in
 
 
 def load_pretrained(
@@ -65,27 +62,13 @@ def load_pretrained(
         truncated or corrupt file, a pickle.
     """
     path = Path(path)
-    tokenizer = read_tokenizer(path)
     cfg, tensors = _open(path, param_dtype, compute_dtype)
-    if tokenizer.vocab_size > cfg.vocab_size:
-        raise LoadingError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, but the embedding only {cfg.vocab_size} rows"
-        )
+    tokenizer = read_tokenizer(path, cfg.vocab_size)
     if cfg.layers * max(cfg.experts, 1) > len(tensors):  # before the names of a corrupt number of them are made
         raise LoadingError(f"{path}: {cfg.layers} layers cannot be in the {len(tensors)} tensors that are there")
     leaves = leaves_of(cfg)
     _check(path, cfg, leaves, tensors)
-    _, init, axes = build(cfg)
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    places = jax.tree.map(lambda _: None, shapes) if shardings is None else shardings(axes, shapes)
-    params: dict[str, Any] = {}
-    for leaf in sorted(leaves, key=lambda leaf: -math.prod(leaf.shape)):  # the largest while there is most room
-        *parents, last = leaf.path
-        node, place = params, places
-        for key in parents:
-            node, place = node.setdefault(key, {}), place[key]
-        node[last] = _fill(leaf, tensors, jnp.dtype(param_dtype), place[last])
-    return cfg, params, tokenizer
+    return cfg, _read_parameters(cfg, leaves, tensors, shardings), tokenizer
 
 
 def read_config(path: str | Path, param_dtype: str = "float32", compute_dtype: str = "float32") -> PolicyConfig:
@@ -96,13 +79,26 @@ def read_config(path: str | Path, param_dtype: str = "float32", compute_dtype: s
         return hf_config(path, param_dtype, compute_dtype)
     if _is_folder(path):
         return hf_config(path / CONFIG, param_dtype, compute_dtype)
-    return open_gguf(path, param_dtype, compute_dtype)[0]
+    return gguf.open_gguf(path, param_dtype, compute_dtype)[0]
 
 
-def read_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a model in a Hugging Face folder or GGUF file."""
+def read_tokenizer(path: str | Path, rows: int | None = None) -> Tokenizer:
+    """The tokenizer of a model in a Hugging Face folder or GGUF file.
+
+    Added tokens past the embedding are left out where none of them is needed; `rows` are those of the embedding, and
+    need not be given. Raises LoadingError where one is needed.
+    """
     path = Path(path)
-    return tokenizers.load(path) if _is_folder(path) else tokenizers.from_gguf(path)
+    if not _is_folder(path):
+        tokenizer = gguf.read_tokenizer(path)  # the embedding of such a file has a row for each token
+        rows = rows or tokenizer.vocab_size
+    else:
+        tokenizer = tokenizers.load(path)
+        rows = rows or read_config(path).vocab_size
+    try:
+        return tokenizer.within(rows)
+    except TokenizerError as error:
+        raise LoadingError(f"{path}: {error}") from error
 
 
 def shape_of(fields: Mapping[str, Any]) -> PolicyConfig:
@@ -122,7 +118,7 @@ def _is_folder(path: Path) -> bool:
 
 def _open(path: Path, param_dtype: str, compute_dtype: str) -> tuple[PolicyConfig, dict[str, Entry]]:
     if not _is_folder(path):
-        return open_gguf(path, param_dtype, compute_dtype)
+        return gguf.open_gguf(path, param_dtype, compute_dtype)
     return hf_config(path / CONFIG, param_dtype, compute_dtype), open_safetensors(path)
 
 
@@ -136,12 +132,45 @@ def _check(path: Path, cfg: PolicyConfig, leaves: Sequence[Leaf], tensors: Mappi
         raise LoadingError(f"{path}: tensor {missing[0]}{more} is missing")
     for name, (shape, file, _) in tensors.items():
         if name not in wanted:
-            # A tied head may be stored all the same; old checkpoints hold the rotary frequencies.
-            if (cfg.tied and name == "lm_head.weight") or name.endswith("rotary_emb.inv_freq"):
+            if name.endswith("rotary_emb.inv_freq"):  # old checkpoints hold the rotary frequencies
+                continue
+            if cfg.tied and name == HEAD:
+                _check_tied(tensors)
                 continue
             raise LoadingError(f"{file}: tensor {name} is unexpected; its config.json or metadata has no place for it")
         if shape != wanted[name]:
             raise LoadingError(f"{file}: tensor {name} has shape {shape}, where {wanted[name]} is right")
+
+
+def _check_tied(tensors: Mapping[str, Entry]) -> None:
+    """A tied head may be stored all the same: then it should be the embedding."""
+    head, embedding = tensors[HEAD], tensors[EMBEDDING]
+    same = head.shape == embedding.shape and all(
+        np.array_equal(_read(HEAD, head, rows), _read(EMBEDDING, embedding, rows)) for rows in _row_pieces(head.shape)
+    )
+    if not same:
+        raise LoadingError(
+            f"{head.file}: {HEAD} is another matrix than {EMBEDDING}, though config.json ties them; set "
+            "tie_word_embeddings to false there to load both, or take the head out of the file"
+        )
+
+
+def _read_parameters(
+    cfg: PolicyConfig, leaves: Sequence[Leaf], tensors: Mapping[str, Entry],
+    shardings: Callable[[Any, Any], Any] | None,
+) -> Params:
+    """All parameters, each filled where it is to lie."""
+    _, init, axes = build(cfg)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    places = jax.tree.map(lambda _: None, shapes) if shardings is None else shardings(axes, shapes)
+    params: dict[str, Any] = {}
+    for leaf in sorted(leaves, key=lambda leaf: -math.prod(leaf.shape)):  # the largest while there is most room
+        *parents, last = leaf.path
+        node, place = params, places
+        for key in parents:
+            node, place = node.setdefault(key, {}), place[key]
+        node[last] = _fill(leaf, tensors, jnp.dtype(cfg.param_dtype), place[last])
+    return params
 
 
 def _fill(leaf: Leaf, tensors: Mapping[str, Entry], dtype: Any, sharding: NamedSharding | None) -> Array:
@@ -172,10 +201,15 @@ def _pieces(leaf: Leaf, tensors: Mapping[str, Entry]) -> Iterator[tuple[int, np.
             yield layer, experts[0] if len(experts) == 1 else np.stack(experts)
         return
     ((name,),) = leaf.names
-    rows = leaf.tensor_shape[0]
-    step = max(1, _PIECE_BYTES // (4 * math.prod(leaf.tensor_shape[1:])))
-    for start in range(0, rows, step):
-        yield start, _read(name, tensors[name], slice(start, min(start + step, rows)))
+    for rows in _row_pieces(leaf.tensor_shape):
+        yield rows.start, _read(name, tensors[name], rows)
+
+
+def _row_pieces(shape: Sequence[int]) -> Iterator[slice]:
+    """The rows of a tensor of this shape, some at a time."""
+    step = max(1, _PIECE_BYTES // (4 * math.prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
 
 
 def _read(name: str, entry: Entry, rows: slice) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Text to tokens and back, by byte-level BPE: trained here, or read from a Hugging Face folder or a GGUF file.
+"""Text to tokens and back, by byte-level BPE: trained here, or read from a Hugging Face folder.
 
 Tokens stand for bytes, so that the rule book's phrases can be read from them exactly (`token_bytes`). Text is
 only ever text: a title that contains "<|end|>" does not become the end token.
@@ -6,39 +6,41 @@ only ever text: a title that contains "<|end|>" does not become the end token.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
 from etils import epath
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from agrl_jax.runtime.files import write_json, write_text
 
 END = "<|end|>"
-_CONFIG = "tokenizer_config.json"
 _FILE = "tokenizer.json"
+_CONFIG = "tokenizer_config.json"
+_SPECIAL_TOKENS = "special_tokens_map.json"
+_TEMPLATE = "chat_template.jinja"
+_ENDS = ("generation_config.json", "config.json")  # of the model: its `eos_token_id` is one id, or several
+
+# Settings that `save` says anew, or that tokenizer.json says already.
+_REPLACED = {"add_bos_token", "add_eos_token", "added_tokens_decoder", "auto_map", "chat_template", "tokenizer_file"}
+_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 # How text is cut into words before merging, for the tokenizer trained here. A space or line break goes with the
 # word that follows and a colon with the word before, so that responses such as "Category: same" are short;
 # digits stand alone, so that prices are spelt alike.
 _WORDS = r"[ \n]?\p{L}[\p{L}\p{M}]*(?:'\p{L}+)?:?|[ \n]?\p{N}|[ \n]?[^\s\p{L}\p{N}]+|\s"
 
-# The same for the models that GGUF files hold, by `tokenizer.ggml.pre`: patterns that cut in turn.
-_GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_LETTERS_AND = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_GGUF_WORDS = {
-    "gpt-2": (_GPT2_WORDS,),
-    "smollm": (r"\p{N}", _GPT2_WORDS),
-    "qwen2": (rf"{_CONTRACTIONS}|{_LETTERS_AND}|\p{{N}}|{_REST}",),
-    "llama-bpe": (rf"{_CONTRACTIONS}|{_LETTERS_AND}|\p{{N}}{{1,3}}|{_REST}",),
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2_WORDS, r"\p{N}+", r"[0-9][0-9][0-9]"),
-}
-_GGUF_NORMAL = 1  # token types of GGUF: the others are unknown, control, user-defined, unused and byte
+# How Qwen2 and Qwen3 cut text into words. Version 5 of `transformers` does so for every model of Qwen2's type.
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+SENTENCEPIECE = "a SentencePiece vocabulary, as Llama 2, TinyLlama and Mistral 7B have it"  # which cannot be used
 
 
 class TokenizerError(ValueError):
@@ -53,10 +55,12 @@ class Tokenizer:
       end_token: id of the token that ends a response.
       bos_token: id of the token that every prompt starts with; None where the model has none.
       chat_template: the model's own Jinja template for conversations, or None.
+      settings: what else its tokenizer_config.json says, for `transformers`.
     """
 
     def __init__(
-        self, core: tokenizers.Tokenizer, end_token: int, bos_token: int | None = None, chat_template: str | None = None
+        self, core: tokenizers.Tokenizer, end_token: int, bos_token: int | None = None,
+        chat_template: str | None = None, settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.vocab_size = core.get_vocab_size(with_added_tokens=True)
         for name, token in (("end", end_token), ("bos", bos_token)):
@@ -65,6 +69,8 @@ class Tokenizer:
         self.end_token = end_token
         self.bos_token = bos_token
         self.chat_template = chat_template
+        self.settings = dict(settings or {})
+        self._core = core
         self._parsing = _copy(core, parse_special=True)
         self._text = _copy(core, parse_special=False)
 
@@ -117,27 +123,111 @@ class Tokenizer:
                 raise TokenizerError(f"token {token}, {spelling!r}, is not spelt in the byte-level alphabet") from error
         return tuple(pieces)
 
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The spelling of each token that the settings name, such as `bos_token`: what chat templates may use."""
+        named = dict(self.settings)
+        if isinstance(extra := self.settings.get("extra_special_tokens"), dict):
+            named |= extra
+        spelt = {name: _text_of(value) for name, value in named.items() if name.endswith("_token")}
+        spelt["eos_token"] = self._core.id_to_token(self.end_token)
+        if self.bos_token is not None:
+            spelt["bos_token"] = self._core.id_to_token(self.bos_token)
+        return {name: text for name, text in spelt.items() if text is not None}
+
+    @property
+    def cuts_as_qwen2(self) -> bool:
+        """Whether text is normalised and cut into words as Qwen2's is."""
+        content = json.loads(self._core.to_str())
+        cuts = (content["pre_tokenizer"] or {}).get("pretokenizers", [])
+        patterns = [cut["pattern"].get("Regex") for cut in cuts if cut["type"] == "Split"]
+        return patterns == [QWEN2_WORDS] and (content["normalizer"] or {}).get("type") == "NFC"
+
     def ending_with(self, end_token: int) -> Tokenizer:
         """The same vocabulary, whose responses end with another token."""
         if end_token == self.end_token:
             return self
-        return Tokenizer(self._parsing, end_token, self.bos_token, self.chat_template)
+        return Tokenizer(self._core, end_token, self.bos_token, self.chat_template, self.settings)
+
+    def within(self, rows: int) -> Tokenizer:
+        """The same vocabulary without the tokens past an embedding of `rows` rows, which no model can read.
+
+        Raises:
+          TokenizerError: one of them is needed: it ends or begins texts, is in the chat template, or is no added token.
+        """
+        if self.vocab_size <= rows:
+            return self
+        content = json.loads(self._core.to_str())
+        past = {token["content"]: token["id"] for token in content["added_tokens"] if token["id"] >= rows}
+        template = self.chat_template or ""
+        needed = [text for text, i in past.items() if i in (self.end_token, self.bos_token) or text in template]
+        if needed or self.vocab_size - len(past) > rows:
+            raise TokenizerError(
+                f"the tokenizer has {self.vocab_size} tokens, but the embedding only {rows} rows"
+                + (f", and none for {needed[0]!r}" if needed else "")
+            )
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < rows]
+        for text in past:
+            content["model"]["vocab"].pop(text, None)
+        core = tokenizers.Tokenizer.from_str(json.dumps(content))
+        return Tokenizer(core, self.end_token, self.bos_token, self.chat_template, self.settings)
 
     def save(self, path: epath.PathLike) -> None:
-        """Writes `tokenizer.json` and `tokenizer_config.json`, in Hugging Face's layout, into a folder."""
+        """Writes `tokenizer.json` and `tokenizer_config.json` into a folder, as every `transformers` reads them alike.
+
+        The class is the one that takes tokenizer.json as it is. The beginning token is in its post-processor: version
+        4 knows no flag for it. Batches are padded, on the left unless the settings say otherwise, by the model's own
+        padding token, or the end token where it has none.
+        """
         folder = _folder(path)
         folder.mkdir(parents=True, exist_ok=True)
-        config: dict[str, Any] = {
+        core = tokenizers.Tokenizer.from_str(self._core.to_str())
+        core.no_padding()
+        core.no_truncation()
+        core.post_processor = self._adding_bos()
+        config = {"padding_side": "left", "clean_up_tokenization_spaces": False} | self._settings_that_hold() | {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": self._text.id_to_token(self.end_token),
-            "add_bos_token": self.bos_token is not None,
-        }
+            "model_input_names": ["input_ids", "attention_mask"],
+            "eos_token": self._core.id_to_token(self.end_token),
+            "pad_token": self._core.id_to_token(self.pad_token),
+        }  # fmt: skip
         if self.bos_token is not None:
-            config["bos_token"] = self._text.id_to_token(self.bos_token)
+            config["bos_token"] = self._core.id_to_token(self.bos_token)
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         write_json(folder / _CONFIG, config)
-        write_text(folder / _FILE, self._parsing.to_str(pretty=True))  # last: where it is, all is
+        write_text(folder / _FILE, core.to_str(pretty=True))  # last: where it is, all is
+
+    @property
+    def pad_token(self) -> int:
+        """The id of the token that `transformers` fills batches up with."""
+        named = _id_of(self._core, self.settings.get("pad_token"))
+        return self.end_token if named is None else named
+
+    def _adding_bos(self) -> processors.PostProcessor | None:
+        """What puts the beginning token in front of a text, for those that ask `transformers` for it."""
+        if self.bos_token is None:
+            return None
+        bos = self._core.id_to_token(self.bos_token)
+        single = [bos, "$A"]
+        return processors.TemplateProcessing(single, [*single, "$B:1"], [(bos, self.bos_token)])
+
+    def _settings_that_hold(self) -> dict[str, Any]:
+        """The settings without those that `save` replaces, and without names of tokens that the vocabulary lacks."""
+
+        def known(token: Any) -> bool:
+            return _text_of(token) is None or _id_of(self._core, token) is not None
+
+        kept = {}
+        for name, value in self.settings.items():
+            if name in _REPLACED or (name.endswith("_token") and not known(value)):
+                continue
+            if name.endswith("special_tokens") and isinstance(value, list):
+                value = [token for token in value if known(token)]
+            elif name.endswith("special_tokens") and isinstance(value, dict):
+                value = {key: token for key, token in value.items() if known(token)}
+            kept[name] = value
+        return kept
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -148,7 +238,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     alphabet = sorted(_BYTE_OF)
     if vocab_size < len(alphabet) + 1:
         raise TokenizerError(f"vocab_size={vocab_size} is too small: the bytes and {END} alone are {len(alphabet) + 1}")
-    core = _byte_level(models.BPE(), (_WORDS,))
+    core = byte_level(models.BPE(), (_WORDS,))
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
     )
@@ -166,57 +256,26 @@ def load(path: epath.PathLike) -> Tokenizer:
     try:
         core = tokenizers.Tokenizer.from_str((folder / _FILE).read_text())
     except OSError as error:
-        raise TokenizerError(f"{folder / _FILE}: cannot be read: {error.strerror or error}") from error
+        kind = f", and tokenizer.model is {SENTENCEPIECE}" if (folder / "tokenizer.model").exists() else ""
+        raise TokenizerError(f"{folder / _FILE}: cannot be read: {error.strerror or error}{kind}") from error
     except Exception as error:  # the Rust side raises plain Exception
         raise TokenizerError(f"{folder / _FILE}: not a tokenizer: {error}") from error
-    config = _read_config(folder)
-    end = _special(core, config.get("eos_token", END))
-    if end is None:
-        raise TokenizerError(f"{folder / _CONFIG}: eos_token should name a token of the vocabulary")
-    bos = _special(core, config.get("bos_token"))
-    adds_bos = config.get("add_bos_token") or core.encode("").ids[:1] == [bos]  # by flag or by template
-    tokenizer = Tokenizer(core, end, bos if adds_bos else None, _chat_template(folder, config))
+    settings = _settings(folder)
+    end = _end_token(folder, core, settings)
+    bos = _id_of(core, settings.get("bos_token"))
+    adds_bos = settings.get("add_bos_token")
+    if adds_bos is None:
+        adds_bos = core.encode("").ids[:1] == [bos]
+    tokenizer = Tokenizer(core, end, bos if adds_bos else None, _chat_template(folder, settings), settings)
     try:
         tokenizer.token_bytes()
     except TokenizerError as error:
-        raise TokenizerError(f"{folder / _FILE}: {error}; only byte-level vocabularies can be used") from error
+        kind = f" ({SENTENCEPIECE})" if getattr(core.model, "byte_fallback", False) else ""
+        raise TokenizerError(f"{folder / _FILE}: {error}{kind}; only byte-level vocabularies can be used") from error
     return tokenizer
 
 
-def from_gguf(path: epath.PathLike) -> Tokenizer:
-    """Rebuilds the tokenizer inside a GGUF file, special tokens and chat template included. Reads metadata only.
-
-    A vocabulary may lack bytes that its makers never met (SmolLM2's lacks 21, such as control characters and bytes
-    that no UTF-8 has): `encode` leaves them out.
-
-    Raises:
-      TokenizerError: the file cannot be read, or its tokenizer is not a byte-level BPE with known word patterns.
-    """
-    fields = _gguf_fields(path)
-
-    def get(key: str, default: Any = None) -> Any:
-        field = fields.get(f"tokenizer.{key}")
-        return default if field is None else field.contents()
-
-    if (model := get("ggml.model")) != "gpt2":
-        raise TokenizerError(f"{path}: tokenizer.ggml.model is {model!r}; only 'gpt2' (byte-level BPE) can be read")
-    if (pre := get("ggml.pre", "default")) not in _GGUF_WORDS:
-        raise TokenizerError(f"{path}: tokenizer.ggml.pre is {pre!r}; known are: {', '.join(_GGUF_WORDS)}")
-    tokens, types = get("ggml.tokens", []), get("ggml.token_type", [])
-    if (end := get("ggml.eos_token_id")) is None or len(set(tokens)) != len(tokens) or len(types) != len(tokens):
-        raise TokenizerError(f"{path}: needs tokenizer.ggml.eos_token_id, and distinct tokens with a type for each")
-    merges = [tuple(merge.split(" ")) for merge in get("ggml.merges", [])]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    core = _byte_level(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"), _GGUF_WORDS[pre])
-    if pre == "qwen2":
-        core.normalizer = tokenizers.normalizers.NFC()
-    control = [token for token, kind in zip(tokens, types, strict=True) if kind != _GGUF_NORMAL]
-    core.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in control])
-    add_bos = get("ggml.add_bos_token", pre == "llama-bpe")
-    return Tokenizer(core, end, get("ggml.bos_token_id") if add_bos else None, get("chat_template"))
-
-
-def _byte_level(model: models.Model, words: Sequence[str]) -> tokenizers.Tokenizer:
+def byte_level(model: models.Model, words: Sequence[str]) -> tokenizers.Tokenizer:
     """A tokenizer that cuts text by each pattern in turn, then spells every byte as a character and merges."""
     core = tokenizers.Tokenizer(model)
     cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in words]
@@ -245,41 +304,66 @@ def _folder(path: epath.PathLike) -> epath.Path:
     return path.parent if path.name == _FILE else path
 
 
-def _read_config(folder: epath.Path) -> dict[str, Any]:
-    file = folder / _CONFIG
+def _settings(folder: epath.Path) -> dict[str, Any]:
+    """What a folder says of its tokenizer beside tokenizer.json. As in `transformers`, an older folder's tokens win."""
+    config, tokens = _read_json(folder / _CONFIG), _read_json(folder / _SPECIAL_TOKENS)
+    return tokens | config if "added_tokens_decoder" in config else config | tokens
+
+
+def _read_json(file: epath.Path) -> dict[str, Any]:
+    """The object in a file; empty where there is no file."""
     if not file.exists():
         return {}
     try:
-        config = json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except ValueError as error:
         raise TokenizerError(f"{file}: not valid JSON: {error}") from error
-    if not isinstance(config, dict):
+    if not isinstance(content, dict):
         raise TokenizerError(f"{file}: should be a JSON object")
-    return config
+    return content
 
 
-def _special(core: tokenizers.Tokenizer, token: Any) -> int | None:
-    """The id of a token that a config names by its text, or by an object with its text."""
+def _end_token(folder: epath.Path, core: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> int:
+    """The token that the settings name, or else the model's own files: the first, where they name several."""
+    if (named := _id_of(core, settings.get("eos_token"))) is not None:
+        return named
+    if settings.get("eos_token") is None:
+        for file in _ENDS:
+            ids = _read_json(folder / file).get("eos_token_id")
+            for token in ids if isinstance(ids, list) else [ids]:
+                if isinstance(token, int):
+                    return token
+        if (ours := core.token_to_id(END)) is not None:
+            return ours
+    raise TokenizerError(
+        f"{folder / _CONFIG}: eos_token should name a token of the vocabulary, or {_ENDS[0]} have its eos_token_id"
+    )
+
+
+def _text_of(token: Any) -> str | None:
+    """The spelling of a token that settings name by it, or by an object that holds it."""
     text = token.get("content") if isinstance(token, dict) else token
-    return core.token_to_id(text) if isinstance(text, str) else None
+    return text if isinstance(text, str) else None
 
 
-def _chat_template(folder: epath.Path, config: dict[str, Any]) -> str | None:
-    """The template in the config, the one named `default` where there are several, or the one in its own file."""
-    template = config.get("chat_template")
+def _id_of(core: tokenizers.Tokenizer, token: Any) -> int | None:
+    text = _text_of(token)
+    return None if text is None else core.token_to_id(text)
+
+
+def _chat_template(folder: epath.Path, settings: Mapping[str, Any]) -> str | None:
+    """The template in a file of its own, or else in the settings: the one named `default` where there are several."""
+    file = folder / _TEMPLATE
+    template = file.read_text() if file.exists() else settings.get("chat_template")
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    file = folder / "chat_template.jinja"
-    return file.read_text() if template is None and file.exists() else template
+    return with_date(template)
 
 
-def _gguf_fields(path: epath.PathLike) -> dict[str, Any]:
-    from gguf import GGUFReader  # slow to import, and only needed here
-
-    try:
-        return dict(GGUFReader(str(path)).fields)
-    except (OSError, ValueError, IndexError) as error:
-        raise TokenizerError(f"{path}: not a readable GGUF file: {error}") from error
+def with_date(template: str | None) -> str | None:
+    """The template with today's date where it asks for it: prompts stay those of training, wherever it is kept."""
+    now = datetime.datetime.now()
+    return template and _DATE.sub(lambda call: json.dumps(now.strftime(call[2])), template)
 
 
 def _byte_alphabet() -> dict[str, int]:
