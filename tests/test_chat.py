@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 from pathlib import Path
 
 import hf_models
 import pytest
+from transformers import AutoTokenizer
 
 from agrl_jax.data import chat, pipeline
 from agrl_jax.data.pairs import Pair, item_text
+from agrl_jax.policy import tokenizer as tokenizers
 from agrl_jax.policy.tokenizer import Tokenizer, TokenizerError
 from agrl_jax.rulebook import book, wording
 
@@ -32,13 +36,122 @@ LOOSE = """\
 """
 REFUSING = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
 DROPPING = CHATML.replace("in messages", "in messages if message['role'] != 'system'")
-ALONE = {"refusing": REFUSING + CHATML, "dropping": DROPPING}
-TEMPLATES = {"chatml": CHATML, "thinking": THINKING, "trimming": TRIMMING, "loose": LOOSE} | ALONE
+GENERATION = "{% for message in messages %}{% generation %}{{ '<|im_start|>' + message['role'] + '\n' }}" + (
+    "{{ message['content'] + '<|im_end|>\n' }}{% endgeneration %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+NAMING = CHATML + "{{ [bos_token, eos_token, unk_token] | tojson }}"
+
+# In the style of the families: what makes each of them different from ChatML.
+GEMMA = """\
+{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+{% for message in messages %}
+{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}
+{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}
+{{ '<|im_start|>' + role + '\n' + message['content'] | trim + '<|im_end|>\n' }}{% endfor %}
+{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}{% endif %}"""
+MISTRAL = """\
+{%- if messages[0]["role"] == "system" %}
+    {%- set system_message = messages[0]["content"] %}
+    {%- set loop_messages = messages[1:] %}
+{%- else %}
+    {%- set loop_messages = messages %}
+{%- endif %}
+{%- set ns = namespace(turns=0) %}
+{{- bos_token }}
+{%- for message in loop_messages %}
+    {%- set ns.turns = ns.turns + 1 %}
+    {%- if message["role"] == "user" %}
+        {%- if loop.last and system_message is defined %}
+            {{- "[INST] " + system_message + "\\n\\n" + message["content"] + "[/INST]" }}
+        {%- else %}
+            {{- "[INST] " + message["content"] + "[/INST]" }}
+        {%- endif %}
+    {%- else %}
+        {{- " " + message["content"] | trim + eos_token }}
+    {%- endif %}
+{%- endfor %}
+"""
+LLAMA = """\
+{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content'] | trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|im_start|>system\\n\\nCutting Knowledge Date: December 2023\\nToday Date: " + date_string + "\\n\\n" }}
+{{- system_message + "<|im_end|>" }}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n\\n' + message['content'] | trim + '<|im_end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n\\n' }}{%- endif %}
+"""
+QWEN3 = """\
+{%- if tools %}{{- tools | tojson }}{%- endif %}
+{%- set ns = namespace(last_query_index=messages | length - 1, found=false) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages | length - 1) - loop.index0 %}
+    {%- if not ns.found and message.role == "user" and message.content is string
+           and not message.content.startswith('<tool_response>') %}
+        {%- set ns.found = true %}
+        {%- set ns.last_query_index = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content %}
+    {%- if message.role == "assistant" %}
+        {%- if message.reasoning_content is string %}
+            {%- set thought = message.reasoning_content %}
+        {%- elif '</think>' in content %}
+            {%- set thought = content.split('</think>')[0] %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {{- '<|im_start|>assistant\\n' }}
+        {%- if loop.index0 > ns.last_query_index and thought %}{{- '<think>' + thought + '</think>' }}{%- endif %}
+        {{- content + '<|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+ALONE = {"refusing": REFUSING + CHATML, "dropping": DROPPING, "gemma": GEMMA}
+TEMPLATES = {
+    "chatml": CHATML, "thinking": THINKING, "trimming": TRIMMING, "loose": LOOSE, "generation": GENERATION,
+    "naming": NAMING, "mistral": MISTRAL, "llama 3.2": LLAMA, "qwen3": QWEN3,
+} | ALONE  # fmt: skip
 
 
 def make(template: str) -> Tokenizer:
     texts = [wording.prompt(BOOK, PAIR.query, item_text(PAIR), "full"), "assistant system user"] * 2
     return hf_models.chat_tokenizer(texts, 500, template)
+
+
+def load(folder: Path, template: str, **settings: str) -> Tokenizer:
+    """The tokenizer of a folder with this template, and with the settings in its tokenizer_config.json."""
+    make(template).save(folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return tokenizers.load(folder)
+
+
+def theirs(folder: Path, messages: list[dict[str, str]]) -> list[int]:
+    """The tokens of a prompt, by `transformers` alone."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False, return_dict=False)
 
 
 def prompt(tokenizer: Tokenizer, pair: Pair = PAIR, limit: int = 4000) -> list[int]:
@@ -48,20 +161,50 @@ def prompt(tokenizer: Tokenizer, pair: Pair = PAIR, limit: int = 4000) -> list[i
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_equals_what_transformers_makes_of_the_messages(name: str, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = make(TEMPLATES[name])
-    tokenizer.save(tmp_path)
+    tokenizer = load(tmp_path, TEMPLATES[name], bos_token="<|im_start|>", unk_token="<|end|>")
+    assert tokenizer.bos_token is None  # a template may spell it, though no text begins with it
     system, user = wording.turns(BOOK)
     user = user.replace("{query}", PAIR.query).replace("{item}", item_text(PAIR))
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
     if name in ALONE:
         messages = [{"role": "user", "content": f"{system}\n\n{user}"}]
-    expected = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
-        messages, add_generation_prompt=True, enable_thinking=False, return_dict=False
-    )
+    expected = theirs(tmp_path, messages)
     assert prompt(tokenizer) == expected
     assert tokenizer.decode(expected).count(system) == 1
+
+
+def test_a_date_in_a_template_is_that_of_the_day_it_was_first_read(tmp_path: Path, monkeypatch) -> None:
+    class Later(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2031, 5, 7, 12)
+
+    first = load(tmp_path / "model", LLAMA)
+    first.save(tmp_path / "run")
+    today = datetime.datetime.now().strftime("%d %b %Y")
+    messages = [{"role": "user", "content": "hi"}]
+    assert f"Today Date: {today}\n" in chat.render(first, messages)
+    monkeypatch.setattr(datetime, "datetime", Later)
+    kept, afresh = tokenizers.load(tmp_path / "run"), tokenizers.load(tmp_path / "model")
+    assert chat.render(kept, messages) == chat.render(first, messages)
+    assert kept.encode(chat.render(kept, messages), parse_special=True) == theirs(tmp_path / "run", messages)
+    assert "Today Date: 07 May 2031\n" in chat.render(afresh, messages)
+
+
+@pytest.mark.parametrize(
+    ("opened", "closed"),
+    [
+        ("<think>\n", "<think>\n\n</think>\n\n"),
+        ("<think>", "<think>\n\n</think>\n\n"),
+        ("[THINK]", "[THINK]\n\n[/THINK]\n\n"),
+        ("<seed:think>\n", "<seed:think>\n\n</seed:think>\n\n"),
+        ("<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n"),
+        ("<answer>\n", "<answer>\n"),
+    ],
+)
+def test_a_thought_that_a_template_leaves_open_is_closed(opened: str, closed: str) -> None:
+    text = CHATML.replace("assistant\n' }}", "assistant\n" + opened.replace("\n", "\\n") + "' }}")
+    assert chat.pieces(BOOK, make(text))[2] == "<|im_end|>\n<|im_start|>assistant\n" + closed
 
 
 @pytest.mark.parametrize("field", ["query", "title", "description"])

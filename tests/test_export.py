@@ -95,6 +95,19 @@ def test_transformers_loads_it_with_the_same_logits_and_tokens(workdir: Path, ex
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
+def test_transformers_judges_a_batch_as_it_judges_one_by_one(exported: Path) -> None:
+    """Prompts of two lengths at once, padded; and a tokenizer's whole output is what the model takes."""
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    texts = ["Query: red shoes\nItem: Nike\n", "Query: a\nItem: Nike running shoes, red\n"]
+    pipe = transformers.pipeline("text-generation", model=str(exported), batch_size=2)
+    together = [out[0]["generated_text"] for out in pipe(texts, max_new_tokens=12)]
+    assert together == [pipe(text, max_new_tokens=12)[0]["generated_text"] for text in texts]
+    assert set(pipe.tokenizer("a")) == {"input_ids", "attention_mask"}
+    settings = json.loads((exported / "tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]  # version 4 adds token_type_ids otherwise
+
+
 def test_a_chat_template_goes_along(workdir: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     copy.mkdir()

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from transformers import AutoTokenizer
 
 from agrl_jax.policy import families, huggingface, loading
 from agrl_jax.policy import tokenizer as tokenizers
@@ -242,6 +243,52 @@ def test_a_tied_head_and_old_rotary_buffers_may_be_stored(tmp_path):
     equal(loading.load_pretrained(tmp_path)[1], expected)
 
 
+def test_a_head_that_is_not_the_embedding_it_is_tied_to_is_refused(tmp_path):
+    tensors = hf_models.write(tmp_path, "qwen2")
+    head = tensors["model.embed_tokens.weight"].copy()
+    head[-1, -1] += 1
+    rewrite(tmp_path, lambda t: t.update({"lm_head.weight": head}))
+    with pytest.raises(LoadingError, match="lm_head.weight is another matrix .* set tie_word_embeddings to false"):
+        loading.load_pretrained(tmp_path)
+    edit(tmp_path, tie_word_embeddings=False)
+    cfg, params, _ = loading.load_pretrained(tmp_path)
+    assert not cfg.tied
+    np.testing.assert_array_equal(params["head"], head.T)
+
+
+def test_a_padding_token_past_the_embedding_does_no_harm(tmp_path):
+    hf_models.write(tmp_path / "in", "qwen2")
+    file = tmp_path / "in" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 280, "content": "[PAD]"})
+    file.write_text(json.dumps(content))
+    assert loading.read_tokenizer(tmp_path / "in").vocab_size == 280
+    huggingface.save_pretrained(tmp_path / "out", *loading.load_pretrained(tmp_path / "in"))
+    exported = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert max(exported(["red shoes", "red"], padding=True).input_ids[1]) < 280
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["pad_token_id"] == exported.pad_token_id
+
+
+def test_a_tokenizer_is_not_exported_where_transformers_would_cut_other_words(tmp_path):
+    """Version 5 of `transformers` reads a Qwen2's tokenizer.json for its vocabulary alone."""
+    cfg, params, qwen2 = loading_of("qwen2", tmp_path / "in")
+    text = "Item: shoe 12\n\n don't"
+    other = tokenizers.train_bpe([text] * 3, 280)
+    assert not other.cuts_as_qwen2 and qwen2.cuts_as_qwen2
+    with pytest.raises(LoadingError, match="Qwen2's words .*policy.bias=False"):
+        huggingface.save_pretrained(tmp_path / "out", cfg, params, other)
+    assert not (tmp_path / "out").exists()
+    for case, words in (("qwen2", qwen2), ("qwen3", other), ("llama", other)):
+        cfg, params, _ = loading_of(case, tmp_path / f"{case}_in")
+        huggingface.save_pretrained(tmp_path / case, cfg, params, words)
+        assert AutoTokenizer.from_pretrained(tmp_path / case)(text).input_ids == words.encode(text)
+
+
+def loading_of(case: str, folder: Path):
+    hf_models.write(folder, case)
+    return loading.load_pretrained(folder)
+
+
 def test_spoilt_bytes_never_end_in_another_error(tmp_path):
     """Each byte of a header spoilt in turn: refused in one message, or loaded."""
     hf_models.write(tmp_path, "llama")
@@ -343,6 +390,38 @@ def test_gguf_files_load_as_the_folders_they_were_made_from(case, tmp_path):
     assert loading.read_config(tmp_path / "model.gguf") == cfg
     equal(params, expected)
     assert tokenizer.vocab_size == 280
+
+
+def test_a_split_gguf_file_is_read_whole(tmp_path):
+    """As `llama-gguf-split` names the files: all metadata in the first, and some of the tensors in each."""
+    config = hf_models.config("llama", 280)
+    tensors = list(gguf_tensors(config).items())
+    write_gguf(tmp_path / "whole.gguf", config, dict(tensors))
+    names = [f"model-{part:05d}-of-00003.gguf" for part in (1, 2, 3)]
+
+    def part(number: int):
+        def keys(writer: gguf.GGUFWriter) -> None:
+            writer.add_uint16("split.no", number)
+            writer.add_uint16("split.count", 3)
+
+        return keys
+
+    write_gguf(tmp_path / names[0], config, dict(tensors[:5]), extra=part(0))
+    with pytest.raises(LoadingError, match=rf"the first of 3 files of a split model; {names[1]} is not beside it"):
+        loading.load_pretrained(tmp_path / names[0])
+    for number in (1, 2):
+        writer = gguf.GGUFWriter(tmp_path / names[number], "llama")
+        part(number)(writer)
+        for name, data in tensors[5 * number : 5 * number + 5 if number == 1 else None]:
+            writer.add_tensor(name, data)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    equal(loading.load_pretrained(tmp_path / names[0])[1], loading.load_pretrained(tmp_path / "whole.gguf")[1])
+    for read in (loading.load_pretrained, loading.read_tokenizer):
+        with pytest.raises(LoadingError, match=rf"{names[1]}: file 2 of 3 .* name the first, {names[0]}"):
+            read(tmp_path / names[1])
 
 
 def random_blocks(kind: Q, shape: tuple[int, ...], seed: int) -> np.ndarray:

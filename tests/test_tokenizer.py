@@ -7,7 +7,8 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import pre_tokenizers
+from tokenizers import models, pre_tokenizers
+from transformers import AutoTokenizer
 
 from agrl_jax.policy import smollm2
 from agrl_jax.policy import tokenizer as tokenizers
@@ -98,6 +99,115 @@ class TestSavedAndLoaded:
         assert other.token_bytes()[bos] is None
         assert other.decode(other.encode("a<s>")) == "a<s>"  # though the file does not call it special
 
+    def test_a_template_in_a_file_of_its_own_goes_before_the_one_in_the_config(self, small, tmp_path):
+        small.chat_template = "in the config"
+        small.save(tmp_path)
+        assert load(tmp_path).chat_template == "in the config"
+        (tmp_path / "chat_template.jinja").write_text("in the file")
+        assert load(tmp_path).chat_template == AutoTokenizer.from_pretrained(tmp_path).chat_template == "in the file"
+
+    @pytest.mark.parametrize(
+        ("files", "end"),
+        [
+            ({"special_tokens_map": {"eos_token": "<s>"}}, "<s>"),
+            ({"special_tokens_map": {"eos_token": {"content": "<s>", "lstrip": False}}}, "<s>"),
+            # Of an old folder the map goes before the config, of a newer one the config before the map.
+            ({"special_tokens_map": {"eos_token": "<s>"}, "tokenizer_config": {"eos_token": "a"}}, "<s>"),
+            (
+                {
+                    "special_tokens_map": {"eos_token": "<s>"},
+                    "tokenizer_config": {"eos_token": "<e>", "added_tokens_decoder": {}},
+                },
+                "<e>",
+            ),
+            ({"generation_config": {"eos_token_id": "<s>"}}, "<s>"),
+            ({"generation_config": {"eos_token_id": ["<s>", "<e>"]}, "config": {"eos_token_id": "<e>"}}, "<s>"),
+            ({"generation_config": {"do_sample": False}, "config": {"eos_token_id": "<e>"}}, "<e>"),
+            ({"tokenizer_config": {"eos_token": "<e>"}, "generation_config": {"eos_token_id": "<s>"}}, "<e>"),
+            ({"tokenizer_config": {"eos_token": None}, "config": {"model_type": "llama"}}, END),
+        ],
+    )
+    def test_the_end_token_is_found_where_the_model_names_it(self, small, tmp_path, files, end):
+        core = tokenizers.tokenizers.Tokenizer.from_str(small._core.to_str())
+        core.add_special_tokens(["<s>", "<e>"])
+        Tokenizer(core, small.end_token).save(tmp_path)
+        (tmp_path / "tokenizer_config.json").unlink()
+
+        def ids(value):
+            return [core.token_to_id(text) for text in value] if isinstance(value, list) else core.token_to_id(value)
+
+        for name, content in files.items():
+            content = {key: ids(value) if key == "eos_token_id" else value for key, value in content.items()}
+            (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        assert load(tmp_path).end_token == core.token_to_id(end)
+
+    def test_the_settings_of_the_base_are_kept_but_for_tokens_that_it_lacks(self, small, tmp_path):
+        core = tokenizers.tokenizers.Tokenizer.from_str(small._core.to_str())
+        core.add_special_tokens(["<pad>", "<s>"])
+        core.add_tokens(["<think>"])
+        core.enable_truncation(4)
+        Tokenizer(core, small.end_token).save(tmp_path / "base")
+        settings = {
+            "eos_token": END, "bos_token": "<s>", "pad_token": "<pad>", "unk_token": "<lost>", "add_bos_token": False,
+            "model_max_length": 77, "padding_side": "right", "tokenizer_class": "LlamaTokenizerFast",
+            "clean_up_tokenization_spaces": True, "additional_special_tokens": ["<s>", "<lost>"],
+        }  # fmt: skip
+        (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(settings))
+        base = load(tmp_path / "base")
+        base.save(tmp_path / "out")
+        kept = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+        changed = {"unk_token": None, "add_bos_token": None, "additional_special_tokens": ["<s>"],
+                   "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+        assert kept == {name: value for name, value in (settings | changed).items() if value is not None}
+        content = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+        assert {token["content"]: token["special"] for token in content["added_tokens"]} == {
+            END: True, "<pad>": True, "<s>": True, "<think>": False,
+        }  # fmt: skip
+        theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+        assert (theirs.pad_token, theirs.model_max_length, len(theirs)) == ("<pad>", 77, base.vocab_size)
+        text = "a longer text <think> than four tokens"
+        assert theirs(text).input_ids == load(tmp_path / "out").encode(text, parse_special=True)
+
+    @pytest.mark.parametrize("adds", [True, False])
+    def test_the_beginning_token_is_added_by_the_file_as_by_us(self, small, tmp_path, adds):
+        """In tokenizer.json, which every version of `transformers` follows, whatever flag the base has."""
+        Tokenizer(small._core, small.end_token, small.end_token if adds else None).save(tmp_path)
+        core = tokenizers.tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        expected = [small.end_token] * adds + small.encode("shoe")
+        assert core.encode("shoe").ids == AutoTokenizer.from_pretrained(tmp_path)("shoe").input_ids == expected
+        assert load(tmp_path).bos_token == (small.end_token if adds else None)
+        file = tmp_path / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"bos_token": END, "add_bos_token": False}))
+        assert load(tmp_path).bos_token is None
+
+    def test_tokens_past_the_embedding_are_left_out_where_none_is_needed(self, small):
+        core = tokenizers.tokenizers.Tokenizer.from_str(small._core.to_str())
+        core.add_special_tokens(["[PAD]", "[MASK]"])
+        rows = small.vocab_size
+        whole = Tokenizer(core, small.end_token, settings={"pad_token": "[PAD]"})
+        cut = whole.within(rows)
+        assert (cut.vocab_size, cut.pad_token) == (rows, small.end_token)
+        assert cut.encode("a [PAD]", parse_special=True) == small.encode("a [PAD]")
+        assert whole.within(rows + 2) is whole
+        for needing in (
+            Tokenizer(core, rows), Tokenizer(core, 0, rows), Tokenizer(core, 0, chat_template="{{ '[PAD]' }}"),
+        ):  # fmt: skip
+            with pytest.raises(TokenizerError, match=rf"the embedding only {rows} rows, and none for '\[PAD\]'"):
+                needing.within(rows)
+        with pytest.raises(TokenizerError, match=f"has {rows + 2} tokens, but the embedding only {rows - 1} rows"):
+            whole.within(rows - 1)
+
+    def test_a_sentencepiece_vocabulary_is_called_so(self, small, tmp_path):
+        vocabulary = {"<unk>": 0, "</s>": 1, "<0x0A>": 2, "▁": 3, "a": 4, "▁a": 5}
+        core = tokenizers.tokenizers.Tokenizer(models.BPE(vocabulary, [("▁", "a")], byte_fallback=True))
+        core.save(str(tmp_path / "tokenizer.json"))
+        (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+        with pytest.raises(TokenizerError, match="SentencePiece vocabulary, as Llama 2, TinyLlama .*byte-level"):
+            load(tmp_path)
+        (tmp_path / "tokenizer.json").rename(tmp_path / "tokenizer.model")
+        with pytest.raises(TokenizerError, match=r"tokenizer.model is a SentencePiece vocabulary, as Llama 2"):
+            load(tmp_path)
+
     def test_a_template_that_adds_the_bos_token(self, small, tmp_path):
         small.save(tmp_path)
         content = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -126,7 +236,10 @@ class TestSavedAndLoaded:
             load(tmp_path)
 
 
-def write_gguf(path, pre: str = "qwen2", model: str = "gpt2", end: int | None = 257, bos: int | None = None) -> None:
+def write_gguf(
+    path, pre: str = "qwen2", model: str = "gpt2", end: int | None = 257, bos: int | None = None,
+    merges: tuple[str, ...] = ("Ġ r",),
+) -> None:
     """A GGUF file with the 256 bytes, " r", a control and a user-defined token, and no weights."""
     from gguf import GGUFWriter
 
@@ -136,7 +249,7 @@ def write_gguf(path, pre: str = "qwen2", model: str = "gpt2", end: int | None = 
     writer.add_tokenizer_pre(pre)
     writer.add_token_list([*alphabet, "Ġr", "<|im_end|>", "<tool>"])
     writer.add_token_types([1] * 257 + [3, 4])
-    writer.add_token_merges(["Ġ r"])
+    writer.add_token_merges(list(merges))
     if end is not None:
         writer.add_eos_token_id(end)
     if bos is not None:
@@ -163,6 +276,22 @@ class TestGguf:
         assert tokenizer.decode(tokenizer.encode(text)) == text
         assert not {257, 258} & set(tokenizer.encode(text))
 
+    @pytest.mark.parametrize("alias_of", ["deepseek-r1-qwen qwen2", "llama3 llama-bpe", "llama-v3 llama-bpe"])
+    def test_other_names_of_the_same_words(self, tmp_path, alias_of):
+        alias, of = alias_of.split()
+        write_gguf(tmp_path / "alias.gguf", alias, bos=258)
+        write_gguf(tmp_path / "of.gguf", of, bos=258)
+        ours, theirs = (from_gguf(tmp_path / f"{name}.gguf") for name in ("alias", "of"))
+        assert (ours._core.to_str(), ours.bos_token) == (theirs._core.to_str(), theirs.bos_token)
+
+    def test_qwen2_and_llama_cut_digits_apart(self, tmp_path):
+        cut = {}
+        for pre in ("qwen2", "llama3"):
+            write_gguf(tmp_path / "t.gguf", pre)
+            words = from_gguf(tmp_path / "t.gguf")._core.pre_tokenizer.pre_tokenize_str("r12345")
+            cut[pre] = [word for word, _ in words]
+        assert cut == {"qwen2": ["r", "1", "2", "3", "4", "5"], "llama3": ["r", "123", "45"]}
+
     def test_what_cannot_be_read(self, tmp_path):
         path = tmp_path / "t.gguf"
         path.write_bytes(b"not a GGUF file at all, but long enough to look at")
@@ -171,8 +300,11 @@ class TestGguf:
         with pytest.raises(TokenizerError, match="not a readable GGUF file"):
             from_gguf(tmp_path / "nothing.gguf")
         for options, message in [
-            ({"model": "llama"}, "tokenizer.ggml.model is 'llama'"),
+            ({"model": "llama"}, "tokenizer.ggml.model is 'llama', a SentencePiece vocabulary, as Llama 2, TinyLlama"),
             ({"pre": "tekken"}, "tokenizer.ggml.pre is 'tekken'; known are: gpt-2, smollm"),
+            ({"merges": ("Ġ r", "Ġ zz")}, "merges holds 'Ġ zz', where there should be two tokens of the vocabulary"),
+            ({"merges": ("Ġ t",)}, "merges holds 'Ġ t'"),
+            ({"merges": ("Ġr",)}, "merges holds 'Ġr', where .* a space between them"),
             ({"end": None}, "needs tokenizer.ggml.eos_token_id"),
             ({"end": 300}, "the end token 300 is outside the vocabulary of 259"),
         ]:
