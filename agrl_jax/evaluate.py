@@ -3,7 +3,8 @@
     python -m agrl_jax.evaluate --workdir=runs/quickstart --pairs=0
 
 Training evaluates fixed subsets; here `--pairs=0` takes every pair. Prints the scorecard and writes it,
-as `scorecard.json` is written, to `--out` (default: WORKDIR/scorecard_full.json).
+as `scorecard.json` is written, to `--out` (default: WORKDIR/scorecard_full.json), where other stages stay,
+and other splits that were scored at the same step.
 """
 
 from __future__ import annotations
@@ -13,22 +14,19 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 from etils import epath
-from ml_collections import ConfigDict
 
 from agrl_jax.runtime.config import define_distributed_flag, exit_with, parse_flags
 from agrl_jax.runtime.memory import with_huge_pages
 
 if TYPE_CHECKING:  # JAX takes seconds to start: functions import what needs it, so that flags are answered at once
-    import jax
-
     from agrl_jax.evaluation import metrics
-    from agrl_jax.training import assemble
 
 
 def evaluate(workdir: str, stages: list[str], splits: list[str], pairs: int) -> metrics.Scorecards:
     """Scorecards `{stage: {split: scores}}` of checkpoints of a workdir; stages are named as training names them."""
     from agrl_jax.data import pipeline
     from agrl_jax.evaluation import intervals
+    from agrl_jax.judging import trained
     from agrl_jax.runtime import processes, sharding
     from agrl_jax.runtime.checkpoint import SFT_END
     from agrl_jax.runtime.console import progress
@@ -36,41 +34,31 @@ def evaluate(workdir: str, stages: list[str], splits: list[str], pairs: int) -> 
 
     folder = epath.Path(workdir)
     config = assemble.read_config(folder)
-    rules = assemble.load_rules(config)
+    rules = assemble.kept_rules(config, folder)
+    found = {stage: trained.find_stage(folder, config, rules, stage) for stage in stages}
     with processes.first_alone("load"):
         data = assemble.load_data(config, rules, folder)
-    mesh = sharding.make_mesh(*(config.mesh[axis] for axis in sharding.AXES))
-    model = assemble.load_model(config, folder, mesh=mesh)
-    evaluator = assemble.make_evaluator(config, model, mesh)
-    lay_out = assemble.decode_layout(config, model, mesh)
     unknown = [name for name in splits if name not in data.splits]
     if unknown:
         raise ValueError(f"--splits: {unknown[0]!r} is not a split of {workdir}; there are {', '.join(data.splits)}")
-    splits = splits or list(data.eval_splits)
+    mesh = sharding.make_mesh(*(config.mesh[axis] for axis in sharding.AXES))
+    model = assemble.load_model(config, folder, rules, mesh=mesh)
+    encoded = assemble.encode(config, model, data, splits or data.eval_splits)
+    rows = {name: pipeline.stratified(split, pairs or len(split), config.data.seed) for name, split in encoded.items()}
+    evaluator = assemble.make_evaluator(config, model, mesh)
+    lay_out = assemble.decode_layout(config, model, mesh)
     cards: metrics.Scorecards = {}
-    with progress("evaluate", len(stages) * len(splits)) as bar:
+    judged_pairs = sum(len(some) + evaluator.sampled(len(some)) for some in rows.values())
+    with progress("evaluate", len(stages) * judged_pairs) as bar:
         for stage in stages:
-            params = lay_out(_params(folder, config, model, mesh, stage), None)
+            params = lay_out(assemble.load_params(folder, config, model, mesh, *found[stage]), None)
+            settings = {"settings": assemble.card_settings(config, found[stage].step, pairs)}
             card = cards.setdefault({SFT_END: "sft", "rl": config.method}.get(stage, stage), {})
-            for name in splits:
-                split = assemble.encode(config, model, data, data.splits[name])
-                rows = pipeline.stratified(split, pairs or len(split), config.data.seed)
-                judged = evaluator.judge(params, split, rows)
-                card[name] = intervals.score(judged, rules, bootstrap=config.eval.bootstrap, seed=config.seed)
-                bar.update(sum(len(c) for c in cards.values()))
+            for name, split in encoded.items():
+                judged = evaluator.judge(params, split, rows[name], advance=bar.advance)
+                scores = intervals.score(judged, rules, bootstrap=config.eval.bootstrap, seed=config.seed)
+                card[name] = scores | settings
     return cards
-
-
-def _params(
-    folder: epath.Path, config: ConfigDict, model: assemble.Model, mesh: jax.sharding.Mesh, stage: str
-) -> assemble.Params:
-    from agrl_jax.runtime.checkpoint import SFT_END
-    from agrl_jax.training import assemble
-
-    if stage not in (SFT_END, "rl", "best"):
-        raise ValueError(f"--stages: {stage!r} is not one of sft_end, rl, best")
-    step = assemble.BEST if stage == "best" else None
-    return assemble.load_params(folder, config, model, mesh, "rl" if stage == "best" else stage, step)
 
 
 def _define_flags() -> None:
@@ -92,15 +80,19 @@ def main(argv: list[str]) -> None:
     from agrl_jax.evaluation import tables
     from agrl_jax.runtime import processes
     from agrl_jax.runtime.console import say
+    from agrl_jax.runtime.files import check_writable
 
+    out = epath.Path(values.out or epath.Path(values.workdir) / "scorecard_full.json")
     try:
+        check_writable(out, "--out")
+        if out.exists():
+            tables.read(out)  # refuses what is no scorecard
         processes.connect(values.distributed)
         cards = evaluate(values.workdir, values.stages, values.splits, values.pairs)
     except ValueError as error:
         exit_with(error)
     except Exception as error:
         processes.leave(error)
-    out = epath.Path(values.out or epath.Path(values.workdir) / "scorecard_full.json")
     with processes.first_alone("write"):  # the others leave after it
         if jax.process_index() == 0:
             tables.write(out, cards)

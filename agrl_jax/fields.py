@@ -14,6 +14,7 @@ import ast
 import functools
 import inspect
 import io
+import itertools
 import sys
 import tokenize
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from ml_collections import config_flags
 from agrl_jax import recipes
 from agrl_jax.hints import did_you_mean
 from agrl_jax.runtime.config import RULES, ConfigError, exit_with, flatten, matches, parse_flags
+from agrl_jax.runtime.markdown import table
 
 _COMMAND = "python -m agrl_jax.fields --markdown > docs/config.md"
 
@@ -93,21 +95,23 @@ def markdown() -> str:
         "Set a field on the command line, `--config.rl.steps=500`, or in your own config file, `c.rl.steps = 500`.",
         "A field that is misspelt or out of its range is refused before anything is computed.", "",
         "## Methods", "", "`--config=configs/quickstart.py:NAME` trains by another method.", "",
-        "| name | what it is | fields that differ from agrl |", "| --- | --- | --- |",
     ]  # fmt: skip
+    methods = []
     for name, meaning in method_meanings().items():
         changes = (f"`{field}={'(computed)' if callable(v) else v}`" for field, v in recipes.METHODS[name].items())
-        lines.append(f"| `{name}` | {meaning} | {', '.join(changes)} |")
-    group = ""
-    for field in fields():
-        top, dot, _ = field.name.partition(".")
-        if (top if dot else "run") != group:
-            group = top if dot else "run"
-            lines += ["", f"## {group}", ""]
-            lines += [_sentence(groups[group]), ""] if dot else []
-            lines += ["| field | default | may be | meaning |", "| --- | --- | --- | --- |"]
-        lines.append(f"| `{field.name}` | `{_shown(field.value)}` | {field.may_be} | {field.meaning} |")
+        methods.append([f"`{name}`", meaning, ", ".join(changes)])
+    lines.append(table(["name", "what it is", "fields that differ from agrl"], methods))
+    for group, of in itertools.groupby(fields(), _group):
+        lines += ["", f"## {group or 'run'}", ""]
+        lines += [_sentence(groups[group]), ""] if group else []
+        rows = [[f"`{f.name}`", f"`{_shown(f.value)}`", f.may_be, f.meaning] for f in of]
+        lines.append(table(["field", "default", "may be", "meaning"], rows))
     return "\n".join(lines) + "\n"
+
+
+def _group(field: Field) -> str:
+    """The branch that a field stands in; empty for one at the top."""
+    return field.name.rpartition(".")[0].partition(".")[0]
 
 
 def _sentence(text: str) -> str:

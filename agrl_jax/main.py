@@ -27,7 +27,8 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv: list[str]) -> None:
     """Parses flags and trains.
 
-    Exit codes: 2 for bad input, 1 for a run that diverged or lost one of its processes, 128 + signal if stopped.
+    Exit codes: 2 for bad input, 3 for a run that diverged, 1 for one that lost one of its processes, 128 + signal if
+    stopped.
     """
     parse_flags(argv)
     from agrl_jax.runtime import processes
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> None:
         raise SystemExit(128 + stop.signum) from None
     except run.Diverged as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(processes.DIVERGED) from None
     except run.USER_ERRORS as error:
         exit_with(error)
     except Exception as error:

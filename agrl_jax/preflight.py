@@ -14,7 +14,6 @@ Exit code 1 where the step does not fit; then it says what makes it fit, having 
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import sys
 from functools import partial
@@ -27,7 +26,7 @@ from ml_collections import ConfigDict, config_flags
 
 from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
 from agrl_jax.runtime.console import console_table, say
-from agrl_jax.runtime.files import write_json
+from agrl_jax.runtime.files import OutputError, check_writable, write_json
 
 if TYPE_CHECKING:  # JAX takes seconds to start: functions import what needs it, so that flags are answered at once
     from agrl_jax.bounds.compile import Report
@@ -62,9 +61,14 @@ def describe(report: Report, topology: str, guided_share: float) -> None:
 
 
 def measured_seconds(workdir: str) -> float:
-    """The median time of a run's RL steps. Raises ConfigError where it has none."""
+    """The median time of a run's RL steps. Raises ConfigError where it has none, or its log is damaged."""
+    from agrl_jax.runtime.logs import read_jsonl
+
     file = epath.Path(workdir) / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    try:
+        rows = read_jsonl(file) if file.exists() else []
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     times = [row["time/step_s"] for row in rows if row["stage"] == "rl" and row["step"] > 1]
     if not times:
         raise ConfigError(f"{file}: holds no RL step after the first, which compiles")
@@ -86,6 +90,7 @@ def run(config: ConfigDict, topology: str, shape: str, guided_share: float, work
     """The whole command; returns the figures of the step that fits, or of the one that does not."""
     from agrl_jax.bounds.compile import GIB, compile_step, find_devices, make_it_fit
 
+    measured = measured_seconds(workdir) if workdir else 0.0
     devices, chip = find_devices(topology)
     compile_with = partial(compile_step, devices=devices, chip=chip, shape=shape, guided_share=guided_share)
     report = compile_with(config)
@@ -99,9 +104,8 @@ def run(config: ConfigDict, topology: str, shape: str, guided_share: float, work
         say("that fits." if smaller.fits else "neither does that: take more or larger devices, or a smaller policy.")
         figures |= {"changes": changes, "with_changes": smaller.figures()}
     elif workdir:
-        seconds = measured_seconds(workdir)
-        say(f"measured: {seconds:.4g} s a step, {seconds / report.seconds:.1f} times the bound")
-        figures |= {"measured": seconds}
+        say(f"measured: {measured:.4g} s a step, {measured / report.seconds:.1f} times the bound")
+        figures |= {"measured": measured}
     return figures
 
 
@@ -126,8 +130,10 @@ def main(argv: list[str]) -> None:
     if values.topology:
         only_compile()
     try:
+        if values.out:
+            check_writable(values.out, "--out")
         figures = run(values.config, values.topology, values.shape, values.guided_share, values.workdir)
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, OutputError) as error:
         exit_with(error)
     if values.out:
         write_json(values.out, figures)

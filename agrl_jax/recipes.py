@@ -298,6 +298,7 @@ def _method_problems(config: ConfigDict) -> Iterator[str]:
 
 # Fields that act only beside certain values of others, and which.
 _ACTS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("data.path", "data.source", lambda source: source == "pairs"),
     ("objective.kl_weight", "objective.kl", lambda kl: kl != "none"),
     ("objective.clip_low", "objective.loss", lambda loss: loss not in ("gspo", "rloo")),
     ("objective.clip_high", "objective.loss", lambda loss: loss not in ("gspo", "rloo")),

@@ -16,6 +16,8 @@ from absl import app, flags
 
 from agrl_jax import preflight
 from agrl_jax.bounds import compile
+from agrl_jax.runtime.files import write_text
+from agrl_jax.runtime.markdown import table
 from benchmarks.machine import ROOT
 
 _ONLY = flags.DEFINE_list("only", [], "rows to compile, CONFIG@TOPOLOGY; or all")
@@ -56,17 +58,13 @@ def compile_row(row: Row) -> dict[str, Any]:
 
 def markdown(found: dict[str, dict[str, Any]]) -> str:
     """The table, a row for each that is in `found`."""
-    lines = [
-        "| config | chips | set | fits | GiB a chip | a step takes at least | tokens/s at most | bound by |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in ROWS:
-        if row.name in found:
-            lines.append(_line(row, found[row.name]))
-    return "\n".join(lines)
+    columns = [
+        "config", "chips", "set", "fits", "GiB a chip", "a step takes at least", "tokens/s at most", "bound by"
+    ]  # fmt: skip
+    return table(columns, [_cells(row, found[row.name]) for row in ROWS if row.name in found])
 
 
-def _line(row: Row, figures: dict[str, Any]) -> str:
+def _cells(row: Row, figures: dict[str, Any]) -> list[str]:
     memory, chip = figures["memory"], figures["chip"]
     cells = [
         row.config,
@@ -83,7 +81,7 @@ def _line(row: Row, figures: dict[str, Any]) -> str:
         cells += [f"{whole:.2g} s", f"{rate:,.0f}", ", ".join(bounds)]
     else:
         cells += ["-", "-", "-"]
-    return f"| {' | '.join(cells)} |"
+    return cells
 
 
 def main(_: list[str]) -> None:
@@ -91,7 +89,7 @@ def main(_: list[str]) -> None:
     for row in ROWS:
         if row.name in _ONLY.value or "all" in _ONLY.value:
             figures = compile_row(row)
-            _FILE.write_text(json.dumps(_kept() | {row.name: figures}, indent=1, sort_keys=True) + "\n")
+            write_text(_FILE, json.dumps(_kept() | {row.name: figures}, indent=1, sort_keys=True) + "\n")
     print(markdown(_kept()))
 
 

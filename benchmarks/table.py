@@ -17,6 +17,7 @@ from typing import Any
 import matplotlib
 from absl import app, flags
 
+from agrl_jax.runtime.markdown import table
 from benchmarks import results
 from benchmarks.machine import ROOT
 
@@ -207,8 +208,7 @@ _TABLES = {"peers": _peers, "limits": _limits, "guidance": _guidance, "growth": 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table in Markdown; numbers with three digits, None as a dash."""
-    lines = [columns, ["---"] * len(columns), *([_short(cell) for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return table(columns, [[_short(cell) for cell in row] for row in rows])
 
 
 def _short(cell: Any) -> str:

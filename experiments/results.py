@@ -103,7 +103,7 @@ def _keep_judgements(workdir: Path, stage: str, path: Path) -> None:
 def _values(card: metrics.Scores) -> dict[str, Any]:
     """A scorecard without intervals, which over one run are of no use here."""
     cuts = ("by_family", "by_seen")
-    values = {name: measure["value"] for name, measure in card.items() if name not in cuts}
+    values = {name: measure["value"] for name, measure in card.items() if name not in (*cuts, "settings")}
     for cut in cuts:
         values[cut] = {
             part: {name: measure["value"] for name, measure in measures.items()} for part, measures in card[cut].items()

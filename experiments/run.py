@@ -29,10 +29,10 @@ from ml_collections import ConfigDict
 
 from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
 from agrl_jax.runtime.console import progress, say
+from agrl_jax.runtime.processes import DIVERGED
 from experiments import results, study
 from experiments.study import Sweep
 
-DIVERGED = 1  # exit code of `agrl_jax.main`
 KEPT = ("tokenizer.json", "policy.json", "scorecard.json", "judgements.parquet")  # of a warm start, with its end
 
 
@@ -83,7 +83,7 @@ class Runner:
             child.terminate()
 
 
-def chosen(sweep: Sweep, only: Sequence[str], seeds: Sequence[str]) -> list[tuple[str, int]]:
+def select(sweep: Sweep, only: Sequence[str], seeds: Sequence[str]) -> list[tuple[str, int]]:
     """The runs of a sweep with these names and seeds; none: all. Raises ConfigError for those it has not."""
     for flag, words, there in (("only", only, sweep.runs), ("seeds", seeds, map(str, sweep.seeds))):
         names = list(there)
@@ -217,7 +217,7 @@ def main(argv: list[str]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sweep = study.load(values.sweep, values.results)
-        wanted = chosen(sweep, values.only, values.seeds)
+        wanted = select(sweep, values.only, values.seeds)
         failed = run(sweep, values.sweep, Path(values.dir).resolve(), values.workers, wanted, overrides)
     except ConfigError as error:
         exit_with(error)

@@ -21,6 +21,7 @@ from absl import flags
 
 from agrl_jax.evaluation import intervals
 from agrl_jax.evaluation.metrics import Judgements
+from agrl_jax.runtime import markdown
 from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
 from agrl_jax.runtime.console import say
 from experiments import results, study
@@ -61,8 +62,7 @@ class Table(NamedTuple):
     note: str = ""
 
     def __str__(self) -> str:
-        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
-        body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        body = markdown.table(self.columns, self.rows)
         return f"### {self.title}\n\n{body}\n" + (f"\n{self.note}\n" if self.note else "")
 
 

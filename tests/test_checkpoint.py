@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -186,6 +187,23 @@ def test_a_field_that_came_or_went_is_refused(saved):
         Checkpointer(saved, identity=changed(config__new=1))
 
 
+def test_a_field_that_an_older_version_lacked_compares_with_its_default(saved):
+    defaults = {"config": {"new": 1, "rl": {"group_size": 16}}}
+    Checkpointer(saved, identity=changed(config__new=1), defaults=defaults).close()
+    with pytest.raises(CheckpointMismatch, match=r"\n  new: 1 -> 2$"):
+        Checkpointer(saved, identity=changed(config__new=2), defaults=defaults)
+
+
+def test_a_part_that_is_known_later_is_checked_then_and_only_where_it_was_saved(saved):
+    with Checkpointer(saved, identity=IDENTITY) as checkpoints:
+        checkpoints.identify({"pairs": {"train": "abc", "test": "def"}})  # the checkpoint knows of none
+        checkpoints.save("sft", 6, {"x": jnp.int32(1)})
+    with Checkpointer(saved, identity=IDENTITY) as checkpoints:
+        checkpoints.identify({"pairs": {"train": "abc", "test": "def"}})
+        with pytest.raises(CheckpointMismatch, match=r"\n  pairs.train: abc -> xyz$"):
+            checkpoints.identify({"pairs": {"train": "xyz", "test": "def"}})
+
+
 @pytest.mark.parametrize(
     "identity",
     [
@@ -236,6 +254,24 @@ def test_a_half_written_checkpoint_is_not_loaded_and_is_cleared(tmp_path):
         checkpoints.save("rl", 2, make_state(2))
         assert checkpoints.restore(make_state()).step == 2
     assert steps_on_disk(tmp_path, "rl") == [1, 2]
+
+
+def test_a_truncated_file_is_one_line_that_names_the_step_before(tmp_path):
+    state = {"params": {"w": jax.random.normal(jax.random.key(0), (256, 256))}}
+    with Checkpointer(tmp_path, identity=IDENTITY) as checkpoints:
+        for step in (3, 7):
+            checkpoints.save("rl", step, state)
+    folder = tmp_path / "checkpoints" / "rl"
+    (large,) = (path for path in (folder / "7").rglob("d/*") if path.stat().st_size > 20_000)
+    os.truncate(large, 100)
+    with Checkpointer(tmp_path, identity=IDENTITY) as checkpoints:
+        for restore in (lambda: checkpoints.restore(state), lambda: checkpoints.restore_params(state["params"], "rl")):
+            with pytest.raises(CheckpointError, match=r"rl/7 cannot be restored: .*to go on from step 3") as it:
+                restore()
+            assert len(str(it.value).splitlines()) == 1
+    shutil.rmtree(folder / "7")
+    with Checkpointer(tmp_path, identity=IDENTITY) as checkpoints:
+        assert_same(checkpoints.restore(state).state, state)
 
 
 def test_a_half_deleted_old_checkpoint_does_no_harm(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 from absl import flags
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_flags
 
 from agrl_jax import recipes
+from agrl_jax import types as schema
 from agrl_jax.runtime import config as cfg
 from agrl_jax.runtime.config import ConfigError, Rule
 
@@ -223,6 +225,7 @@ def test_what_a_method_leaves_open_can_be_chosen():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"data__path": "a.csv"}, "data.path=a.csv has no effect with data.source=benchmark"),
         ({"objective__kl_weight": 0.1}, "objective.kl_weight=0.1 has no effect with objective.kl=none"),
         ({"objective__kl": "k3"}, "objective.kl=k3 has no effect with objective.kl_weight=0"),
         ({"objective__loss": "gspo", "objective__clip_low": 0.1}, "objective.clip_low=0.1 has no effect with"),
@@ -315,8 +318,10 @@ def parse(tmp_path, monkeypatch):
 
     def run(line: str) -> ConfigDict:
         argv = ["program", *line.replace("FILE", str(path)).split()]
+        sys.modules.pop("config_config", None)  # loading another file as a config goes on with what is there
         values = flags.FlagValues()
         config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+        flags.mark_flag_as_required("config", flag_values=values)
         monkeypatch.setattr(flags, "FLAGS", values)
         cfg.parse_flags(argv)
         return values.config
@@ -342,6 +347,9 @@ def test_overrides_reach_the_config(parse):
         ("--config=FILE --config.rl=3", "rl is a group of fields; set one of them, such as rl."),
         ("--config=FILE:gppo", "variant=gppo: not one of agrl, grpo; did you mean 'grpo'"),
         ("--config=nowhere.py", "the config file cannot be read: [Errno 2] No such file or directory: 'nowhere.py'"),
+        ("--config=None", "'None'; name one, such as --config=configs/quickstart.py"),
+        ("", "--config is needed, such as --config=configs/quickstart.py"),
+        (f"--config={schema.__file__}", "a file without a function get_config; name a config, such as --config="),
         ("--config=nowhere.py --config.rl.steps=1", "No such file or directory: 'nowhere.py'"),
         ("--config.rl.steps=3", "--config.rl.steps needs --config=FILE before it"),
         ("--config=FILE config.rl.steps=3", "unexpected argument 'config.rl.steps=3'; flags start with --"),

@@ -91,12 +91,26 @@ def run(folder: Path) -> subprocess.Popen[str]:
 
 def test_runs_are_chosen_by_name_and_seed() -> None:
     sweep = main_table.SWEEP
-    assert run_sweep.chosen(sweep, [], []) == list(sweep.jobs())
-    assert run_sweep.chosen(sweep, ["sft", "agrl"], ["3"]) == [("sft", 3), ("agrl", 3)]
+    assert run_sweep.select(sweep, [], []) == list(sweep.jobs())
+    assert run_sweep.select(sweep, ["sft", "agrl"], ["3"]) == [("sft", 3), ("agrl", 3)]
     with pytest.raises(ConfigError, match="--only=ppo: not in main_table; there are sft, "):
-        run_sweep.chosen(sweep, ["agrl", "ppo"], [])
+        run_sweep.select(sweep, ["agrl", "ppo"], [])
     with pytest.raises(ConfigError, match="--seeds=9: not in main_table; there are 0, 1, 2, 3, 4"):
-        run_sweep.chosen(sweep, [], ["9"])
+        run_sweep.select(sweep, [], ["9"])
+
+
+@pytest.mark.parametrize(("code", "failed", "kept"), [(0, 0, [False]), (3, 0, [True]), (1, 1, []), (-9, 1, [])])
+def test_only_a_run_that_says_so_has_diverged_and_a_crash_is_no_result(
+    code: int, failed: int, kept: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    monkeypatch.setattr(run_sweep.Runner, "main", lambda *_: code)
+    monkeypatch.setattr(run_sweep, "_made", lambda start: True)
+    monkeypatch.setattr(run_sweep, "_share", lambda start, workdir: None)
+    monkeypatch.setattr(results, "write", lambda sweep, name, seed, workdir, diverged, digest: written.append(diverged))
+    sweep = dataclasses.replace(mini_sweep.SWEEP, results=tmp_path)
+    assert run_sweep.run(sweep, "mini.py", tmp_path, 1, [("agrl", 0)], []) == failed
+    assert written == kept
 
 
 @pytest.mark.slow

@@ -139,6 +139,23 @@ def test_weights_in_half_precision(workdir: Path, exported: Path, tmp_path: Path
     assert trained.load(str(tmp_path / "half")).params["embedding"].dtype == "bfloat16"
 
 
+def test_a_rule_book_of_a_relative_path_goes_along_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    (home / "run").mkdir(parents=True)
+    monkeypatch.chdir(home)
+    rules = book.file_of("four_tier").read_text()
+    Path("rules.yaml").write_text(rules)
+    make_workdir(home / "run", path="rules.yaml")
+    Path("rules.yaml").write_text(rules + "# changed since\n")
+    monkeypatch.chdir(tmp_path)
+    export("home/run", "exported")
+    assert (tmp_path / "exported" / "rulebook.yaml").read_text() == rules
+    judges = [Judge.from_checkpoint(folder, batch_size=4) for folder in ("home/run", "exported")]
+    assert judges[0].identity == judges[1].identity
+
+
 def test_what_cannot_be_exported_is_refused(workdir: Path, exported: Path, tmp_path: Path) -> None:
     with pytest.raises(LoadingError, match="should be an empty folder"):
         export(str(workdir), str(exported))

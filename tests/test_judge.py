@@ -171,11 +171,11 @@ def test_work_that_was_stopped_goes_on_and_comes_out_the_same(
     judge_file(judge, source, str(tmp_path / "whole.jsonl"))
     calls = []
 
-    def stopping(rows: list) -> list:
+    def stopping(rows: list, *advance: object) -> list:
         calls.append(len(rows))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return Judge.judge(judge, rows)
+        return Judge.judge(judge, rows, *advance)
 
     monkeypatch.setattr(judge, "judge", stopping)
     with pytest.raises(KeyboardInterrupt):
@@ -206,6 +206,13 @@ def test_work_of_another_judge_is_not_gone_on_with(judge: Judge, workdir: Path, 
     (tmp_path / "out.csv.partial").write_text(json.dumps(judge.identity | {"checkpoint": "other"}) + "\n")
     with pytest.raises(OutputError, match="another checkpoint, input"):
         judge_file(judge, source, str(tmp_path / "out.csv"))
+
+
+def test_progress_is_told_of_each_batch(judge: Judge) -> None:
+    told: list[int] = []
+    rows = [*some_rows(2 * BATCH + 1), {"query": "", "title": "no query"}]
+    judge.judge(rows, told.append)
+    assert told == [1, BATCH, BATCH, 1]
 
 
 def test_a_file_without_titles_is_refused(judge: Judge, tmp_path: Path) -> None:

@@ -248,7 +248,7 @@ def compile_step(mesh: jax.sharding.Mesh, sizes: Sizes) -> jax.stages.Compiled:
         return jax.ShapeDtypeStruct((sizes.batch, *rest), jnp.int32, sharding=sharding.batch_sharding(mesh))
 
     batch = Batch(**{field.name: of_batch(field.name) for field in dataclasses.fields(Batch)})
-    return program.step.lower(program.template, batch, *program.more).compile()
+    return program.step.lower(program.template, batch, *program.fixed).compile()
 
 
 class Operation(NamedTuple):

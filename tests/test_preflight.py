@@ -7,16 +7,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 import tiny
 
+from agrl_jax import preflight
 from agrl_jax.bounds import compile, hlo
 from agrl_jax.bounds.compile import CHIPS, Chip, Memory, Report
 from agrl_jax.bounds.flops import matrix_flops
 from agrl_jax.policy import loading, transformer
+from agrl_jax.runtime.config import ConfigError
 from agrl_jax.training import run
 
 ROOT = Path(__file__).parent.parent
@@ -340,8 +343,50 @@ def test_what_makes_it_fit_is_found_in_four_trials_at_most():
     assert changes["mesh.fsdp"] == -1 and changes["mesh.data"] == 1  # most of it is state
     assert large.mesh.fsdp == 1  # the config that was asked for is left as it was
     tried.clear()
-    changes, found = compile.make_it_fit(config(), report(9e9), lambda c: (tried.append(c), report(9e9))[1])
+    changes, found = compile.make_it_fit(large, report(9e9), lambda c: (tried.append(c), report(9e9))[1])
     assert not found.fits and 1 <= len(tried) <= 4
+
+
+def test_what_is_offered_could_be_run_and_never_shortens_prompts():
+    large = config(**{"rl.batch_size": 32, "rl.group_size": 8, "rl.micro_batches": 2})
+    memory = dataclasses.replace(report(1.0).memory, total=9e9, cache=8e9)
+    offered = [fields for _, fields in compile._possible(large, dataclasses.replace(report(9e9), memory=memory))]
+    assert {"rl.batch_size": 16} in offered and {"rl.micro_batches": 4} in offered and {"rl.group_size": 4} in offered
+    assert not any("data.prompt_len" in fields for fields in offered)
+    large.rl.micro_batches = 4  # of which half the batch has no equal pieces
+    offered = [fields for _, fields in compile._possible(large, report(9e9))]
+    assert offered and not any("rl.batch_size" in fields for fields in offered)
+
+
+@pytest.mark.parametrize(("stats", "memory"), [({"bytes_limit": 60e9}, 60e9), (None, 80e9)])
+def test_the_memory_of_a_device_is_what_jax_may_take(monkeypatch, stats, memory):
+    device = SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", memory_stats=lambda: stats)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert compile.find_devices("")[1] == dataclasses.replace(CHIPS[device.device_kind], memory=memory)
+
+
+def test_the_batch_counts_as_an_input(monkeypatch):
+    monkeypatch.setattr("agrl_jax.bounds.compile.traffic", lambda *_: {})
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: _Compiled())
+    inputs = {
+        size: compile.compile_step(config(**{"rl.batch_size": size}), jax.devices()[:1], CHIP).memory.inputs
+        for size in (8, 16)
+    }
+    small = config()
+    # Of each example: its tokens and truth (S + T), the ends of 5 parts, 4 steps, and 6 single numbers.
+    numbers = small.data.prompt_len + small.data.response_len + 5 + 4 + 6
+    assert inputs[16] - inputs[8] == 8 * 4 * numbers
+
+
+def test_a_torn_log_is_read_to_its_last_whole_row_and_a_damaged_one_is_named(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    rows = [{"stage": "rl", "step": step, "time/step_s": seconds} for step, seconds in enumerate((9, 2, 4), 1)]
+    whole = "".join(json.dumps(row) + "\n" for row in rows)
+    log.write_text(whole + '{"stage": "rl", "st')
+    assert preflight.measured_seconds(str(tmp_path)) == 3
+    log.write_text("{" + whole)
+    with pytest.raises(ConfigError, match=f"{log}, line 1: not JSON"):
+        preflight.measured_seconds(str(tmp_path))
 
 
 def test_a_topology_that_there_is_not():
@@ -367,7 +412,7 @@ def command(*arguments):
 @pytest.mark.slow
 def test_the_devices_at_hand_and_a_run_on_them(tmp_path):
     rows = [{"stage": "rl", "step": step, "time/step_s": seconds} for step, seconds in enumerate((9, 2, 3, 4), 1)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = command(f"--workdir={tmp_path}", f"--out={tmp_path / 'out.json'}")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())

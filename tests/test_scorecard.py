@@ -336,8 +336,27 @@ def test_every_interval_holds_its_value():
     judged = judgements(np.where(right, 0, 2), np.zeros(100, int), probs=probs)
     calibration = score(judged, BOOK, bootstrap=200)["ece"]
     assert calibration["low"] == calibration["value"] == pytest.approx(0) and calibration["high"] > 0.02
-    scores = score(random_judgements(0, n=60), BOOK, bootstrap=200)
+    scores = score(random_judgements(0, n=120), BOOK, bootstrap=200)
     assert all(m["low"] <= m["value"] <= m["high"] for name, m in scores.items() if not name.startswith("by_"))
+
+
+def test_a_tier_of_few_pairs_has_no_interval_of_f1_nor_has_macro_f1():
+    tier = np.repeat([0, 1, 3], [20, 40, 19])  # no pair of the third tier
+    judged = judgements(tier, np.roll(tier, 5))
+    scores = score(judged, BOOK, bootstrap=50)
+    names = [t.name for t in BOOK.tiers]
+    assert scores["macro_f1"]["tiers"] == {names[0]: 20, names[1]: 40, names[3]: 19}
+    has = {name: scores[name]["low"] is not None for name in ("accuracy", "macro_f1", *(f"f1/{n}" for n in names))}
+    assert has == {"accuracy": True, "macro_f1": False} | {
+        f"f1/{n}": there for n, there in zip(names, (True, True, False, False), strict=True)
+    }
+    lines = printed({"agrl": {"test": scores}}, 100)
+    for start, few in [("macro-F1", True), (f"F1 {names[1]}", False), (f"F1 {names[3]}", True)]:
+        assert next(line for line in lines if line.startswith(start)).rstrip().endswith("too few") == few
+    said = " ".join("\n".join(lines).split())
+    assert f"macro-F1: the mean over the tiers with pairs: {names[0]}, {names[1]}, {names[3]}." in said
+    enough = score(judgements(np.repeat([0, 1], 20), np.zeros(40, int)), BOOK, bootstrap=50)
+    assert enough["macro_f1"]["low"] is not None and enough["macro_f1"]["tiers"] == dict.fromkeys(names[:2], 20)
 
 
 def test_without_resamples_or_with_one_query_there_is_no_interval():

@@ -141,6 +141,22 @@ def test_the_page_in_a_browser(browser, tmp_path: Path) -> None:
     assert find("#query")[0].text == "bag" and pressed() == ["same"]
 
 
+def test_queries_that_every_object_has_a_name_for_are_not_answered_already(browser, tmp_path: Path) -> None:
+    study = lay_out(ROWS, {"constructor": [0, 1, 2], "__proto__": [3, 4, 5]}, A, B, top=3, seed=0)
+    page = tmp_path / "page.html"
+    page.write_text(render("side_by_side", study.data))
+    browser.get(page.as_uri())
+
+    def count() -> str:
+        return browser.find_element("id", "count").text
+
+    assert count() == "0 of 2 queries answered"
+    for answered in ("1 of 2", "2 of 2"):
+        browser.find_element("css selector", "[data-answer='left']").click()
+        browser.refresh()
+        assert count().startswith(answered)
+
+
 def _wait(until) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 

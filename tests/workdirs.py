@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from tiny import get_config
 
 from agrl_jax.policy.tokenizer import train_bpe
@@ -20,7 +21,8 @@ def make_workdir(folder: Path, **rulebook: str) -> Path:
     """A workdir with the end of a warm start, and two checkpoints of RL of which the first is the best."""
     config = get_config()
     config.rulebook.update(rulebook)
-    assemble.write_config(config, folder)
+    assemble.write_config(config, epath.Path(folder))
+    assemble.keep_rules(config, epath.Path(folder))
     phrases = [f"\n{phrase.text}" for phrase in assemble.load_rules(config).phrases]
     train_bpe([*ITEMS, *phrases], 400).save(folder)
     model = assemble.load_model(config, folder)

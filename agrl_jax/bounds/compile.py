@@ -129,13 +129,14 @@ def compile_step(
     validate_together(checked, sharding.data_shards(mesh))
     model = assemble.stand_in_model(config, mesh, shape)
     program = programs.rl_program(config, mesh, model, _warm_started(config, model, mesh), _ROWS, len(FAMILIES))
-    traced = program.step.trace(program.template, _batch(config, model), *program.more)
+    batch = _batch(config, model, mesh)
+    traced = program.step.trace(program.template, batch, *program.fixed)
     shards = sharding.data_shards(mesh)
     flops = matrix_flops(traced.jaxpr.jaxpr, PHASES, guided_share, shards)
     held = {
         "parameters": _shard_bytes(program.template.params),
         "optimiser": _shard_bytes(program.template.opt_state),
-        "inputs": _shard_bytes((program.template.guidance, program.more)),
+        "inputs": _shard_bytes((batch, program.template.guidance, program.fixed)),
     }
     arguments = sum(held.values())
     try:
@@ -167,13 +168,13 @@ def _warm_started(config: ConfigDict, model: assemble.Model, mesh: jax.sharding.
     return programs.Weights(assemble.param_shapes(*assemble.trained_part(config, model, "sft"), mesh), base)
 
 
-def _batch(config: ConfigDict, model: assemble.Model) -> Batch:
-    """The shapes of a batch."""
+def _batch(config: ConfigDict, model: assemble.Model, mesh: jax.sharding.Mesh) -> Batch:
+    """The shapes of a batch, with its sharding."""
     b, s, t = config.rl.batch_size * config.rl.candidates, config.data.prompt_len, config.data.response_len
     parts = len(model.book.parts)
 
     def array(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((b, *shape), jnp.int32)
+        return jax.ShapeDtypeStruct((b, *shape), jnp.int32, sharding=sharding.batch_sharding(mesh))
 
     return Batch(
         prompt=array(s), prompt_len=array(), gold=array(t), gold_len=array(), part_end=array(parts),
@@ -219,7 +220,10 @@ def find_devices(topology: str) -> tuple[list[Any], Chip]:
     """The devices to compile for, and their peaks. Raises ConfigError for a topology that cannot be compiled for."""
     if not topology:
         devices = jax.devices()
-        return devices, CHIPS.get(devices[0].device_kind) or measured_chip(devices)
+        chip = CHIPS.get(devices[0].device_kind) or measured_chip(devices)
+        # Of a GPU's memory JAX takes three quarters, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+        limit = (devices[0].memory_stats() or {}).get("bytes_limit", chip.memory)
+        return devices, dataclasses.replace(chip, memory=limit)
     for name, value in _LIBTPU.items():
         os.environ.setdefault(name, value)
     try:
@@ -247,9 +251,7 @@ def measured_chip(devices: Sequence[Any]) -> Chip:
     products, copies = jax.jit(lambda x: x @ x), jax.jit(lambda x: x + 1)
     flops = max(2 * n**3 / _seconds(products, jnp.ones((n, n))) for n in (512, 1024, 2048))
     bandwidth = max(2 * 4 * n / _seconds(copies, jnp.ones(n)) for n in (2**16, 2**18, 2**20, 2**22, 2**24))
-    memory = (devices[0].memory_stats() or {}).get("bytes_limit") or (
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
-    )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
     return Chip(f"{devices[0].device_kind}, measured", flops, memory, bandwidth, bandwidth)
 
 
@@ -271,26 +273,38 @@ def make_it_fit(config: ConfigDict, report: Report, compile_with: Any) -> tuple[
     """
     config, changes = config.copy_and_resolve_references(), {}
     for _ in range(_TRIALS):
-        missing, chosen = report.memory.total - report.chip.memory, {}
-        while missing > 0 and (options := list(_savings(config, report))):
-            saved, fields = options[0]
+        missing, trial = report.memory.total - report.chip.memory, {}
+        while missing > 0 and (found := next(_possible(config, report), None)):
+            saved, fields = found
             missing -= saved
-            chosen |= fields
+            trial |= fields
             config.update_from_flattened_dict(fields)
-        if not chosen:
+        if not trial:
             break
-        changes |= chosen
+        changes |= trial
         report = compile_with(config)
         if report.fits:
             break
     return changes, report
 
 
+def _possible(config: ConfigDict, report: Report) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Those of `_savings` with which the config could be run."""
+    for saved, fields in _savings(config, report):
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict(fields)
+        try:
+            validate_together(changed, report.mesh["data"] * report.mesh["fsdp"])
+        except ConfigError:
+            continue
+        yield saved, fields
+
+
 def _savings(config: ConfigDict, report: Report) -> Iterator[tuple[float, dict[str, Any]]]:
     """What could be changed, each with an estimate of the bytes that it saves a device."""
     memory, mesh, rl = report.memory, report.mesh, config.rl
     temporaries = max(memory.temporaries, memory.total / 2)
-    same = []
+    same = []  # by which nothing else is learnt
     spread = mesh["data"] > 1 and config.mesh.fsdp != -1
     if spread:
         state = memory.parameters + memory.optimiser
@@ -306,5 +320,6 @@ def _savings(config: ConfigDict, report: Report) -> Iterator[tuple[float, dict[s
     replace = config.guidance.replace if config.guidance.enabled else 2
     if rl.group_size // 2 >= max(replace, 2):
         yield temporaries / 4, {"rl.group_size": rl.group_size // 2}
-    if memory.cache > memory.total / 8:
-        yield memory.cache / 2, {"data.prompt_len": config.data.prompt_len // 2}
+    # Not shorter prompts: how long the rule book's own text is, only the tokenizer of the real model knows.
+    if rl.batch_size > 1:
+        yield (memory.cache + temporaries) / 2, {"rl.batch_size": rl.batch_size // 2}

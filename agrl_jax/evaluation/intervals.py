@@ -9,6 +9,7 @@ import numpy as np
 from agrl_jax.evaluation.metrics import CUT_METRICS, Estimator, Judgements, ScorecardError, Scores
 from agrl_jax.rulebook.book import RuleBook
 
+FEW = 20  # pairs of a tier: with fewer, intervals of its F1 and of macro-F1 cover too little to be shown
 _CELLS = 1 << 21  # resamples x pairs held at once
 
 
@@ -17,7 +18,8 @@ def score(judged: Judgements, book: RuleBook, bootstrap: int = 1000, seed: int =
 
     Metrics, of one greedy answer to each pair unless said otherwise:
 
-      accuracy, f1/TIER, macro_f1    macro_f1 is the mean over the tiers that have pairs
+      accuracy, f1/TIER, macro_f1    macro_f1 is the mean over the tiers that have pairs, and counts them by name
+                                     in `tiers`; where a tier has fewer than FEW, its F1 and macro_f1 have no interval
       good_f1, auc                   Good (the tiers that the book flags) against Bad; auc ranks by the
                                      summed probability of the good tiers
       kappa, mae                     quadratic-weighted, and mean absolute error, both in grades
@@ -119,7 +121,7 @@ def over_seeds(
 def _measure(
     judged: Judgements, book: RuleBook, bootstrap: int, seed: int, metrics: Sequence[str] | None = None
 ) -> Scores:
-    """`{metric: {value, low, high, n}}` of all metrics, or of those named."""
+    """`{metric: {value, low, high, n}}` of all metrics, or of those named; macro_f1 has `tiers` too."""
     estimator = Estimator(judged, book)
     scores = estimator(np.ones((1, estimator.queries)))
     metrics = list(scores) if metrics is None else metrics
@@ -128,11 +130,18 @@ def _measure(
         estimates = estimator(weights)
         for metric in metrics:
             resampled[metric].append(estimates[metric].value)
+    tiers = {tier.name: round(scores[f"f1/{tier.name}"].n[0]) for tier in book.tiers}
+    present = {name: n for name, n in tiers.items() if n}
+    too_few = {f"f1/{name}" for name, n in present.items() if n < FEW}
+    too_few |= {"macro_f1"} if too_few else set()
     measured = {}
     for metric in metrics:
         value, n = scores[metric].value[0], scores[metric].n[0]
-        low, high = _interval(value, np.concatenate([[], *resampled[metric]]))
+        interval = _interval(value, np.concatenate([[], *resampled[metric]]))
+        low, high = (None, None) if metric in too_few else interval
         measured[metric] = {"value": _number(value), "low": low, "high": high, "n": 0 if np.isnan(value) else round(n)}
+    if "macro_f1" in measured:
+        measured["macro_f1"]["tiers"] = present
     return measured
 
 

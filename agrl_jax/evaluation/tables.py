@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,22 +14,34 @@ import rich.table
 import rich.text
 from etils import epath
 
+from agrl_jax.evaluation.intervals import FEW
 from agrl_jax.evaluation.metrics import ScorecardError, Scorecards, Scores
+from agrl_jax.runtime import markdown
 from agrl_jax.runtime.files import write_json
 
 SMALL = 50  # a support below this is flagged
 
 
 def write(path: epath.PathLike, cards: Mapping[str, Mapping[str, Scores]]) -> None:
-    """Writes scorecards `{stage: {split: scores}}` as JSON, in one piece; other stages already there stay.
+    """Writes scorecards `{stage: {split: scores}}` as JSON, in one piece.
 
-    On a run of several processes, call it on one.
+    What is there of other stages stays, and of the same stage other splits that were scored at the same step. On a run
+    of several processes, call it on one.
 
     Raises:
       ScorecardError: what is there is no scorecard.
     """
     path = epath.Path(path)
-    write_json(path, {**(read(path) if path.exists() else {}), **cards}, indent=1)
+    merged = read(path) if path.exists() else {}
+    for stage, card in cards.items():
+        steps = {_step(scores) for scores in card.values()}
+        same = {split: scores for split, scores in merged.get(stage, {}).items() if {_step(scores)} == steps}
+        merged[stage] = same | card
+    write_json(path, merged, indent=1)
+
+
+def _step(scores: Scores) -> int | None:
+    return scores.get("settings", {}).get("step")
 
 
 def read(path: epath.PathLike) -> Scorecards:
@@ -100,12 +114,9 @@ def to_markdown(cards: Mapping[str, Mapping[str, Scores]]) -> str:
     """What `table` shows, as Markdown."""
     blocks = []
     for sheet in sheets(cards):
-        header, *rows = (
-            "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |"
-            for row in [sheet.columns, *(row for rows in sheet.sections for row in rows)]
-        )
-        lines = [header, "|:--|" + "--:|" * (len(sheet.columns) - 1), *rows]
-        blocks += [f"**{sheet.title}**", "\n".join(lines)] + ([sheet.note.replace("*", r"\*")] if sheet.note else [])
+        rows = itertools.chain.from_iterable(sheet.sections)
+        blocks += [f"**{sheet.title}**", markdown.table(sheet.columns, rows, figures=True)]
+        blocks += [sheet.note.replace("*", r"\*")] if sheet.note else []
     return "\n\n".join(blocks) + "\n" if blocks else ""
 
 
@@ -122,29 +133,41 @@ def _metrics_sheet(split: str, stages: Mapping[str, Scores]) -> Sheet:
     names = list(dict.fromkeys(name for scores in stages.values() for name in scores))
     sections = []
     for members in _SECTIONS:
-        chosen = [n for n in names if n in members or any(m[-1] in "/@" and n.startswith(m) for m in members)]
-        rows = [[_label(name), *_row([scores.get(name) for scores in stages.values()])] for name in chosen]
+        shown = [n for n in names if n in members or any(m[-1] in "/@" and n.startswith(m) for m in members)]
+        rows = [[_label(name), *_row(name, [scores.get(name) for scores in stages.values()])] for name in shown]
         sections += [rows] if rows else []
     differs = ["difference"] if len(stages) > 1 else []
     columns = ["", "n", *stages, *differs]
     note = "In brackets: 95% bootstrap intervals, by query.\nLower is better: MAE, truncated, ECE, Brier, NLL."
     if any(row[1].endswith("*") for rows in sections for row in rows):
         note += f" * fewer than {SMALL}."
+    if tiers := dict.fromkeys(t for scores in stages.values() for t in scores.get("macro_f1", {}).get("tiers", ())):
+        note += "\n" + textwrap.fill(f"macro-F1: the mean over the tiers with pairs: {', '.join(tiers)}.", 78)
+    if any("too few" in cell for rows in sections for row in rows for cell in row):
+        note += f"\ntoo few: pairs of a tier, fewer than {FEW}, for an interval."
     return Sheet(split, columns, sections, note)
 
 
-def _row(measures: Sequence[Mapping[str, Any] | None]) -> list[str]:
+def _row(name: str, measures: Sequence[Mapping[str, Any] | None]) -> list[str]:
     """Support, each stage's value with interval, and the last less the first."""
     cells = [_support(measures)]
     for measure in measures:
         cell = _short(measure and measure["value"])
         if measure and measure["low"] is not None:
             cell += f" [{_short(measure['low'])},{_short(measure['high'])}]"
+        elif measure and _too_few(name, measure):
+            cell += " too few"
         cells.append(cell)
     if len(measures) > 1:
         first, last = (measure and measure["value"] for measure in (measures[0], measures[-1]))
         cells.append("-" if first is None or last is None else _short(last - first, sign="+"))
     return cells
+
+
+def _too_few(name: str, measure: Mapping[str, Any]) -> bool:
+    """Whether a tier that the F1 rests on has too few pairs for an interval."""
+    pairs = measure.get("tiers", {}).values() if name == "macro_f1" else [measure["n"]] * name.startswith("f1/")
+    return any(0 < n < FEW for n in pairs)
 
 
 def _cuts_sheet(split: str, stages: Mapping[str, Scores]) -> Sheet:

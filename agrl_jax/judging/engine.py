@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from agrl_jax.judging import cuts, trained
 from agrl_jax.judging.cuts import CutsError
 from agrl_jax.judging.trained import Settings, Trained, TrainedError
 from agrl_jax.runtime import sharding
+from agrl_jax.runtime.console import progress
 from agrl_jax.types import Array, Params, Policy, RuleTables
 
 _TEXTS = ("query", "title", "description", "brand", "color", "category", "price")
@@ -93,16 +94,20 @@ class Judge:
         """How many rows are best judged together: they are batched by length."""
         return self.batch_size * _CHUNK_BATCHES
 
-    def judge(self, rows: Sequence[Mapping[str, Any]]) -> list[Judgement]:
+    def judge(
+        self, rows: Sequence[Mapping[str, Any]], advance: Callable[[int], None] = lambda rows: None
+    ) -> list[Judgement]:
         """Judges rows with a `query`, a `title`, and optional texts of the item; see the top of this module.
 
-        A row that cannot be judged has an `error`; the others do not depend on it.
+        A row that cannot be judged has an `error`; the others do not depend on it. `advance` is told after each batch
+        how many more rows are done.
         """
         pairs = [_pair(row) for row in rows]
         loaded = self._loaded
         prompts = list(pipeline.prompts(pairs, self.book, loaded.tokenizer, loaded.prompt_len, loaded.style))
         errors = [_error(pair, prompt, loaded.prompt_len) for pair, prompt in zip(pairs, prompts, strict=True)]
         judged = [Judgement(error=error) for error in errors]
+        advance(sum(map(bool, errors)))
         good = sorted((i for i, error in enumerate(errors) if not error), key=lambda i: len(prompts[i].tokens))
         batches = [good[first : first + self.batch_size] for first in range(0, len(good), self.batch_size)]
         # All are started before the first is awaited.
@@ -111,6 +116,7 @@ class Judge:
             answer = jax.device_get(answer)
             for place, i in enumerate(batch):
                 judged[i] = self._judgement({name: value[place] for name, value in answer.items()})
+            advance(len(batch))
         return judged
 
     def fit_cuts(self, path: str) -> cuts.Fit:
@@ -118,7 +124,9 @@ class Judge:
         pairs = [pair for split in read_pairs(path, self.book).splits.values() for pair in split]
         self._cuts = None
         rows = [{name: getattr(pair, name) for name in _TEXTS} for pair in pairs]
-        judged = [(pair.tier, one) for pair, one in zip(pairs, self.judge(rows), strict=True) if not one.error]
+        with progress("fit cut points", len(rows)) as bar:
+            judgements = self.judge(rows, bar.advance)
+        judged = [(pair.tier, one) for pair, one in zip(pairs, judgements, strict=True) if not one.error]
         if not judged:
             raise CutsError(f"{path}: no row could be judged")
         truth = np.array([tier for tier, _ in judged])

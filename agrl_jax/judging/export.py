@@ -14,7 +14,7 @@ from agrl_jax.judging import cuts, trained
 from agrl_jax.judging.cuts import CutsError
 from agrl_jax.policy import huggingface
 from agrl_jax.policy.transformer import count_parameters
-from agrl_jax.rulebook import book, wording
+from agrl_jax.rulebook import wording
 from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.runtime import sharding
 from agrl_jax.runtime.config import resolve
@@ -41,7 +41,9 @@ def export(workdir: str, out: str, stage: str = "best", dtype: str | None = None
     folder, target = epath.Path(workdir), Path(out)
     config = assemble.read_config(folder)
     mesh = sharding.make_mesh(data=1, fsdp=-1)  # spread out: nothing is computed
-    model, params, where = trained.load_stage(folder, config, mesh, stage)
+    model = assemble.load_model(config, folder, mesh=mesh)
+    params, found = trained.load_stage(folder, config, model, mesh, stage)
+    where = str(found)
     dtype = dtype or config.policy.param_dtype
     record = {
         "rulebook": RULEBOOK_FILE,
@@ -60,7 +62,7 @@ def export(workdir: str, out: str, stage: str = "best", dtype: str | None = None
         generation_config={"max_new_tokens": config.data.response_len},
         card=_card(target.name, folder, config, model, count_parameters(params), where),
     )  # fmt: skip
-    (target / RULEBOOK_FILE).write_bytes(book.file_of(config.rulebook.path).read_bytes())
+    (target / RULEBOOK_FILE).write_bytes(assemble.rules_file(config, folder).read_bytes())
     if dtype == config.policy.param_dtype:
         _copy_cuts(folder, target, model.book, params)
     write_json(target / trained.RECORD_FILE, record)

@@ -92,7 +92,7 @@ def _judge_rest(judge: Judge, file: RowFile, journal: Journal) -> None:
             bar.print(f"going on after row {journal.done:,} of {file.count:,}")
         first, began = journal.done, time.monotonic()
         while chunk := list(itertools.islice(rows, judge.chunk)):
-            judged = judge.judge([{} if row.error else row.record for row in chunk])
+            judged = judge.judge([{} if row.error else row.record for row in chunk], bar.advance)
             judged = [Judgement(error=row.error) if row.error else one for row, one in zip(chunk, judged, strict=True)]
             journal.append(map(asdict, judged))
             bar.update(journal.done, {"rows/s": (journal.done - first) / (time.monotonic() - began)})

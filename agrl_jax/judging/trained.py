@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -101,10 +101,18 @@ def load(
     return _load_model(place, settings, mesh)
 
 
-def load_stage(
-    folder: epath.Path, config: ConfigDict, mesh: jax.sharding.Mesh, stage: str
-) -> tuple[assemble.Model, Params, str]:
-    """The model of a workdir, its parameters at a stage, and in words which checkpoint that is.
+class Stage(NamedTuple):
+    """A checkpoint of a workdir; as text, in words."""
+
+    name: str  # rl or sft_end
+    step: int
+
+    def __str__(self) -> str:
+        return "the end of the warm start" if self.name == SFT_END else f"step {self.step} of RL"
+
+
+def find_stage(folder: epath.Path, config: ConfigDict, rules: RuleBook, stage: str) -> Stage:
+    """The checkpoint of a workdir that a stage names, trained with these rules.
 
     `best` is the best of RL by validation, or the end of the warm start where there has been no RL; `rl` the
     latest of RL; `sft_end` the end of the warm start.
@@ -114,16 +122,23 @@ def load_stage(
     with Checkpointer(folder) as checkpoints:
         step = checkpoints.best_step("rl") if stage == "best" else checkpoints.latest_step("rl")
         if stage == SFT_END or (stage == "best" and step is None):
-            stage, step = SFT_END, 0
+            found = Stage(SFT_END, config.sft.steps)
         elif step is None:
             raise CheckpointError(f"{checkpoints.directory / 'rl'} holds no checkpoint")
         else:
-            stage = "rl"
-        trained_by = checkpoints.record(stage, step)["identity"]["rulebook"] if checkpoints.sft_ended else None
-    model = assemble.load_model(config, folder, mesh=mesh)
-    _check_digest(model.book, trained_by, str(folder))
-    params = assemble.load_params(folder, config, model, mesh, stage, step)
-    return model, params, "the end of the warm start" if stage == SFT_END else f"step {step} of RL"
+            found = Stage("rl", step)
+        if checkpoints.sft_ended:
+            saved = checkpoints.record(found.name, found.step if found.name == "rl" else 0)
+            _check_digest(rules, saved["identity"]["rulebook"], str(folder))
+    return found
+
+
+def load_stage(
+    folder: epath.Path, config: ConfigDict, model: assemble.Model, mesh: jax.sharding.Mesh, stage: str
+) -> tuple[Params, Stage]:
+    """The parameters of a workdir at a stage, as in `find_stage`, and which checkpoint that is."""
+    found = find_stage(folder, config, model.book, stage)
+    return assemble.load_params(folder, config, model, mesh, *found), found
 
 
 def identity(rules: RuleBook, params: Params) -> dict[str, str]:
@@ -150,11 +165,13 @@ def fingerprint(params: Params) -> str:
 def _load_workdir(folder: epath.Path, stage: str, settings: Settings, mesh: jax.sharding.Mesh) -> Trained:
     config = assemble.read_config(folder)
     given = {
-        "rulebook.path": settings.rulebook, "rulebook.order": settings.order,
+        "rulebook.order": settings.order,
         "policy.param_dtype": settings.dtype, "policy.compute_dtype": settings.dtype,
     }  # fmt: skip
     config.update_from_flattened_dict({name: value for name, value in given.items() if value is not None})
-    model, params, _ = load_stage(folder, config, mesh, stage)
+    rules = book.load(settings.rulebook, config.rulebook.order) if settings.rulebook else None
+    model = assemble.load_model(config, folder, rules, mesh=mesh)
+    params, _ = load_stage(folder, config, model, mesh, stage)
     return Trained(
         model.book, model.tokenizer, model.tables, model.policy, params,
         style=settings.style or config.data.style,

@@ -6,7 +6,7 @@ good. A manager keeps the last few checkpoints and the best one. Orbax writes in
 and renames it when all is there, so a killed save leaves nothing that could be loaded.
 
 A checkpoint holds the state and a small record: stage, step, position in the data, and the identity of
-the run (config, rule book, versions). Resuming under another identity is refused.
+the run (config, rule book, pairs, versions). Resuming under another identity is refused.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class Checkpointer:
     `keep` bounds the last checkpoints of each stage; the one with the highest `metrics[best]` is kept
     beside them. `identity` is a JSON-able dict such as `{"config": ..., "rulebook": digest, "versions":
     ...}`; if the newest checkpoint was written under another one, CheckpointMismatch is raised at once
-    and names the fields. With `identity=None` the checkpoints are opened for reading: nothing is
-    created, deleted or checked.
+    and names the fields. A field that it lacks, as one of an older version may, counts as `defaults` has
+    it. With `identity=None` the checkpoints are opened for reading: nothing is created, deleted or checked.
     """
 
     def __init__(
@@ -79,18 +79,25 @@ class Checkpointer:
         keep: int = 2,
         identity: Mapping[str, Any] | None = None,
         best: str = "macro_f1",
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
         folder = epath.Path(workdir)
         self.directory = (folder if is_remote(folder) else folder.resolve()) / "checkpoints"
         self._identity = None if identity is None else _plain(identity)
+        self._defaults = flatten(_plain(defaults or {}))
         self._best = best
         self._writing: tuple[str, int] | None = None
         logging.getLogger("absl").addFilter(_quiet)
         if identity is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
         self._managers = {name: self._manager(name, keep) for name in (*STAGES, SFT_END)}
-        if identity is not None and self.newest() is not None:
+        if identity is not None:
             self._check_identity()
+
+    def identify(self, more: Mapping[str, Any]) -> None:
+        """Adds to the identity what is known only later. Raises CheckpointMismatch as the constructor does."""
+        self._identity |= _plain(more)
+        self._check_identity()
 
     def _manager(self, name: str, keep: int) -> ocp.CheckpointManager:
         def score(metrics: Mapping[str, float | None]) -> float:
@@ -260,18 +267,36 @@ class Checkpointer:
             raise CheckpointError(f"{self.directory / name} has no checkpoint of step {step}; there: {there}")
         try:
             return self._managers[name].restore(step, args=ocp.args.Composite(**args))
-        except (ValueError, KeyError, OSError) as error:
-            place = self.directory / name / str(step)
-            raise CheckpointError(f"{place} cannot be restored: {_misfit(error)}") from error
+        except Exception as error:  # of damaged files TensorStore raises plain Exception
+            raise CheckpointError(self._not_restored(name, step, error)) from error
+
+    def _not_restored(self, name: str, step: int, error: BaseException) -> str:
+        """Why a checkpoint could not be restored, and what to do, in one line."""
+        folder = self.directory / name / str(step)
+        if "tree structures do not match" in str(error):
+            return f"{folder} cannot be restored: {_misfit(error)}"
+        while error.__cause__ is not None:  # what TensorStore says is printed with its whole configuration
+            error = error.__cause__
+        before = max((other for other in self._managers[name].all_steps() if other < step), default=None)
+        go_on = "there is none before it" if before is None else f"remove it to go on from step {before}"
+        return f"{folder} cannot be restored: {_reason(error)}. If a file in it is damaged: {go_on}"
 
     def _check_identity(self) -> None:
-        """Refuses to go on under a config or rule book other than that of the newest checkpoint."""
+        """Refuses to go on under another identity than that of the newest checkpoint.
+
+        Compared are the parts (config, rule book, pairs) that both have.
+        """
+        if self.newest() is None:
+            return
         stage, step = self.newest()
         ahead = AHEAD if self.sft_ended and stage == "sft" else ()
         if self._managers[stage].latest_step() is None:
             stage = SFT_END
-        before = flatten(self.record(stage, step)["identity"] or {})
-        now = flatten(self._identity)
+        saved = self.record(stage, step)["identity"] or {}
+        both = saved.keys() & self._identity.keys()
+        now = flatten({part: self._identity[part] for part in both})
+        absent = {field: value for field, value in self._defaults.items() if field in now}
+        before = absent | flatten({part: saved[part] for part in both})
         open_stages = STAGES[1:] if self.sft_ended else STAGES
         growing = {field for stage in open_stages for field in MAY_GROW[stage]}
 
@@ -298,18 +323,16 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=lambda scalar: scalar.item()))
 
 
-def _misfit(error: Exception) -> str:
-    """Why a state could not be restored; in one line where it has other fields than the one that is kept now."""
-    if "tree structures do not match" not in str(error):
-        return str(error)
+def _misfit(error: BaseException) -> str:
+    """What a state could not be restored for, where it has other fields than the one that is kept now."""
     fields = ", ".join(re.findall(r"^(\S+):$", str(error), re.MULTILINE))
     return (f"it was written by another version, whose state has other fields ({fields}); use a new workdir, or go on "
             "with that version")
 
 
 def _reason(error: BaseException) -> str:
-    """Why a save failed, in a few words."""
+    """Why a checkpoint was not saved or restored, in a few words."""
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
         return "no space left on device"
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"

@@ -535,8 +535,15 @@ def overrides_error(error: Exception, argv: Sequence[str], name: str = "config")
     inner = [cause for cause in _causes(error) if isinstance(cause, ConfigError)]
     if inner:
         return inner[-1]  # absl and ml-collections wrap what a config file raised, traceback and all
+    example = f"--{name}=configs/quickstart.py"
     if isinstance(error, OSError) and "Configuration is not available" in str(error):
-        return ConfigError(f"the config file cannot be read: {str(error).strip().splitlines()[-1].strip()}")
+        reason = str(error).strip().splitlines()[-1].strip()
+        return ConfigError(f"the config file cannot be read: {reason}; name one, such as {example}")
+    if isinstance(error, AttributeError) and "no attribute 'get_config'" in str(error):
+        return ConfigError(f"--{name} names a file without a function get_config; name a config, such as {example}")
+    if missing := re.search(r"Flag --(\w+) must have a value other than None", str(error)):
+        flag = missing.group(1)
+        return ConfigError(f"--{flag} is needed" + (f", such as {example}" if flag == name else ""))
     if isinstance(error, flags.UnrecognizedFlagError) and str(error.flagname).startswith(f"{name}."):
         return ConfigError(f"--{error.flagname} needs --{name}=FILE before it")
     known = _load(argv, name)

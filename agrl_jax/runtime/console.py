@@ -47,14 +47,14 @@ class Progress(AbstractContextManager):
 
         The time left follows from the steps after the first update, since the first step compiles.
         """
-        self._done = step
+        ended, self._done = self._done < self._total <= step, step
         now = time.monotonic()
         self._first = self._first or (step, now)
         text = "  ".join(f"{name} {_short(value)}" for name, value in (figures or {}).items())
         if self._bar is not None:
             self._bar.update(self._task, completed=step, **({"figures": text} if figures else {}))
             return
-        if now - self._said >= self._every_s or step >= self._total:
+        if now - self._said >= self._every_s or ended:
             self._said = now
             times = f"{_clock(now - self._began)} eta {self._eta(now)}"
             self.print(f"{self._stage} {step}/{self._total}  {times}  {text}".rstrip())

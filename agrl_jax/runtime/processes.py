@@ -14,13 +14,18 @@ from contextlib import contextmanager
 from functools import partial
 from typing import NoReturn
 
+import filelock
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from agrl_jax.runtime.config import ConfigError
+from agrl_jax.runtime.files import is_remote
 
+DIVERGED = 3  # exit code of a run whose updates stayed non-finite
+LOCK_FILE = "train.lock"
 HEARTBEAT_S = 30  # a process that has been silent for so long is dead, and the others end
 _PATIENCE_S = 3600  # while the first process prepares data or reads a model
 _GOODBYE_S = 30  # how long one that has finished waits for the others
@@ -52,6 +57,31 @@ def connect(distributed: bool) -> None:
             "MPI and Kubernetes JAX finds them by itself; elsewhere set JAX_COORDINATOR_ADDRESS=HOST:PORT of the first "
             "one, JAX_NUM_PROCESSES, and JAX_PROCESS_ID from 0"
         ) from error
+
+
+@contextmanager
+def the_only_run(workdir: epath.Path) -> Iterator[None]:
+    """Keeps a workdir to this run while the block lasts.
+
+    Raises ConfigError where another run has it. Where there are no locks, as in buckets, nothing is kept.
+    """
+    lock = None
+    if jax.process_index() == 0 and not is_remote(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(workdir / LOCK_FILE, blocking=False)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise ConfigError(
+                f"{workdir}: another run trains there now; let it end or stop it, or use another workdir"
+            ) from None
+        except NotImplementedError:  # by the file system
+            lock = None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def require_one(what: str) -> None:

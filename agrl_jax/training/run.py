@@ -7,6 +7,7 @@ before the checkpoint of its step, and rows past the checkpoint are cut on resum
 
 from __future__ import annotations
 
+import itertools
 import math
 import signal
 import time
@@ -23,7 +24,7 @@ from ml_collections import ConfigDict
 
 from agrl_jax import recipes
 from agrl_jax.data import pipeline
-from agrl_jax.data.pairs import Pair, PairsError
+from agrl_jax.data.pairs import PairsError
 from agrl_jax.data.pipeline import EncodedSplit
 from agrl_jax.evaluation import intervals, judgements, tables
 from agrl_jax.evaluation.evaluator import Evaluator
@@ -34,25 +35,42 @@ from agrl_jax.policy.smollm2 import NotInstalledError
 from agrl_jax.policy.tokenizer import TokenizerError
 from agrl_jax.policy.transformer import count_parameters
 from agrl_jax.rl import step as rl_step
-from agrl_jax.rulebook.book import RuleBookError
+from agrl_jax.rulebook.book import RuleBook, RuleBookError
 from agrl_jax.runtime import processes, sharding
 from agrl_jax.runtime.checkpoint import Checkpointer, CheckpointError
 from agrl_jax.runtime.config import ConfigError, check_guidance, resolve, validate, validate_together
-from agrl_jax.runtime.console import progress, say
+from agrl_jax.runtime.console import Progress, progress, say
 from agrl_jax.runtime.logs import MetricsWriter
 from agrl_jax.runtime.sharding import ShardingError
 from agrl_jax.supervised import dpo
 from agrl_jax.supervised.dpo import Preferences
 from agrl_jax.training import assemble
 from agrl_jax.training.assemble import Data, Model
-from agrl_jax.training.programs import Program, Weights, branch_of, dpo_program, more_program, rl_program, sft_program
+from agrl_jax.training.programs import (
+    Program,
+    Weights,
+    branch_of,
+    continued_sft_program,
+    dpo_program,
+    rl_program,
+    sft_program,
+)
 from agrl_jax.types import Params, TrainState
 
-# Beside the progress bar of supervised training.
+# What is called after each step, `(step, whether it is the last, state, inspection, progress bar)`: further metrics.
+After = Callable[[int, bool, TrainState, Any, Progress], dict[str, float]]
+
+# Metrics beside the progress bar, by what they are called there.
 SUPERVISED_FIGURES = {
     "loss": "policy/loss", "gold probability": "policy/gold_probability", "tok/s": "time/tokens_per_s"
 }  # fmt: skip
-
+DPO_FIGURES = {
+    "loss": "policy/loss", "preferred": "dpo/accuracy", "margin": "dpo/margin", "tok/s": "time/tokens_per_s"
+}  # fmt: skip
+RL_FIGURES = {
+    "reward": "reward/total", "tier": "reward/tier_accuracy", "guided": "guide/share", "level": "guide/level",
+    "tok/s": "time/tokens_per_s",
+}  # fmt: skip
 
 # What a user can put right: shown as one message. Anything else is a bug, and keeps its traceback.
 USER_ERRORS = (
@@ -82,6 +100,7 @@ class Run:
     mesh: jax.sharding.Mesh
     model: Model
     data: Data
+    splits: Mapping[str, EncodedSplit]  # all that the stages and the scorecard need
     writer: MetricsWriter
     checkpoints: Checkpointer
     evaluator: Evaluator
@@ -100,13 +119,20 @@ def train(config: ConfigDict, workdir: str, say: Callable[..., None] = say) -> d
     subclass) for a config, rule book or file that cannot be used, Interrupted where a signal stopped it,
     Diverged where updates stay non-finite.
     """
-    # ------------------------------------------------------------------------------------------ set up
-    began = time.monotonic()
     validate(config)
     recipes.check(config)
     mesh = sharding.make_mesh(*(config.mesh[axis] for axis in sharding.AXES))
     validate_together(config, sharding.data_shards(mesh))
-    run = _set_up(config, epath.Path(workdir), mesh, say)
+    with processes.the_only_run(epath.Path(workdir)):
+        return _train(config, epath.Path(workdir), mesh, say)
+
+
+def _train(
+    config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh, say: Callable[..., None]
+) -> dict[str, Any]:
+    # ------------------------------------------------------------------------------------------ set up
+    began = time.monotonic()
+    run = _set_up(config, workdir, mesh, say)
     run.seconds["set up"] = time.monotonic() - began
 
     with run.writer, run.checkpoints, _signals(run):
@@ -117,7 +143,7 @@ def train(config: ConfigDict, workdir: str, say: Callable[..., None] = say) -> d
         # ------------------- reinforcement learning, or preferences or more supervised training in its place
         branch = branch_of(config, "rl")
         if config[branch].steps:
-            learn = {"rl": _reinforce, "dpo": _prefer, "more": _go_on}[branch]
+            learn = {"rl": _reinforce, "dpo": _prefer, "more": _continue_sft}[branch]
             weights = _timed(run, config.method, lambda: learn(run, reference))
             del reference  # this stage owns the parameters now
             name = config.method
@@ -144,31 +170,56 @@ def _set_up(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh, sa
         "rulebook": rules.digest,
         "versions": {name: metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
     }
-    checkpoints = Checkpointer(workdir, config.checkpoint.keep, identity)
+    defaults = {"config": resolve(recipes.base())}
+    checkpoints = Checkpointer(workdir, config.checkpoint.keep, identity, defaults=defaults)
     with processes.first_alone("set up"):
-        if jax.process_index() == 0:
-            assemble.write_config(config, workdir)
         assemble.keep_pretrained(config, workdir)  # before the data: a mistake here shows sooner
         data = assemble.load_data(config, rules, workdir)
-        model = assemble.load_model(config, workdir, data, mesh)
-    for stage, pairs in (("sft", data.sft), ("rl", _pairs_of(config, data))):
-        branch = branch_of(config, stage)
+        model = assemble.load_model(config, workdir, rules, data, mesh)
+    checkpoints.identify({"pairs": data.digests})
+    _check_batches(config, data)
+    check_guidance(config, len(data.splits["train"]))
+    splits = assemble.encode(config, model, data, _needed(config, data))
+    if jax.process_index() == 0:
+        assemble.write_config(config, workdir)
+        assemble.keep_rules(config, workdir)
+    at = checkpoints.newest()
+    writer = MetricsWriter(workdir, resume=at)
+    _say_set_up(say, mesh, rules, data)
+    if at is not None:
+        say(f"resuming from {at[0]} step {at[1]} in {workdir}")
+    evaluator = assemble.make_evaluator(config, model, mesh)
+    return Run(config, workdir, mesh, model, data, splits, writer, checkpoints, evaluator, say)
+
+
+def _check_batches(config: ConfigDict, data: Data) -> None:
+    """Raises ConfigError where a stage's batch is larger than what it trains on."""
+    for stage in ("sft", "rl"):
+        branch, pairs = branch_of(config, stage), data.pairs(_trained_on(config, stage))
         size = config[branch].batch_size
         if config[branch].steps and size > len(pairs):
             raise ConfigError(f"{branch}.batch_size={size} is more than the {len(pairs)} pairs that it trains on")
-    check_guidance(config, len(data.splits["train"]))
-    evaluator = assemble.make_evaluator(config, model, mesh)
-    at = checkpoints.newest()
-    writer = MetricsWriter(workdir, resume=at)
-    sizes = ", ".join(f"{name} {len(pairs):,}" for name, pairs in {"sft": data.sft, **data.splits}.items())
+
+
+def _trained_on(config: ConfigDict, stage: str) -> str:
+    """The split that a stage trains on."""
+    continues = branch_of(config, stage) == "more" and config.more.source == "sft"
+    return assemble.SFT if stage == "sft" or continues else "train"
+
+
+def _needed(config: ConfigDict, data: Data) -> list[str]:
+    """All splits that the run will come to."""
+    after = [_trained_on(config, "rl"), "validation"] if config[branch_of(config, "rl")].steps else []
+    return list(dict.fromkeys([*after, *data.eval_splits, assemble.SFT]))
+
+
+def _say_set_up(say: Callable[..., None], mesh: jax.sharding.Mesh, rules: RuleBook, data: Data) -> None:
+    sizes = ", ".join(f"{name} {len(pairs):,}" for name, pairs in {assemble.SFT: data.sft, **data.splits}.items())
     say(f"rule book {rules.name}: {len(rules.steps)} steps, {len(rules.tiers)} tiers, {rules.order}")
     say(f"pairs: {sizes}")
     if data.contradicting:
         say(f"labels that contradict the rule book: {len(data.contradicting)} pairs, whose steps are masked")
     say(f"devices: {mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
-    if at is not None:
-        say(f"resuming from {at[0]} step {at[1]} in {workdir}")
-    return Run(config, workdir, mesh, model, data, writer, checkpoints, evaluator, say)
 
 
 class _signals:
@@ -190,13 +241,12 @@ class _signals:
             signal.signal(again, handler)
 
 
-# --------------------------------------------------------------------------------------------- stages
+# ----------------------------------------------------------------------------------------- warm start
 
 
 def _warm_start(run: Run) -> Weights:
     """Supervised training; its end is kept for good as the reference policy."""
-    config = run.config
-    split = assemble.encode(config, run.model, run.data, run.data.sft)
+    config, split = run.config, run.splits[assemble.SFT]
     base = assemble.load_pretrained(config, run.model, run.mesh) if assemble.adapters_of(config, "sft") else None
     program = sft_program(config, run.mesh, run.model, base, assemble.blanks(config, run.model, split))
     ended = run.checkpoints.restore_sft(program.template.params)
@@ -205,84 +255,50 @@ def _warm_start(run: Run) -> Weights:
     state, spent = _restored(run, "sft", program)
     run.say(f"policy: {_sizes(state.params, base)}; warm start on {len(split):,} pairs")
     batches = pipeline.batches(split, config.sft.batch_size, config.seed, start=int(state.step))
-    state = _run_stage(
-        run, "sft", state, lambda state, batch: program.step(state, batch, base), program.step, batches,
-        config.sft.steps, SUPERVISED_FIGURES, spent=spent,
-    )
+    state = _run_stage(run, "sft", program, state, spent, batches, SUPERVISED_FIGURES)
     run.checkpoints.save_sft(state.params)
     return Weights(state.params, base)
 
 
+# ---------------------------------------------------------------------- after it: RL, or what takes its place
+
+
 def _reinforce(run: Run, reference: Weights) -> Weights:
     """Reinforcement learning from the end of the warm start."""
-    config = run.config
-    split = assemble.encode(config, run.model, run.data, run.data.splits["train"])
+    config, split = run.config, run.splits["train"]
     _say_encoding(run, split)
     program = rl_program(config, run.mesh, run.model, reference, len(split), len(run.data.families))
     state, spent = _restored(run, "rl", program)
-    base, compared = program.more
-    if base is None and compared is None:  # the state holds its own copy, and nothing else needs them
+    base, kl_reference = program.fixed
+    if base is None and kl_reference is None:  # the state holds its own copy, and nothing else needs them
         jax.tree.map(lambda x: x.delete(), reference.trained)
-    validate = _validator(run, base)
+    validation = _validation(run, base)
 
     def after(
-        done: int, last: bool, state: TrainState, seen: rl_step.Inspection, say: Callable[..., None]
+        done: int, last: bool, state: TrainState, seen: rl_step.Inspection, bar: Progress
     ) -> dict[str, float]:
         if config.log.samples_every and (done % config.log.samples_every == 0 or done == 1):
             samples = decode(jax.device_get(seen), run.model.book, run.model.tokenizer, split.pairs)
             run.writer.write_samples("rl", done, samples)
-            say(render(done, samples))
-        return validate(done, last, state)
+            bar.print(render(done, samples))
+        return validation(done, last, state, seen, bar)
 
     batches = pipeline.batches(split, config.rl.batch_size * config.rl.candidates, config.seed, start=int(state.step))
-    state = _run_stage(
-        run, "rl", state, lambda state, batch: program.step(state, batch, base, compared), program.step, batches,
-        config.rl.steps,
-        figures={
-            "reward": "reward/total", "tier": "reward/tier_accuracy", "guided": "guide/share",
-            "level": "guide/level", "tok/s": "time/tokens_per_s",
-        },
-        after=after,
-        spent=spent,
-    )
+    state = _run_stage(run, "rl", program, state, spent, batches, RL_FIGURES, after)
     return Weights(state.params, base)
 
 
 def _prefer(run: Run, reference: Weights) -> Weights:
     """Preferences in place of reinforcement learning: mined with the end of the warm start, then DPO from there."""
-    config = run.config
-    split = assemble.encode(config, run.model, run.data, run.data.splits["train"])
+    config, split = run.config, run.splits["train"]
     _say_encoding(run, split)
     pairs, mined = _mine(run, split, reference)
     program = dpo_program(config, run.mesh, run.model, reference)
     state, spent = _restored(run, "rl", program)
-    base, validate = program.more[0], _validator(run, program.more[0])
+    (base,) = program.fixed
     batches = pipeline.batches(pairs, config.dpo.batch_size, config.seed, start=int(state.step))
-    state = _run_stage(
-        run, "rl", state, lambda state, batch: program.step(state, batch, base), program.step, batches,
-        config.dpo.steps,
-        figures={
-            "loss": "policy/loss", "preferred": "dpo/accuracy", "margin": "dpo/margin", "tok/s": "time/tokens_per_s"
-        },
-        after=lambda done, last, state, *_: validate(done, last, state),
-        spent=max(spent, mined),  # mining is paid once
-    )
-    return Weights(state.params, base)
-
-
-def _go_on(run: Run, reference: Weights) -> Weights:
-    """More supervised training in place of reinforcement learning, from the end of the warm start."""
-    config = run.config
-    split = assemble.encode(config, run.model, run.data, _pairs_of(config, run.data))
-    program = more_program(config, run.mesh, run.model, reference, assemble.blanks(config, run.model, split))
-    state, spent = _restored(run, "rl", program)
-    base, validate = program.more[0], _validator(run, program.more[0])
-    batches = pipeline.batches(split, config.more.batch_size, config.seed, start=int(state.step))
-    state = _run_stage(
-        run, "rl", state, lambda state, batch: program.step(state, batch, base), program.step, batches,
-        config.more.steps, SUPERVISED_FIGURES, after=lambda done, last, state, *_: validate(done, last, state),
-        spent=spent,
-    )
+    spent = max(spent, mined)  # mining is paid once
+    state = _run_stage(run, "rl", program, state, spent, batches, DPO_FIGURES, _validation(run, base))
     return Weights(state.params, base)
 
 
@@ -305,66 +321,98 @@ def _mine(run: Run, split: EncodedSplit, reference: Weights) -> tuple[Preference
             batch, answers = jax.tree.map(lambda x, mask=mask: x[mask], (batch, answers))
             spent += int(np.sum(batch.prompt_len) + np.sum(answers.valid))
             found.append(dpo.preferences(batch, answers, config.dpo.pairs))
-            bar.update(min(len(found) * config.eval.batch_size, len(rows)))
+            bar.advance(int(np.sum(mask)))
             if signum := processes.greatest(run.signum):
                 raise Interrupted(signum, "while preferences were mined")
     pairs = jax.tree.map(lambda *pieces: np.concatenate(pieces), *found)
     run.say(f"preferences: {len(pairs):,} from {len(rows):,} pairs x {config.dpo.samples} answers, {spent:,} tokens")
-    if len(pairs) < config.dpo.batch_size:
-        raise ConfigError(f"dpo.batch_size={config.dpo.batch_size} is more than the {len(pairs)} preferences mined; "
+    _check_mined(config, len(pairs), spent)
+    return pairs, spent
+
+
+def _check_mined(config: ConfigDict, pairs: int, spent: int) -> None:
+    """Raises ConfigError where too few preferences were mined, or the budget is spent by mining."""
+    if pairs < config.dpo.batch_size:
+        raise ConfigError(f"dpo.batch_size={config.dpo.batch_size} is more than the {pairs} preferences mined; "
                           "raise dpo.mined, dpo.samples or dpo.pairs")
     if 0 < config.rl.budget <= spent:
         raise ConfigError(f"rl.budget={config.rl.budget} is spent by mining alone, which took {spent}; "
                           "lower dpo.mined or dpo.samples")
-    return pairs, spent
 
 
-def _validator(run: Run, base: Params | None) -> Callable[[int, bool, TrainState], dict[str, float]]:
+def _continue_sft(run: Run, reference: Weights) -> Weights:
+    """More supervised training in place of reinforcement learning, from the end of the warm start."""
+    config, split = run.config, run.splits[_trained_on(run.config, "rl")]
+    blanks = assemble.blanks(config, run.model, split)
+    program = continued_sft_program(config, run.mesh, run.model, reference, blanks)
+    state, spent = _restored(run, "rl", program)
+    (base,) = program.fixed
+    batches = pipeline.batches(split, config.more.batch_size, config.seed, start=int(state.step))
+    state = _run_stage(run, "rl", program, state, spent, batches, SUPERVISED_FIGURES, _validation(run, base))
+    return Weights(state.params, base)
+
+
+def _validation(run: Run, base: Params | None) -> After:
     """The function that scores a state on the validation split where it is time: every so often, and at the end."""
-    config = run.config
-    split = assemble.encode(config, run.model, run.data, run.data.splits["validation"])
+    config, split = run.config, run.splits["validation"]
     rows = pipeline.stratified(split, config.eval.validation_pairs, config.data.seed)
     lay_out = assemble.decode_layout(config, run.model, run.mesh, "rl")
 
-    def validate(done: int, last: bool, state: TrainState) -> dict[str, float]:
+    def score(done: int, last: bool, state: TrainState, seen: Any, bar: Progress) -> dict[str, float]:
         if not (last or config.eval.every and done % config.eval.every == 0):
             return {}
-        judged = run.evaluator.judge(lay_out(state.params, base), split, rows, sample=False)
+        counted = itertools.count()  # batches
+        size = config.eval.batch_size
+
+        def advance(pairs: int) -> None:
+            bar.note(f"validation {next(counted) * size + pairs}/{len(rows)}")
+
+        judged = run.evaluator.judge(lay_out(state.params, base), split, rows, sample=False, advance=advance)
         scores = intervals.score(judged, run.model.book, bootstrap=0)
         shown = ("accuracy", "macro_f1", "step_accuracy", "adherence", "format")
         return {f"validation/{name}": scores[name]["value"] for name in shown if scores[name]["value"] is not None}
 
-    return validate
+    return score
+
+
+# ------------------------------------------------------------------------------------ the loop of all stages
+
+
+def _restored(run: Run, stage: str, program: Program) -> tuple[TrainState, int]:
+    """The newest state of a stage and the tokens spent on it, or a fresh one and none."""
+    found = run.checkpoints.restore(program.template, stage=stage)
+    return (program.fresh(), 0) if found is None else (found.state, found.spent)
 
 
 def _run_stage(
-    run: Run, stage: str, state: TrainState, step: Callable[..., Any], compiled: Any, batches: Iterator[Any],
-    total: int, figures: Mapping[str, str], after: Callable[..., dict[str, float]] | None = None,
-    spent: int = 0,
+    run: Run, stage: str, program: Program, state: TrainState, spent: int, batches: Iterator[Any],
+    figures: Mapping[str, str], after: After | None = None,
 ) -> TrainState:
     """The loop of a stage: step, log, validate, save; `figures` names the metrics beside the progress bar.
 
-    Ends after `total` steps, or with the one that brings the tokens `spent` to the stage's budget, if it has one.
+    Ends after the stage's steps, or with the one that brings the tokens `spent` to its budget, if it has one.
     """
-    config = run.config
+    config, total = run.config, run.config[branch_of(run.config, stage)].steps
     budget = (stage == "rl" and config.rl.budget) or math.inf
     batch = run.put_batch(next(batches))
     with progress(stage, total, int(state.step)) as bar:
         for done in range(int(state.step) + 1, total + 1):
             if spent >= budget:
                 break
+            if not program.step._cache_size():
+                bar.print(f"{stage}: compiling the step, about a minute")
             began = time.monotonic()
-            state, metrics, seen = step(state, batch)
+            state, metrics, seen = program.step(state, batch, *program.fixed)
             batch = run.put_batch(next(batches))  # made while the device is busy with this one
             row = {name: float(value) for name, value in jax.device_get(metrics).items()}
             spent += round(row["budget/tokens"])
             last = done == total or spent >= budget
             row |= _time_figures(row, time.monotonic() - began)
-            row |= {"budget/spent": spent, "compiles": compiled._cache_size()}
+            row |= {"budget/spent": spent, "compiles": program.step._cache_size()}
             _check_divergence(config, stage, done, int(state.skipped), row, bar.print)
             if done == 1 and branch_of(config, stage) == "rl":  # of answers sampled before any update
                 bar.print("\n".join(first_look(config, row)))
-            extra = after(done, last, state, seen, bar.print) if after else {}
+            extra = after(done, last, state, seen, bar) if after else {}
             if done % config.log.every == 0 or last or extra:
                 run.writer.write(stage, done, row | extra)
             bar.update(done, {name: row[metric] for name, metric in figures.items() if metric in row})
@@ -377,12 +425,6 @@ def _run_stage(
                 run.checkpoints.wait()
                 raise Interrupted(signum, f"at {stage} step {done} of {total}")
     return state
-
-
-def _pairs_of(config: ConfigDict, data: Data) -> list[Pair]:
-    """The pairs of the stage after the warm start."""
-    goes_on = branch_of(config, "rl") == "more" and config.more.source == "sft"
-    return data.sft if goes_on else data.splits["train"]
 
 
 def first_look(config: ConfigDict, figures: Mapping[str, float]) -> list[str]:
@@ -410,12 +452,6 @@ def first_look(config: ConfigDict, figures: Mapping[str, float]) -> list[str]:
     return lines
 
 
-def _restored(run: Run, stage: str, program: Program) -> tuple[TrainState, int]:
-    """The newest state of a stage and the tokens spent on it, or a fresh one and none."""
-    found = run.checkpoints.restore(program.template, stage=stage)
-    return (program.fresh(), 0) if found is None else (found.state, found.spent)
-
-
 def _time_figures(row: Mapping[str, float], seconds: float) -> dict[str, float]:
     tokens = row["tokens/trained"] + row.get("tokens/rolled", 0.0)
     return {"time/step_s": seconds, "time/tokens_per_s": tokens / seconds}
@@ -438,24 +474,39 @@ def _check_divergence(
         )
 
 
+# ------------------------------------------------------------------------------------------- scorecard
+
+
 def _scorecard(run: Run, name: str, stage: str, weights: Weights) -> dict[str, Any]:
-    """Scores of a stage on each evaluation split, kept by `name` in scorecard.json; read from there if already made."""
-    path = run.workdir / "scorecard.json"
-    written = tables.read(path).get(name) if path.exists() else None
-    missing = written is None or set(written) != set(run.data.eval_splits)
-    if not processes.greatest(missing):
+    """Scores of a stage on each evaluation split, kept by `name` in scorecard.json.
+
+    Read from there where they are of the same step and settings.
+    """
+    path, names = run.workdir / "scorecard.json", run.data.eval_splits
+    step = run.config.sft.steps if stage == "sft" else run.checkpoints.latest_step(stage)
+    settings = assemble.card_settings(run.config, step)
+    written = tables.read(path).get(name, {}) if path.exists() else {}
+    there = {part: scores.get("settings") for part, scores in written.items()}
+    if not processes.greatest(there != dict.fromkeys(names, settings)):
         return written
     config, cards, kept = run.config, {}, {}
     params = assemble.decode_layout(config, run.model, run.mesh, stage)(*weights)
-    for part in run.data.eval_splits:
-        split = assemble.encode(config, run.model, run.data, run.data.splits[part])
-        rows = pipeline.stratified(split, config.eval.pairs or len(split), config.data.seed)
-        kept[part] = judged = run.evaluator.judge(params, split, rows)
-        cards[part] = intervals.score(judged, run.model.book, bootstrap=config.eval.bootstrap, seed=config.seed)
+    rows = {
+        part: pipeline.stratified(run.splits[part], config.eval.pairs or len(run.splits[part]), config.data.seed)
+        for part in names
+    }
+    with progress(f"evaluate {name}", sum(len(r) + run.evaluator.sampled(len(r)) for r in rows.values())) as bar:
+        for part in names:
+            judged = run.evaluator.judge(params, run.splits[part], rows[part], advance=bar.advance)
+            scores = intervals.score(judged, run.model.book, bootstrap=config.eval.bootstrap, seed=config.seed)
+            kept[part], cards[part] = judged, scores | {"settings": settings}
     if jax.process_index() == 0:
         judgements.write(run.workdir / judgements.FILE, name, kept, run.model.book)
         tables.write(path, {name: cards})  # last: it says that the stage is done
     return cards
+
+
+# ------------------------------------------------------------------------------------------- what is said
 
 
 def _sizes(trained: Params, base: Params | None) -> str:
@@ -483,7 +534,8 @@ def _say_where(run: Run) -> None:
     times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in run.seconds.items())
     run.say(f"time: {times}; {sum(run.seconds.values()):.0f} s in all")
     for name, what in (
-        ("config.json", "every field of the run"),
+        (assemble.CONFIG_FILE, "every field of the run"),
+        (assemble.RULEBOOK_FILE, "the rule book"),
         ("scorecard.json", "the scorecard"),
         (judgements.FILE, "what the policy said of every pair of the scorecard"),
         ("metrics.jsonl", "one row per step; the same in tensorboard/"),

@@ -4,8 +4,13 @@ const STORE = `side by side ${page}`;
 const KEYS = { ArrowLeft: "left", ArrowDown: "same", ArrowRight: "right" };
 const find = (id) => document.getElementById(id);
 const buttons = [...document.querySelectorAll("[data-answer]")];
-let answers = {}; // by query
+let answers = own({}); // by query
 let at = 0;
+
+// An object without inherited names: a query may be "constructor".
+function own(entries) {
+  return Object.assign(Object.create(null), entries);
+}
 
 function tell(text) {
   find("message").textContent = text;
@@ -47,7 +52,7 @@ function keep() {
 
 function restore() {
   try {
-    answers = JSON.parse(localStorage.getItem(STORE)) ?? {};
+    answers = own(JSON.parse(localStorage.getItem(STORE)));
   } catch {} // nothing was kept
 }
 
@@ -83,7 +88,7 @@ async function load(file) {
   try {
     const content = JSON.parse(await file.text());
     if (content.page !== page) throw new Error("its answers are those of another page");
-    answers = { ...answers, ...content.answers };
+    answers = own({ ...answers, ...content.answers });
     keep();
     tell(`${Object.keys(content.answers).length} answers loaded.`);
     go(open(0) ?? 0);
