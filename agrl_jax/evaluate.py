@@ -46,12 +46,12 @@ def evaluate(workdir: str, stages: list[str], splits: list[str], pairs: int) -> 
     encoded = assemble.encode(config, model, data, splits or data.eval_splits)
     rows = {name: pipeline.stratified(split, pairs or len(split), config.data.seed) for name, split in encoded.items()}
     evaluator = assemble.make_evaluator(config, model, mesh)
-    lay_out = assemble.decode_layout(config, model, mesh)
+    for_decoding = assemble.for_decoding(config, model, mesh)
     cards: metrics.Scorecards = {}
     judged_pairs = sum(len(some) + evaluator.sampled(len(some)) for some in rows.values())
     with progress("evaluate", len(stages) * judged_pairs) as bar:
         for stage in stages:
-            params = lay_out(assemble.load_params(folder, config, model, mesh, *found[stage]), None)
+            params = for_decoding(assemble.load_params(folder, config, model, mesh, *found[stage]), None)
             settings = {"settings": assemble.card_settings(config, found[stage].step, pairs)}
             card = cards.setdefault({SFT_END: "sft", "rl": config.method}.get(stage, stage), {})
             for name, split in encoded.items():

@@ -114,7 +114,7 @@ class Study(NamedTuple):
     single: list[str]  # queries of fewer than two items
 
 
-def lay_out(
+def arrange(
     rows: Sequence[Record], queries: Mapping[str, Sequence[int]], a: Mapping[int, Rank], b: Mapping[int, Rank],
     top: int, seed: int,
 ) -> Study:
@@ -246,7 +246,7 @@ def write_page(values: flags.FlagValues) -> None:
         ranks[name], found = judge_rows(judge, wanted, name.upper())
         errors |= found
         del judge  # before the other one is loaded
-    study = lay_out(rows, queries, ranks["a"], ranks["b"], values.top, values.seed)
+    study = arrange(rows, queries, ranks["a"], ranks["b"], values.top, values.seed)
     key = {
         "page": study.data["page"],
         **{name: {"checkpoint": checkpoint, "stage": stage} for name, (checkpoint, stage) in judges.items()},

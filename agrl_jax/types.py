@@ -144,7 +144,7 @@ class Rollout:
 Axes = tuple[str | None, ...]  # a logical name, or None, for each axis of an array
 
 
-class Layout(NamedTuple):
+class Placement(NamedTuple):
     """How arrays lie over the devices, by their logical axes. By default that is left to the compiler."""
 
     place: Callable[[Array, Axes], Array] = lambda x, axes: x  # holds an array to its place
@@ -155,7 +155,7 @@ class Layout(NamedTuple):
     )
 
 
-ANYWHERE = Layout()
+ANYWHERE = Placement()
 
 
 class ApplyFn(Protocol):

@@ -61,7 +61,7 @@ def of(load: Workload) -> Iterator[tuple[str, Phase]]:
     prompt_flops = count.flops(work.prompts * work.prompt_len, seen=(work.prompt_len + 1) / 2)
     seen = work.prompt_len + (work.response_len + 1) / 2
 
-    decoding = jax.jit(load.lay_out)(params)
+    decoding = jax.jit(load.for_decoding)(params)
     run = Program(partial(prefill, load.policy), decoding, batch.prompt, batch.prompt_len)
     yield "prefill", Phase(run, prompt_flops, count.weights)
     prefix = run()

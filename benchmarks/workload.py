@@ -75,7 +75,7 @@ class Workload:
     work: Work
     config: StepConfig
     tables: RuleTables
-    lay_out: Callable[[Params], Params]  # for decoding, as training lays them out on one device
+    for_decoding: Callable[[Params], Params]  # the weights, as training on one device decodes with them
     update: Callable[..., Any]
     step: Callable[..., Any]  # (state, batch, reference) -> (state, metrics, inspection), not yet jitted
     state: TrainState
@@ -177,12 +177,12 @@ def build(
     batch = _batch(rules, work, prompts(tokenizer, work) if tokens is None else tokens)
     names = tuple(step.name for step in rules.steps)
 
-    def lay_out(params: Params) -> Params:
+    def for_decoding(params: Params) -> Params:
         return decoding.for_decoding(transformer.cast_weights(shape, params), jax.default_backend())
 
-    step = make_step(policy, tables, names, update, config, lambda params: (policy, lay_out(params)))
+    step = make_step(policy, tables, names, update, config, lambda params: (policy, for_decoding(params)))
     batch = jax.device_put(batch)
-    return Workload(policy, shape, work, config, tables, lay_out, update, step, state, batch, reference)
+    return Workload(policy, shape, work, config, tables, for_decoding, update, step, state, batch, reference)
 
 
 def _batch(rules: book.RuleBook, work: Work, tokens: list[list[int]]) -> Batch:

@@ -14,7 +14,7 @@ from agrl_jax.data.pairs import PairsError
 from agrl_jax.evaluation.html import render
 from agrl_jax.judging.engine import Judgement
 from agrl_jax.runtime.config import ConfigError
-from agrl_jax.side_by_side import Gsb, SideBySideError, count, gsb, lay_out
+from agrl_jax.side_by_side import Gsb, SideBySideError, arrange, count, gsb
 
 HOSTILE = "</script><b>shoes</b>"
 ROWS = [{"query": q, "title": f"item {i} of {q}", "price": None} for q in (HOSTILE, "bag") for i in range(3)]
@@ -40,12 +40,12 @@ def test_items_are_ordered_by_tier_then_by_expected_grade() -> None:
 
 
 def test_lists_are_cut_equal_ones_not_asked_and_single_items_left_out() -> None:
-    study = lay_out(ROWS, QUERIES, A, B, top=2, seed=0)
+    study = arrange(ROWS, QUERIES, A, B, top=2, seed=0)
     lists = {c["query"]: {study.left[c["query"]]: c["left"]} | {_other(study, c): c["right"]} for c in _asked(study)}
     assert lists == {HOSTILE: {"a": [2, 1], "b": [0, 1]}, "bag": {"a": [5, 4], "b": [3, 4]}}
     assert (study.equal, study.single) == (["cup"], ["hat"])
     assert sorted(study.data["items"]) == [0, 1, 2, 3, 4, 5]
-    without = lay_out(ROWS, QUERIES, A, {i: r for i, r in B.items() if i not in (1, 2)}, top=2, seed=0)
+    without = arrange(ROWS, QUERIES, A, {i: r for i, r in B.items() if i not in (1, 2)}, top=2, seed=0)
     assert HOSTILE in without.single  # one item is left that both judged
 
 
@@ -60,13 +60,13 @@ def _other(study, comparison) -> str:
 def test_the_page_does_not_know_which_judge_is_which() -> None:
     """Swapping the judges changes the key alone; the sides are drawn anew for each query and seed."""
     queries = {f"q{i}": [0, 1, 2] for i in range(200)}
-    one, swapped = lay_out(ROWS, queries, A, B, 3, seed=0), lay_out(ROWS, queries, B, A, 3, seed=0)
+    one, swapped = arrange(ROWS, queries, A, B, 3, seed=0), arrange(ROWS, queries, B, A, 3, seed=0)
     assert render("side_by_side", one.data) == render("side_by_side", swapped.data)
     assert all(one.left[query] != swapped.left[query] for query in queries)
     assert 70 < sum(side == "a" for side in one.left.values()) < 130
-    assert lay_out(ROWS, queries, A, B, 3, seed=1).left != one.left
+    assert arrange(ROWS, queries, A, B, 3, seed=1).left != one.left
     some = dict(list(queries.items())[:5])
-    assert lay_out(ROWS, some, A, B, 3, seed=0).left.items() <= one.left.items()
+    assert arrange(ROWS, some, A, B, 3, seed=0).left.items() <= one.left.items()
 
 
 # GSB
@@ -92,7 +92,7 @@ def test_answers_are_counted_by_whose_list_was_left() -> None:
 
 
 def test_the_page_in_a_browser(browser, tmp_path: Path) -> None:
-    study = lay_out(ROWS, QUERIES, A, B, top=3, seed=0)
+    study = arrange(ROWS, QUERIES, A, B, top=3, seed=0)
     page = tmp_path / "page.html"
     page.write_text(render("side_by_side", study.data))
     browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})

@@ -14,7 +14,7 @@ from flax import nnx
 
 from agrl_jax.policy import decode_attention
 from agrl_jax.policy.layers import KEYS, PolicyConfig, cast, einsum, linear, ones, param, rms_norm
-from agrl_jax.types import Array, Instructions, Layout
+from agrl_jax.types import Array, Instructions, Placement
 
 _MASKED = -1e30  # finite, so that a query which may see nothing yields a mean, never a NaN
 
@@ -102,7 +102,7 @@ class Attention(nnx.Module):
 
     def __call__(
         self, q: Array, k: Array, v: Array, offset: Array | None, prefix: LayerPrefix | None,
-        instructions: Instructions | None, layout: Layout,
+        instructions: Instructions | None, placement: Placement,
     ) -> Array:
         """Attends from n queries at slots offset + i to keys k [B, G, K, t, head_dim] at slots j <= offset + i,
         to every valid key of the prompt and to every one of the instructions (of this layer). Returns [B, G, n, D].
@@ -111,7 +111,7 @@ class Attention(nnx.Module):
         b, g, n, _, f = q.shape
         q = scaled(q).reshape(b, g, n, cfg.kv_heads, cfg.heads // cfg.kv_heads, f).transpose(0, 1, 3, 4, 2, 5)
         if n == 1 and offset is not None and prefix is not None and decode_attention.supports(v.dtype, f):
-            mixed = _attend_once(q[:, :, :, :, 0], k, v, offset, prefix, instructions, layout)[:, :, :, :, None]
+            mixed = _attend_once(q[:, :, :, :, 0], k, v, offset, prefix, instructions, placement)[:, :, :, :, None]
         else:
             mixed = _attend(q, k, v, 0 if offset is None else offset, prefix, instructions)
         mixed = jnp.moveaxis(mixed, 4, 2).astype(v.dtype).reshape(b, g, n, cfg.heads, f)
@@ -175,7 +175,7 @@ def _attend(
 
 def _attend_once(
     q: Array, k: Array, v: Array, offset: Array, prefix: LayerPrefix, instructions: Instructions | None,
-    layout: Layout,
+    placement: Placement,
 ) -> Array:
     """`_attend` of one query an answer [B, G, K, Q, head_dim]: on an NVIDIA GPU by a kernel, in the dtype of `v`."""
 
@@ -192,7 +192,7 @@ def _attend_once(
     prompt, shared = ("batch", *KEYS[2:]), () if instructions is None else (instructions.k, instructions.v)
     axes = (KEYS, KEYS, KEYS, (), prompt, prompt, ("batch",), *(KEYS[2:] for _ in shared))
     args = (q, k, v, jnp.asarray(offset), prefix.k, prefix.v, prefix.length, *shared)
-    return layout.split(attend, axes, KEYS)(*args)
+    return placement.split(attend, axes, KEYS)(*args)
 
 
 @jax.tree_util.register_dataclass

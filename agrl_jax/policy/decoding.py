@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.experimental.layout import Layout as MemoryOrder
-from jax.experimental.layout import with_layout_constraint
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from agrl_jax.policy.lora import MODULES, Adapted
 from agrl_jax.types import Array, Params
@@ -51,7 +50,7 @@ def _outputs_first(layer: Params) -> Params:
             return weight.replace(weight=turned(weight.weight, inputs))
         matrix = jnp.moveaxis(weight, range(inputs), range(-inputs, 0))
         # Else XLA first copies each layer out as it was, and holds both.
-        return OutputsFirst(with_layout_constraint(matrix, MemoryOrder(tuple(range(matrix.ndim)))))
+        return OutputsFirst(with_layout_constraint(matrix, Layout(tuple(range(matrix.ndim)))))
 
     weights = flatten_dict(layer)
     of_experts = ("mlp", "router") in weights

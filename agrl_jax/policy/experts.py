@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from agrl_jax.policy.layers import HIDDEN, PolicyConfig, param
-from agrl_jax.types import Array, Layout
+from agrl_jax.types import Array, Placement
 
 
 class MixtureOfExperts(nnx.Module):
@@ -36,11 +36,11 @@ class MixtureOfExperts(nnx.Module):
             weight /= weight.sum(axis=-1, keepdims=True)
         return probability, weight, chosen
 
-    def __call__(self, x: Array, layout: Layout) -> Array:
+    def __call__(self, x: Array, placement: Placement) -> Array:
         """Each device has its own experts answer its own tokens; what they say of a token is added up."""
         experts = jnp.arange(self.cfg.experts)
         whole = ("experts", None, None)
-        answer = layout.split(self._answer, (HIDDEN, (None, None), whole, whole, whole, ("experts",)),
+        answer = placement.split(self._answer, (HIDDEN, (None, None), whole, whole, whole, ("experts",)),
                               ("experts", *HIDDEN))  # fmt: skip
         weights = (weight[...].astype(x.dtype) for weight in (self.gate, self.up, self.down))
         return answer(x, self.router[...], *weights, experts).sum(axis=0)

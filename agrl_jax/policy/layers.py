@@ -14,7 +14,7 @@ from flax import nnx
 
 from agrl_jax.policy.decoding import FEW, OutputsFirst
 from agrl_jax.policy.lora import Adapted
-from agrl_jax.types import Array, Layout
+from agrl_jax.types import Array, Placement
 
 # Logical axes of activations.
 HIDDEN = ("batch", None, None, None)  # [B, G, n, D]
@@ -170,6 +170,6 @@ class FeedForward(nnx.Module):
         self.up = param(rngs, (d, m), ("embed", "mlp"), d**-0.5, dtype)
         self.down = param(rngs, (m, d), ("mlp", "embed"), m**-0.5 * (2 * cfg.layers) ** -0.5, dtype)
 
-    def __call__(self, x: Array, layout: Layout) -> Array:
+    def __call__(self, x: Array, placement: Placement) -> Array:
         gate, up, down = (cast(weight, x.dtype) for weight in (self.gate, self.up, self.down))
         return linear(jax.nn.silu(linear(x, gate)) * linear(x, up), down)

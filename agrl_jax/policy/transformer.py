@@ -25,7 +25,7 @@ from flax import nnx
 from agrl_jax.policy.attention import Attention, LayerPrefix
 from agrl_jax.policy.experts import MixtureOfExperts
 from agrl_jax.policy.layers import HIDDEN, KEYS, QUERIES, FeedForward, PolicyConfig, einsum, ones, param, rms_norm
-from agrl_jax.types import ANYWHERE, Array, Cache, Instructions, Layout, Params, Policy, Prefix
+from agrl_jax.types import ANYWHERE, Array, Cache, Instructions, Params, Placement, Policy, Prefix
 
 _UNROLLED = 8  # stacks up to this deep are unrolled: a quarter off the gradient's time on a CPU, for more to compile
 
@@ -61,8 +61,8 @@ Observe = Callable[[Any, Array], Any]
 
 def _run_block(
     block: Block, x: Array, positions: Array, offset: Array | None, prefix: LayerPrefix | None,
-    instructions: Instructions | None, remember: Callable[[Array, Array], tuple[Array, Array]], layout: Layout,
-    observe: Observe,
+    instructions: Instructions | None, remember: Callable[[Array, Array], tuple[Array, Array]],
+    placement: Placement, observe: Observe,
 ) -> tuple[Array, Any]:
     """One layer; `remember` stores the new keys and values and returns those to attend to.
 
@@ -70,26 +70,27 @@ def _run_block(
     """
     eps = block.cfg.norm_eps
     q, k, v = block.attention.project(rms_norm(x, block.attention_norm[...], eps), positions)
-    q, k, v = layout.place(q, QUERIES), layout.place(k, KEYS), layout.place(v, KEYS)
-    x = layout.place(x + block.attention(q, *remember(k, v), offset, prefix, instructions, layout), HIDDEN)
+    q, k, v = placement.place(q, QUERIES), placement.place(k, KEYS), placement.place(v, KEYS)
+    x = placement.place(x + block.attention(q, *remember(k, v), offset, prefix, instructions, placement), HIDDEN)
     y = rms_norm(x, block.mlp_norm[...], eps)
-    return layout.place(x + block.mlp(y, layout), HIDDEN), observe(block.mlp, y)
+    return placement.place(x + block.mlp(y, placement), HIDDEN), observe(block.mlp, y)
 
 
 def _forward(
     cfg: PolicyConfig, merge: Callable[[Params], Transformer], params: Params, tokens: Array, offset: Array | int,
-    prefix: Prefix | None, cache: Cache | None, instructions: Instructions | None, layout: Layout,
+    prefix: Prefix | None, cache: Cache | None, instructions: Instructions | None, placement: Placement,
     observe: Observe = lambda mlp, x: None,
 ) -> tuple[Array, Cache, Any]:
     """See `build` for the contract. Also returns what `observe` saw, by layer."""
     model = merge(params)
-    table = layout.place(model.embedding[...], ("vocab", None))  # split along D, every device would look up all rows
-    x = layout.place(table[tokens].astype(jnp.dtype(cfg.compute_dtype)), HIDDEN)
+    # Split along D, every device would look up all rows.
+    table = placement.place(model.embedding[...], ("vocab", None))
+    x = placement.place(table[tokens].astype(jnp.dtype(cfg.compute_dtype)), HIDDEN)
     start = 0 if prefix is None else prefix.length[:, None, None]
     if instructions is not None:
         start += jax.tree.leaves(instructions)[0].shape[-2]
     positions = start + offset + jnp.broadcast_to(jnp.arange(tokens.shape[2]), (tokens.shape[0], 1, tokens.shape[2]))
-    run = partial(_run_block, positions=positions, offset=None if cache is None else offset, layout=layout,
+    run = partial(_run_block, positions=positions, offset=None if cache is None else offset, placement=placement,
                   observe=observe)  # fmt: skip
     if isinstance(params["blocks"], tuple):
         blocks = [merge({**params, "blocks": weights}).blocks for weights in params["blocks"]]
@@ -179,8 +180,8 @@ def _structure(cfg: PolicyConfig) -> tuple[nnx.State, Callable[[Params], Transfo
     return template, merge
 
 
-def build(cfg: PolicyConfig, layout: Layout = ANYWHERE) -> tuple[Policy, Callable[[Array], Params], Params]:
-    """The pure functions of a policy of this shape; `layout` lays their activations over the devices.
+def build(cfg: PolicyConfig, placement: Placement = ANYWHERE) -> tuple[Policy, Callable[[Array], Params], Params]:
+    """The pure functions of a policy of this shape; `placement` says where activations lie.
 
     Returns `(policy, init, axes)`: `init(key)` draws parameters, a nested dict of arrays; `axes` is a
     dict of the same structure with the logical axis names of each (a leading "layers" where stacked).
@@ -194,11 +195,6 @@ def build(cfg: PolicyConfig, layout: Layout = ANYWHERE) -> tuple[Policy, Callabl
     are apart (`for_decoding`), so are instructions, prefix and cache.
     """
     template, merge = _structure(cfg)
-    axes = jax.tree.map(
-        lambda variable: (("layers",) if variable.ndim > len(variable.axes) else ()) + tuple(variable.axes),
-        nnx.to_pure_dict(template, extract_fn=lambda variable: variable),
-        is_leaf=lambda x: isinstance(x, nnx.Variable),
-    )
 
     def init(key: Array) -> Params:
         return nnx.to_pure_dict(nnx.state(Transformer(cfg, nnx.Rngs(params=key))))
@@ -207,26 +203,44 @@ def build(cfg: PolicyConfig, layout: Layout = ANYWHERE) -> tuple[Policy, Callabl
         params: Params, tokens: Array, *, offset: Array | int = 0, prefix: Prefix | None = None,
         cache: Cache | None = None, instructions: Instructions | None = None,
     ) -> tuple[Array, Cache]:
-        return _forward(cfg, merge, params, tokens, offset, prefix, cache, instructions, layout)[:2]
+        return _forward(cfg, merge, params, tokens, offset, prefix, cache, instructions, placement)[:2]
 
     def unembed(params: Params, hidden: Array) -> Array:
-        """Logits [B, ..., V] in float32 from hidden states [B, ..., D]."""
-        model = merge(params)
-        head = model.embedding[...].T if cfg.tied else model.head[...]
-        # One product of two matrices, as in `linear`: a gradient 1.4 times as fast on a CPU.
-        flat, head = hidden.reshape(-1, cfg.width), head.astype(hidden.dtype)
-        logits = einsum("nd,dv->nv", flat, head).reshape(*hidden.shape[:-1], -1)
-        return layout.place(logits, ("batch", *[None] * (logits.ndim - 2), "vocab"))
+        return _unembed(cfg, merge(params), hidden, placement)
 
     def init_cache(params: Params, batch: int, group: int, length: int) -> Cache:
-        shape = (batch, group, cfg.kv_heads, length, cfg.head_dim)
-        if isinstance(params["blocks"], tuple):
-            empty = tuple(layout.place(jnp.zeros(shape, cfg.compute_dtype), KEYS) for _ in params["blocks"])
-        else:
-            empty = layout.place(jnp.zeros((cfg.layers, *shape), cfg.compute_dtype), ("layers", *KEYS))
-        return Cache(k=empty, v=empty)
+        return _init_cache(cfg, isinstance(params["blocks"], tuple), (batch, group, length), placement)
 
-    return Policy(apply, unembed, init_cache), init, axes
+    return Policy(apply, unembed, init_cache), init, _logical_axes(template)
+
+
+def _logical_axes(template: nnx.State) -> Params:
+    """The logical axis names of each parameter."""
+    return jax.tree.map(
+        lambda variable: (("layers",) if variable.ndim > len(variable.axes) else ()) + tuple(variable.axes),
+        nnx.to_pure_dict(template, extract_fn=lambda variable: variable),
+        is_leaf=lambda x: isinstance(x, nnx.Variable),
+    )
+
+
+def _unembed(cfg: PolicyConfig, model: Transformer, hidden: Array, placement: Placement) -> Array:
+    """Logits [B, ..., V] in float32 from hidden states [B, ..., D]."""
+    head = model.embedding[...].T if cfg.tied else model.head[...]
+    # One product of two matrices, as in `linear`: a gradient 1.4 times as fast on a CPU.
+    flat, head = hidden.reshape(-1, cfg.width), head.astype(hidden.dtype)
+    logits = einsum("nd,dv->nv", flat, head).reshape(*hidden.shape[:-1], -1)
+    return placement.place(logits, ("batch", *[None] * (logits.ndim - 2), "vocab"))
+
+
+def _init_cache(cfg: PolicyConfig, apart: bool, size: tuple[int, int, int], placement: Placement) -> Cache:
+    """An empty cache of B, G and T; with `apart`, of layers that are apart."""
+    batch, group, length = size
+    shape = (batch, group, cfg.kv_heads, length, cfg.head_dim)
+    if apart:
+        empty = tuple(placement.place(jnp.zeros(shape, cfg.compute_dtype), KEYS) for _ in range(cfg.layers))
+    else:
+        empty = placement.place(jnp.zeros((cfg.layers, *shape), cfg.compute_dtype), ("layers", *KEYS))
+    return Cache(k=empty, v=empty)
 
 
 class ExpertLoad(NamedTuple):
@@ -246,11 +260,11 @@ class ExpertLoad(NamedTuple):
         }
 
 
-def build_expert_load(cfg: PolicyConfig, layout: Layout = ANYWHERE) -> Callable[..., ExpertLoad]:
+def build_expert_load(cfg: PolicyConfig, placement: Placement = ANYWHERE) -> Callable[..., ExpertLoad]:
     """The pure function `(params, tokens [B, n], valid [B, n] bool, instructions=None) -> ExpertLoad`: of the valid
     tokens, after the instructions if there are any.
 
-    `layout` as in `build`.
+    `placement` as in `build`.
     Raises ValueError where the policy has no experts.
     """
     if not cfg.experts:
@@ -267,7 +281,7 @@ def build_expert_load(cfg: PolicyConfig, layout: Layout = ANYWHERE) -> Callable[
             counts = jax.nn.one_hot(chosen, cfg.experts).sum(axis=2) / cfg.experts_per_token
             return ExpertLoad(*(jnp.einsum("bne,bn->e", y, weight) for y in (counts, probability)))
 
-        return _forward(cfg, merge, params, tokens[:, None], 0, None, None, instructions, layout, observe)[2]
+        return _forward(cfg, merge, params, tokens[:, None], 0, None, None, instructions, placement, observe)[2]
 
     return expert_load
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from agrl_jax.types import Axes, Layout
+from agrl_jax.types import Axes, Placement
 
 AXES = ("data", "fsdp", "tensor")
 _AUTO = (jax.sharding.AxisType.Auto,) * 3  # the compiler fills in what the borders of a jit leave open
@@ -92,7 +92,7 @@ def spec(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> Partit
     return PartitionSpec(*entries)
 
 
-def placing(mesh: Mesh) -> Layout:
+def placing(mesh: Mesh) -> Placement:
     """How the arrays inside a jitted function lie on a mesh.
 
     Without it the compiler is free to split the activations like the parameters and to repeat the batch on every
@@ -112,7 +112,7 @@ def placing(mesh: Mesh) -> Layout:
 
         return whole
 
-    return Layout(place, split)
+    return Placement(place, split)
 
 
 def gathered(mesh: Mesh, axes: Any, params: Any) -> Any:

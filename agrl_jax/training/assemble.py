@@ -190,25 +190,25 @@ def param_shapes(init: Callable[[Array], Params], axes: Params, mesh: jax.shardi
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
 
 
-def decode_layout(
+def for_decoding(
     config: ConfigDict, model: Model, mesh: jax.sharding.Mesh, stage: str = ""
 ) -> Callable[[Params, Params | None], Params]:
-    """The function `(trained, base) -> params` that lays out for decoding what a stage trains, over its base.
+    """The function `(trained, base) -> params`: the weights to decode with, from what a stage trains and its base.
 
     Decoding uses the parameters once for each token. So they are cast to the dtype in which the policy computes with
     them, and gathered over `fsdp` (unless `mesh.gather_decode` is False), before the loop and not inside it, and then
-    laid out as the platform reads them best. Without a stage, `trained` are all parameters.
+    brought into the form that the platform reads fastest. Without a stage, `trained` are all parameters.
     """
     adapters = adapters_of(config, stage) if stage else None
     gather = partial(sharding.gathered, mesh) if config.mesh.gather_decode else lambda axes, params: params
 
-    def lay_out(trained: Params, base: Params | None = None) -> Params:
+    def prepare(trained: Params, base: Params | None = None) -> Params:
         whole = gather(model.axes, transformer.cast_weights(model.shape, trained if adapters is None else base))
         if adapters is not None:
             whole = lora.attach(whole, gather(lora.adapter_axes(model.axes, adapters), trained), adapters)
         return decoding.for_decoding(whole, mesh.devices.flat[0].platform)
 
-    return jax.jit(lay_out)
+    return jax.jit(prepare)
 
 
 # -------------------------------------------------------------------------------------------------- data

@@ -225,11 +225,11 @@ def _jit(
     """
     adapters = assemble.adapters_of(config, stage)
     load = build_expert_load(model.shape, sharding.placing(mesh)) if model.shape.experts else None
-    lay_out = assemble.decode_layout(config, model, mesh, stage)
+    prepare = assemble.for_decoding(config, model, mesh, stage)
 
     def step(state: TrainState, batch: Batch, base: Params | None, *fixed: Any) -> Any:
         policy = model.policy if adapters is None else lora.over(base, model.policy, adapters)
-        after, metrics, *seen = make(policy, lambda params: (model.policy, lay_out(params, base)))(state, batch, *fixed)
+        after, metrics, *seen = make(policy, lambda params: (model.policy, prepare(params, base)))(state, batch, *fixed)
         if load is not None:
             params = state.params if adapters is None else lora.attach(base, state.params, adapters)
             inside = jnp.arange(batch.prompt.shape[1]) < batch.prompt_len[:, None]

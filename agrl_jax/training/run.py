@@ -305,7 +305,7 @@ def _prefer(run: Run, reference: Weights) -> Weights:
 def _mine(run: Run, split: EncodedSplit, reference: Weights) -> tuple[Preferences, int]:
     """Preference pairs of the host, and the tokens sampled to find them. The same again in a run that is resumed."""
     config, found, spent = run.config, [], 0
-    params = assemble.decode_layout(config, run.model, run.mesh, "sft")(*reference)
+    params = assemble.for_decoding(config, run.model, run.mesh, "sft")(*reference)
     sample = jax.jit(
         partial(
             dpo.sample_answers, run.model.policy, run.model.tables, number=config.dpo.samples,
@@ -356,7 +356,7 @@ def _validation(run: Run, base: Params | None) -> After:
     """The function that scores a state on the validation split where it is time: every so often, and at the end."""
     config, split = run.config, run.splits["validation"]
     rows = pipeline.stratified(split, config.eval.validation_pairs, config.data.seed)
-    lay_out = assemble.decode_layout(config, run.model, run.mesh, "rl")
+    for_decoding = assemble.for_decoding(config, run.model, run.mesh, "rl")
 
     def score(done: int, last: bool, state: TrainState, seen: Any, bar: Progress) -> dict[str, float]:
         if not (last or config.eval.every and done % config.eval.every == 0):
@@ -367,7 +367,7 @@ def _validation(run: Run, base: Params | None) -> After:
         def advance(pairs: int) -> None:
             bar.note(f"validation {next(counted) * size + pairs}/{len(rows)}")
 
-        judged = run.evaluator.judge(lay_out(state.params, base), split, rows, sample=False, advance=advance)
+        judged = run.evaluator.judge(for_decoding(state.params, base), split, rows, sample=False, advance=advance)
         scores = intervals.score(judged, run.model.book, bootstrap=0)
         shown = ("accuracy", "macro_f1", "step_accuracy", "adherence", "format")
         return {f"validation/{name}": scores[name]["value"] for name in shown if scores[name]["value"] is not None}
@@ -490,7 +490,7 @@ def _scorecard(run: Run, name: str, stage: str, weights: Weights) -> dict[str, A
     if not processes.greatest(there != dict.fromkeys(names, settings)):
         return written
     config, cards, kept = run.config, {}, {}
-    params = assemble.decode_layout(config, run.model, run.mesh, stage)(*weights)
+    params = assemble.for_decoding(config, run.model, run.mesh, stage)(*weights)
     rows = {
         part: pipeline.stratified(run.splits[part], config.eval.pairs or len(run.splits[part]), config.data.seed)
         for part in names
