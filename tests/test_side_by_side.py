@@ -142,7 +142,7 @@ def test_the_page_in_a_browser(browser, tmp_path: Path) -> None:
 
 
 def test_queries_that_every_object_has_a_name_for_are_not_answered_already(browser, tmp_path: Path) -> None:
-    study = lay_out(ROWS, {"constructor": [0, 1, 2], "__proto__": [3, 4, 5]}, A, B, top=3, seed=0)
+    study = arrange(ROWS, {"constructor": [0, 1, 2], "__proto__": [3, 4, 5]}, A, B, top=3, seed=0)
     page = tmp_path / "page.html"
     page.write_text(render("side_by_side", study.data))
     browser.get(page.as_uri())
