@@ -31,6 +31,7 @@ import numpy as np
 import rich.table
 from absl import flags
 
+from agrl_jax.data import cells
 from agrl_jax.evaluation.html import render
 from agrl_jax.judging import STAGES
 from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
@@ -61,25 +62,18 @@ def read_queries(path: str) -> tuple[list[Record], dict[str, list[int]]]:
     Raises:
       PairsError: the file cannot be read, lacks a column, or has a row that cannot be read.
     """
-    from agrl_jax.data.pairs import PairsError
-    from agrl_jax.data.rows import open_rows
+    from agrl_jax.data.rows import PairsError, check_columns, open_rows
 
     file = open_rows(path)
-    for name in ("query", "title"):
-        if name not in file.schema.names:
-            raise PairsError(f"{path}: lacks the column {name!r}; it has {', '.join(file.schema.names)}")
+    check_columns(file, ("query", "title"))
     rows, queries = [], dict[str, list[int]]()
     for number, row in enumerate(file.rows(), 1):
-        query = _text(row.record.get("query"))
+        query = cells.clean(row.record.get("query"))
         if row.error or not query:
             raise PairsError(f"{path}: row {number}: {row.error or 'query is empty'}")
         queries.setdefault(query, []).append(len(rows))
         rows.append(row.record)
     return rows, queries
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else " ".join(str(value).split())
 
 
 def rank(judged: Judgement, grades: Mapping[str, int]) -> Rank:
@@ -123,7 +117,7 @@ def arrange(
     The lists of a query are put in an order that does not depend on whose they are, and then swapped or not by a
     coin that depends on seed and query alone: so the page is the same whichever judge is `a`.
     """
-    texts = [{name: _text(row.get(name)) for name in _SHOWN if _text(row.get(name))} for row in rows]
+    texts = [{name: text for name, text in cells.texts(row).items() if name in _SHOWN and text} for row in rows]
     comparisons, left, equal, single = [], {}, [], []
     for query, numbers in queries.items():
         items = [number for number in numbers if number in a and number in b]

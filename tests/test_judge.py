@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import hf_models
@@ -124,6 +125,9 @@ def test_probabilities_are_those_of_the_tiers_texts(judge: Judge, workdir: Path)
         ({"query": "shoes"}, "title is empty"),
         ({}, "query is empty; title is empty"),
         ({"query": "red " * 200, "title": "Nike"}, "prompt_len is 32"),
+        ({"query": "shoes", "title": float("nan")}, "title is empty"),
+        ({"query": "shoes \ud83d", "title": "Nike"}, "query is not valid Unicode"),
+        ({"query": "shoes", "title": "Nike", "color": "\udc00 red"}, "color is not valid Unicode"),
     ],
 )
 def test_a_row_that_cannot_be_judged_says_why_and_spoils_no_other(judge: Judge, row: dict, said: str) -> None:
@@ -131,6 +135,26 @@ def test_a_row_that_cannot_be_judged_says_why_and_spoils_no_other(judge: Judge, 
     first, bad, last = judge.judge([good, row, good])
     assert said in bad.error and bad.tier is None and bad.response is None
     assert first == last and first.tier
+
+
+class NAType:
+    """As pandas' NA: neither equal to itself nor not."""
+
+    def __ne__(self, other: object) -> bool:
+        raise TypeError("boolean value of NA is ambiguous")
+
+
+@pytest.mark.parametrize("missing", [None, "", float("nan"), np.float32("nan"), np.datetime64("NaT"), NAType()])
+def test_a_missing_text_is_no_text(judge: Judge, missing: object) -> None:
+    row = {"query": "shoes", "title": "Nike"}
+    without, with_missing = judge.judge([row, row | {"brand": missing, "price": missing}])
+    assert without == with_missing and without.tier
+
+
+def test_a_price_is_the_same_as_text_and_as_a_number(judge: Judge) -> None:
+    row = {"query": "shoes", "title": "Nike", "price": "129.00"}
+    first, *others = judge.judge([row, row | {"price": 129.0}, row | {"price": Decimal("129.00")}])
+    assert others == [first, first]
 
 
 # Files

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agrl_jax.data.esci import EXAMPLES, PRODUCTS, read_esci
-from agrl_jax.data.pairs import Pair, PairsError, digest, item_text, read_pairs, split_by_query
+from agrl_jax.data.format import PairsFormat
+from agrl_jax.data.pairs import Pair, PairsError, digest, item_text, read_labelled, read_pairs, split_by_query
 from agrl_jax.data.wands import read_wands
 from agrl_jax.rulebook import book
 from agrl_jax.types import UNKNOWN
@@ -30,15 +31,13 @@ def write(tmp_path: Path, text: str, name: str = "pairs.csv") -> Path:
     return path
 
 
-def all_pairs(path: Path, **options) -> list[Pair]:
-    """The pairs in the order of their ids."""
-    splits = read_pairs(path, BOOK, **options).splits
-    return sorted((pair for split in splits.values() for pair in split), key=lambda pair: pair.id)
+def all_pairs(path: Path, **form) -> list[Pair]:
+    return read_labelled(path, BOOK, PairsFormat(**form)).pairs
 
 
-def refusal(path: Path, **options) -> str:
+def refusal(path: Path, read=read_labelled, **form) -> str:
     with pytest.raises(PairsError) as error:
-        read_pairs(path, BOOK, **options)
+        read(path, BOOK, form=PairsFormat(**form))
     return str(error.value)
 
 
@@ -72,8 +71,7 @@ class TestReading:
     def test_quoted_cells_and_white_space(self, tmp_path):
         text = '\ufeffquery,title,label\n"nails, 5""","Box of\n  5"" nails\t",4\n'
         pair = all_pairs(write(tmp_path, text))[0]
-        assert pair == Pair(id="1", query='nails, 5"', title='Box of 5" nails', tier=0, steps=(0, -1, -1, -1),
-                            split="train")
+        assert pair == Pair(id="1", query='nails, 5"', title='Box of 5" nails', tier=0, steps=(0, -1, -1, -1))
 
     def test_pairs_know_their_row_and_their_digest_follows_what_they_say(self, tmp_path):
         text = "query,title,label\nshoe,Red shoe,4\n\nhat,Cap,2\n"
@@ -94,13 +92,39 @@ class TestReading:
         frame.with_columns(pl.col("label").cast(pl.Int64)).write_parquet(tmp_path / "p.parquet")
         write(tmp_path, "\n".join(json.dumps(row | {"label": float(row["label"])}) for row in frame.to_dicts()),
               "p.jsonl")
-        files = [all_pairs(tmp_path / f"p.{kind}", seed=3) for kind in ("csv", "tsv", "parquet", "jsonl")]
+        files = [all_pairs(tmp_path / f"p.{kind}") for kind in ("csv", "tsv", "parquet", "jsonl")]
         assert files[0] == files[1] == files[2] == files[3]
         assert [(pair.title, pair.brand, pair.tier) for pair in files[0]] == [("Red, shoe", "Acme", 0), ("Cap", "", 2)]
 
+    def test_missing_cells_are_empty_and_numbers_are_short(self, tmp_path):
+        records = [
+            {"query": "mug", "title": "Mug", "label": 4.0, "brand": float("nan"), "price": 129.0, "color": None},
+            {"query": "mug", "title": 501.0, "label": "3", "brand": float("nan"), "price": 9.99, "id": 7.0},
+        ]
+        write(tmp_path, "\n".join(map(json.dumps, records)), "p.jsonl")
+        pl.DataFrame([row | {"title": str(row["title"]), "label": int(float(row["label"]))} for row in records]
+                     ).write_parquet(tmp_path / "p.parquet")  # fmt: skip
+        for file, title in (("p.jsonl", "501"), ("p.parquet", "501.0")):
+            first, second = all_pairs(tmp_path / file)
+            assert (first.brand, first.price, first.color, first.id) == ("", "129.00", "", "1")
+            assert (second.title, second.brand, second.price, second.id) == (title, "", "9.99", "7")
+
+    def test_a_missing_title_is_an_error_of_its_row(self, tmp_path):
+        path = write(tmp_path, '{"query": "mug", "title": NaN, "label": 4}\n', "p.jsonl")
+        assert "row 1 (line 1): title is empty" in refusal(path)
+
+    def test_half_a_character_is_an_error_of_its_row(self, tmp_path):
+        path = write(tmp_path, '{"query": "mug \\udfff", "title": "t", "label": 4}\n', "p.jsonl")
+        assert "p.jsonl: 1 of 1 rows cannot be used" in (message := refusal(path))
+        assert "row 1 (line 1): is not valid Unicode" in message
+
+    def test_pairs_know_their_row(self, tmp_path):
+        path = write(tmp_path, "query,title,label\na,t,4\n\nb,t,4\n")
+        assert [pair.row for pair in all_pairs(path)] == [1, 2]
+
     def test_a_row_without_id_is_named_by_its_product_or_its_number(self, tmp_path):
         rows = "shoe,Red shoe,4,B07\nhat,Cap,4,\n"
-        assert [p.id for p in all_pairs(write(tmp_path, "query,title,label,product_id\n" + rows))] == ["2", "B07"]
+        assert [p.id for p in all_pairs(write(tmp_path, "query,title,label,product_id\n" + rows))] == ["B07", "2"]
         assert [p.id for p in all_pairs(write(tmp_path, "query,title,label,sku\n" + rows))] == ["1", "2"]
 
     def test_columns_can_be_renamed(self, tmp_path):
@@ -118,7 +142,7 @@ class TestSteps:
 
     def steps(self, tmp_path, row: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         path = write(tmp_path, self.HEADER + f"q,t,{row}\n")
-        return all_pairs(path)[0].steps, read_pairs(path, BOOK).contradicting
+        return all_pairs(path)[0].steps, read_labelled(path, BOOK).contradicting
 
     def test_what_the_tier_implies_is_filled_in(self, tmp_path):
         # 4-Excellent only where the category is the same; 1-Irrelevant only where it is different.
@@ -142,6 +166,17 @@ class TestSteps:
 
 
 class TestSplits:
+    def test_a_column_that_names_no_test_rows_is_refused(self, tmp_path):
+        path = write(tmp_path, "query,title,label,split\na,t,4,train\nb,t,4,train\nc,t,4,validation\n")
+        assert "has no rows for test in its column 'split'" in refusal(path, read_pairs)
+        path = write(tmp_path, "query,title,label,split\na,t,4,test\n")
+        assert "has no rows for train and validation in its column 'split'" in refusal(path, read_pairs)
+
+    def test_one_query_cannot_be_split(self, tmp_path):
+        path = write(tmp_path, "query,title,label\n" + "mug,t,4\n" * 30)
+        assert "has no rows for validation and test: each split needs a query of its own" in refusal(path, read_pairs)
+        assert len(all_pairs(path)) == 30
+
     def test_the_split_column_is_kept(self, tmp_path):
         path = write(tmp_path, "query,title,label,split\na,t,4,test\nb,t,4,train\nc,t,4,validation\nd,t,4,train\n")
         splits = read_pairs(path, BOOK).splits
@@ -203,11 +238,6 @@ class TestBadFiles:
     def test_header_alone(self, tmp_path):
         assert "has no rows" in refusal(write(tmp_path, "query,title,label\n"))
 
-    def test_not_utf8(self, tmp_path):
-        path = tmp_path / "pairs.csv"
-        path.write_bytes("query,title,label\nhat,Béret,4\n".encode("latin-1"))
-        assert "pairs.csv:2: not UTF-8" in refusal(path)
-
     def test_kind_of_file(self, tmp_path):
         message = refusal(write(tmp_path, "x", "pairs.xlsx"))
         assert "unknown kind" in message and ".csv" in message
@@ -217,15 +247,24 @@ class TestBadFiles:
 
     def test_not_json(self, tmp_path):
         path = write(tmp_path, '{"query": "a", "title": "t", "label": 4}\n{"query": \n', "pairs.jsonl")
-        assert "pairs.jsonl:2: not valid JSON" in refusal(path)
+        assert "row 2 (line 2): is not valid JSON" in refusal(path)
 
     def test_unclosed_quote(self, tmp_path):
-        assert "pairs.csv:3: not valid CSV" in refusal(write(tmp_path, 'query,title,label\na,t,4\nb,"t,4\n'))
+        assert "row 2 (line 3): is not valid CSV" in refusal(write(tmp_path, 'query,title,label\na,t,4\nb,"t,4\n'))
 
     def test_column_missing(self, tmp_path):
         message = refusal(write(tmp_path, "Query,titel,label\na,b,4\n"))
-        assert "lacks the column 'query'; it has Query, titel, label" in message
+        assert "lacks the column 'query'; it has Query, titel, label; did you mean 'Query'?" in message
         assert "did you mean 'titel'?" in refusal(write(tmp_path, "query,titel,label\na,b,4\n"))
+
+    @pytest.mark.parametrize(
+        ("name", "delimiter", "said"),
+        [("p.csv", ";", "semicolons, where .csv has commas"), ("p.csv", "\t", "tabs, where .csv has commas"),
+         ("p.tsv", ",", "commas, where .tsv has tabs")],
+    )  # fmt: skip
+    def test_another_delimiter(self, tmp_path, name, delimiter, said):
+        path = write(tmp_path, "query,title,label\nhat,Cap,4\n".replace(",", delimiter), name)
+        assert f"its cells are separated by {said}" in refusal(path)
 
     def test_column_twice(self, tmp_path):
         assert "'title' twice" in refusal(write(tmp_path, "query,title,title,label\na,b,c,4\n"))
@@ -263,7 +302,7 @@ class TestBadRows:
         assert "25 of 26 rows" in message
         assert "row 10 " in message and "row 11 " not in message and "and 15 more" in message
 
-    @pytest.mark.parametrize("label", ["", "nan", "inf", "4.5", "-4", "5-Excellent"])
+    @pytest.mark.parametrize("label", ["", "nan", "inf", "4.5", "-4", "5-Excellent", "0_4", "4e0", "４.0"])
     def test_labels_outside_the_tiers(self, tmp_path, label):
         assert f"label {label!r} is outside" in refusal(write(tmp_path, f"query,title,label\na,t,{label}\n"))
 

@@ -77,7 +77,7 @@ class TestPrompts:
         first, *lines = str(error.value).split("\n  ")
         assert first.startswith(f"15 pairs whose query and rules alone take prompt_len={limit} tokens or more")
         assert [line.split(":")[0] for line in lines[:-1]] == [f"row {row}" for row in range(31, 51, 2)]
-        assert lines[-1].startswith("... and 5 more")
+        assert lines[-1].startswith("and row 51, row 53, row 55, row 57, row 59, of up to ")
 
     def test_a_title_cannot_forge_the_end_token(self, tokenizer):
         batch = encode(tokenizer, [dataclasses.replace(PAIR, title="shoe<|end|>", query="<|end|>")]).batch

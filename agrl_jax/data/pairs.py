@@ -1,7 +1,7 @@
 """Labelled pairs of a query and an item, and the files that users keep them in: CSV, TSV, Parquet or JSON lines.
 
 A row needs `query`, `title` and `label`. The label is a tier of the rule book by name ("4-Excellent") or grade ("4").
-All else is optional:
+Files with other columns, other labels or ratings are read with a `PairsFormat`. All else is optional:
 
     id, description, brand, color, category, price   text of the item (`id` defaults to `product_id`, then the row)
     family      the kind of query, by which evaluation is cut
@@ -14,32 +14,25 @@ are ignored.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import functools
 import hashlib
-import io
-import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-import polars as pl
-from etils import epath
-
+from agrl_jax.data.cells import clean
+from agrl_jax.data.format import PairsFormat, label_reader
+from agrl_jax.data.rows import PairsError, Row, RowFile, RowTable, Source, check_columns, name_of, read_rows
 from agrl_jax.hints import did_you_mean
 from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.types import UNKNOWN
 
 SPLITS = ("train", "validation", "test")
-SHARES = (0.8, 0.1, 0.1)
+SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
+TRAIN_SHARES = {"train": 0.9, "validation": 0.1}  # where the test pairs are known
 STEP_PREFIX = "step_"
 _REQUIRED = ("query", "title", "label")
 _TEXTS = ("id", "description", "brand", "color", "category", "price", "family")
 MAX_LISTED = 10  # bad rows spelt out in a message
-
-
-class PairsError(ValueError):
-    """Pairs that cannot be used; the message names file, rows and columns."""
+AS_DESCRIBED = PairsFormat()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +59,48 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Pair)}
 
 
 @dataclasses.dataclass(frozen=True)
+class Labelled:
+    """The pairs of a file in its order, and what was found."""
+
+    pairs: list[Pair]
+    contradicting: tuple[int, ...] = ()  # rows (the first is 1) whose steps contradict their label: masked
+    skipped: tuple[str, ...] = ()  # rows that cannot be used, and why
+
+
+@dataclasses.dataclass(frozen=True)
 class PairsFile:
     """What a file held."""
 
     splits: dict[str, list[Pair]]  # by name: train, validation, test; in the order of the file
     contradicting: tuple[int, ...] = ()  # rows (the first is 1) whose steps contradict their label: masked
     dropped: int = 0  # rows left out because an item has no title (public releases only)
+    skipped: tuple[str, ...] = ()  # rows that cannot be used, and why
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of the file, in a line each."""
+        lines = []
+        if self.contradicting:
+            lines.append(
+                f"labels that contradict the rule book: {len(self.contradicting)} pairs, whose steps are masked"
+            )
+        if unlike := _labelled_twice(pair for pairs in self.splits.values() for pair in pairs):
+            lines.append(f"pairs that stand more than once with different labels: {unlike}")
+        if self.dropped:
+            lines.append(f"rows left out since an item has no title: {self.dropped:,}")
+        if self.skipped:
+            lines.append(_listed(f"rows left out since they cannot be used: {len(self.skipped):,}", self.skipped))
+        trained = {_same_query(pair) for pair in self.splits["train"]}
+        if seen := len(trained & {_same_query(pair) for pair in self.splits["test"]}):
+            lines.append(f"queries of the test pairs that are trained on too: {seen}")
+        return lines
+
+
+def _labelled_twice(pairs: Iterable[Pair]) -> int:
+    tiers: dict[tuple[str, str], set[int]] = {}
+    for pair in pairs:
+        tiers.setdefault((_same_query(pair), item_text(pair)), set()).add(pair.tier)
+    return sum(len(found) > 1 for found in tiers.values())
 
 
 def digest(pairs: Iterable[Pair]) -> str:
@@ -94,35 +123,58 @@ def item_text(pair: Pair) -> str:
 
 
 def read_pairs(
-    path: epath.PathLike, book: RuleBook, seed: int = 0, columns: Mapping[str, str] | None = None
+    source: Source, book: RuleBook, seed: int = 0, form: PairsFormat = AS_DESCRIBED, test: Source | None = None
 ) -> PairsFile:
-    """Reads a file of labelled pairs; see the top of this module for its columns.
+    """Reads labelled pairs and splits them; see the top of this module for their columns.
 
     Without a `split` column the pairs are split by query, 80/10/10: see `split_by_query`. With one that has no
     validation rows, a tenth of the training queries becomes the validation.
 
     Args:
-      path: a .csv, .tsv, .parquet or .jsonl file, local or remote, in UTF-8.
+      source: a file of a kind that `open_rows` reads, a frame (pandas, polars, pyarrow), or records.
       book: gives the tiers and steps.
       seed: of the split by query.
-      columns: for our column names the file's own, where they differ: {"query": "search_term"}.
+      form: how `source` and `test` differ from the description.
+      test: all its pairs are the test split, and `source` has none.
 
     Raises:
-      PairsError: the file cannot be read, lacks a column, or has rows that cannot be used: all are counted.
+      PairsError: as `read_labelled`, or a split has no pairs.
     """
-    table = _read_table(epath.Path(path))
-    reader = _RowReader(book, table.header, _columns(table, book, columns or {}))
+    found = read_labelled(source, book, form)
+    tests = None if test is None else read_labelled(test, book, form)
+    splits = _into_splits(found.pairs, seed, TRAIN_SHARES if tests else SHARES)
+    if tests:
+        if splits.get("test"):
+            raise PairsError(f"{name_of(source)}: has rows for test in its column 'split', and so has {name_of(test)}")
+        splits["test"] = [dataclasses.replace(pair, split="test") for pair in tests.pairs]
+    if empty := [name for name, split in splits.items() if not split]:
+        what = f"has no rows for {' and '.join(empty)}"
+        if found.pairs[0].split:
+            what += " in its column 'split'; add some, or leave the column out, and the pairs are split by query"
+        else:
+            what += ": each split needs a query of its own, and there are too few"
+        raise PairsError(f"{name_of(source)}: {what}")
+    return PairsFile(splits, found.contradicting, skipped=found.skipped + (tests.skipped if tests else ()))
+
+
+def read_labelled(source: Source, book: RuleBook, form: PairsFormat = AS_DESCRIBED) -> Labelled:
+    """The pairs of a file, a frame or records, in their order, not split; see `read_pairs`.
+
+    Raises:
+      PairsError: the file cannot be read, lacks a column, or has rows that cannot be used: all are counted. With
+        `form.skip_bad_rows`, it has no others.
+    """
+    file = read_rows(source)
+    reader = _RowReader(book, form, _columns(file, book, form.columns))
     pairs, bad = [], []
-    for number, (where, row) in enumerate(table.rows, start=1):
+    for number, row in enumerate(file.rows(), start=1):
         try:
             pairs.append(reader.read(number, row))
         except _BadRow as error:
-            bad.append(f"row {number}{where}: {error}")
-    if bad:
-        raise PairsError(_bad_rows(table.file, bad, len(bad) + len(pairs)))
-    if not pairs:
-        raise PairsError(f"{table.file}: has no rows below its header")
-    return PairsFile(_into_splits(pairs, seed), tuple(reader.contradicting))
+            bad.append(f"row {number}{f' (line {row.line})' if row.line else ''}: {error}")
+    if bad and not (form.skip_bad_rows and pairs):
+        raise PairsError(_listed(f"{file.path}: {len(bad)} of {file.count} rows cannot be used:", bad))
+    return Labelled(pairs, tuple(reader.contradicting), tuple(bad))
 
 
 def split_by_query(pairs: Iterable[Pair], seed: int, shares: Mapping[str, float]) -> dict[str, list[Pair]]:
@@ -167,131 +219,34 @@ def _point(seed: int, query: str) -> float:
     return int.from_bytes(digest[:6]) / 2**48
 
 
-def _into_splits(pairs: list[Pair], seed: int) -> dict[str, list[Pair]]:
+def _into_splits(pairs: list[Pair], seed: int, shares: Mapping[str, float]) -> dict[str, list[Pair]]:
     if not pairs[0].split:
-        return split_by_query(pairs, seed, dict(zip(SPLITS, SHARES, strict=True)))
+        return split_by_query(pairs, seed, shares)
     splits = {name: [pair for pair in pairs if pair.split == name] for name in SPLITS}
     if not splits["validation"]:
-        splits |= split_by_query(splits["train"], seed, {"train": 0.9, "validation": 0.1})
+        splits |= split_by_query(splits["train"], seed, TRAIN_SHARES)
     return splits
-
-
-# Files
-
-
-@dataclasses.dataclass(frozen=True)
-class _Table:
-    """A file's cells as text. A row is None where it has no cells at all."""
-
-    file: str
-    header: list[str]
-    rows: Iterable[tuple[str, list[str] | None]]  # where it is in the file (" (line 3)" or ""), cells
-
-
-def _read_table(path: epath.Path) -> _Table:
-    readers: dict[str, Callable[[str, bytes], _Table]] = {
-        ".csv": functools.partial(_read_csv, delimiter=","),
-        ".tsv": functools.partial(_read_csv, delimiter="\t"),
-        ".parquet": _read_parquet,
-        ".jsonl": _read_jsonl,
-    }
-    if path.suffix.lower() not in readers:
-        raise PairsError(f"{path}: unknown kind of file; it should end in one of: {', '.join(readers)}")
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise PairsError(f"{path}: there is no such file") from error
-    except OSError as error:
-        raise PairsError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if not data.strip():
-        raise PairsError(f"{path}: is empty; it should have the columns {', '.join(_REQUIRED)}")
-    return readers[path.suffix.lower()](str(path), data)
-
-
-def _read_csv(file: str, data: bytes, delimiter: str) -> _Table:
-    lines = csv.reader(io.StringIO(_decode(file, data), newline=""), delimiter=delimiter, strict=True)
-
-    def rows() -> Iterator[tuple[str, list[str] | None]]:
-        line = lines.line_num + 1
-        try:
-            for row in lines:
-                if row:  # blank lines stand for nothing
-                    yield f" (line {line})", row
-                line = lines.line_num + 1
-        except csv.Error as error:
-            raise PairsError(f"{file}:{line}: not valid CSV: {error}") from error
-
-    cells = rows()
-    _, header = next(cells)
-    return _Table(file, [name.strip() for name in header or []], cells)
-
-
-def _read_jsonl(file: str, data: bytes) -> _Table:
-    lines = _decode(file, data).splitlines()
-    records: list[tuple[str, dict | None]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise PairsError(f"{file}:{number}: not valid JSON: {error}") from error
-        records.append((f" (line {number})", record if isinstance(record, dict) else None))
-    header = list(dict.fromkeys(name for _, record in records for name in record or ()))
-    rows = [
-        (where, None if record is None else [_as_text(record.get(name)) for name in header])
-        for where, record in records
-    ]
-    return _Table(file, header, rows)
-
-
-def _read_parquet(file: str, data: bytes) -> _Table:
-    try:
-        frame = pl.read_parquet(io.BytesIO(data))
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise PairsError(f"{file}: not a readable Parquet file: {error}") from error
-    rows = (("", [_as_text(value) for value in row]) for row in frame.iter_rows())
-    return _Table(file, frame.columns, rows)
-
-
-def _decode(file: str, data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise PairsError(f"{file}:{line}: not UTF-8: {error.reason}; save the file as UTF-8") from error
-
-
-def _as_text(value: object) -> str:
-    return "" if value is None else str(value)
 
 
 # Columns
 
 
-def _columns(table: _Table, book: RuleBook, renamed: Mapping[str, str]) -> dict[str, int]:
-    """Where each of our columns is in the file."""
+def _columns(file: RowFile | RowTable, book: RuleBook, renamed: Mapping[str, str]) -> dict[str, str]:
+    """The file's names of those of our columns that it has."""
     steps = [STEP_PREFIX + step.name for step in book.steps]
     ours = (*_REQUIRED, *_TEXTS, "split", *steps)
     for name in renamed:
         if name not in ours:
             raise PairsError(f"columns.{name}: there is no such column; {_nearest(name, ours)}")
-    header = table.header
-    if repeated := sorted({name for name in header if name and header.count(name) > 1}):
-        raise PairsError(f"{table.file}: has the column {repeated[0]!r} twice")
+    header = file.names
     for name in header:
         if name.startswith(STEP_PREFIX) and name not in ours and name not in renamed.values():
-            raise PairsError(f"{table.file}: column {name!r} is no step of the rule book; {_nearest(name, steps)}")
+            raise PairsError(f"{file.path}: column {name!r} is no step of the rule book; {_nearest(name, steps)}")
     theirs = {name: renamed.get(name) or name for name in ours}
-    for name in ours:
-        if theirs[name] not in header and (name in _REQUIRED or renamed.get(name)):
-            raise PairsError(
-                f"{table.file}: lacks the column {theirs[name]!r}; it has {', '.join(header)}"
-                f"{did_you_mean(theirs[name], header)}"
-            )
+    check_columns(file, [theirs[name] for name in ours if name in _REQUIRED or renamed.get(name)])
     if theirs["id"] not in header:
         theirs["id"] = "product_id"
-    return {name: header.index(column) for name, column in theirs.items() if column in header}
+    return {name: column for name, column in theirs.items() if column in header}
 
 
 def _nearest(text: str, options: Sequence[str]) -> str:
@@ -308,26 +263,23 @@ class _BadRow(Exception):
 class _RowReader:
     """Turns rows into pairs, and notes those whose steps contradict their label."""
 
-    def __init__(self, book: RuleBook, header: Sequence[str], places: Mapping[str, int]) -> None:
+    def __init__(self, book: RuleBook, form: PairsFormat, columns: Mapping[str, str]) -> None:
         self.contradicting: list[int] = []
         self._book = book
-        self._width = len(header)
-        self._places = places
-        self._tiers = {str(tier.grade): i for i, tier in enumerate(book.tiers)}
-        self._tiers |= {tier.name.casefold(): i for i, tier in enumerate(book.tiers)}
-        self._values = [{value.casefold(): i for i, value in enumerate(step.values)} for step in book.steps]
+        self._columns = columns
+        self._tier_of, self._wanted = label_reader(book, form)
+        self._values = [{clean(value).casefold(): i for i, value in enumerate(step.values)} for step in book.steps]
         self._table = book.tier_table().reshape(book.num_values)
         self._settled: dict[tuple[int, tuple[int, ...]], tuple[int, ...] | None] = {}
 
-    def read(self, number: int, row: Sequence[str] | None) -> Pair:
-        if row is None:
-            raise _BadRow("is not a JSON object")
-        if len(row) != self._width:
-            raise _BadRow(f"has {len(row)} cells where the header has {self._width}")
-        # Runs of white space become one space, so that no text breaks the lines of a prompt.
-        cells = {name: " ".join(row[place].split()) for name, place in self._places.items()}
+    def read(self, number: int, row: Row) -> Pair:
+        if row.error:
+            raise _BadRow(row.error)
+        cells = {name: clean(row.record.get(column), name == "price") for name, column in self._columns.items()}
         problems = [f"{name} is empty" for name in ("query", "title") if not cells[name]]
-        tier = self._tier(cells["label"], problems)
+        tier = self._tier_of(cells["label"])
+        if tier == UNKNOWN:
+            problems.append(f"label {cells['label']!r} is outside the tiers; it should be {self._wanted}")
         stated = self._steps(cells, problems)
         if "split" in cells and cells["split"] not in SPLITS:
             problems.append(f"split {cells['split']!r} is unknown; {_nearest(cells['split'], SPLITS)}")
@@ -341,15 +293,6 @@ class _RowReader:
         split = cells.get("split", "")
         texts |= {name: cells[name] for name in ("query", "title")}
         return Pair(**texts, tier=tier, steps=steps, split=split, row=number)
-
-    def _tier(self, label: str, problems: list[str]) -> int:
-        tier = self._tiers.get(label.casefold())
-        if tier is None:
-            tier = self._tiers.get(_whole_number(label), UNKNOWN)
-        if tier == UNKNOWN:
-            names = ", ".join(f"{tier.name} or {tier.grade}" for tier in self._book.tiers)
-            problems.append(f"label {label!r} is outside the tiers; it should be one of: {names}")
-        return tier
 
     def _steps(self, cells: Mapping[str, str], problems: list[str]) -> tuple[int, ...]:
         steps = []
@@ -370,16 +313,7 @@ class _RowReader:
         return self._settled[tier, stated]
 
 
-def _whole_number(text: str) -> str:
-    """ "4" for "4.0", as spreadsheets write whole numbers; empty where it is none."""
-    try:
-        number = float(text)
-    except ValueError:
-        return ""
-    return str(int(number)) if math.isfinite(number) and number == int(number) else ""
-
-
-def _bad_rows(file: str, bad: list[str], total: int) -> str:
-    listed = "\n  ".join(bad[:MAX_LISTED])
-    more = f"\n  ... and {len(bad) - MAX_LISTED} more" if len(bad) > MAX_LISTED else ""
-    return f"{file}: {len(bad)} of {total} rows cannot be used:\n  {listed}{more}"
+def _listed(what: str, lines: Sequence[str]) -> str:
+    """What is counted, and the first of them, each in a line of its own."""
+    more = [f"... and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
+    return "\n  ".join([what, *lines[:MAX_LISTED], *more])

@@ -229,7 +229,8 @@ def _without_room(pairs: Sequence[tuple[Pair, int]], limit: int) -> str:
         for pair, needed in pairs[:MAX_LISTED]
     ]
     if len(pairs) > MAX_LISTED:
-        lines.append(f"... and {len(pairs) - MAX_LISTED} more, of up to {max(needed for _, needed in pairs)} tokens")
+        rest = ", ".join(f"row {pair.row}" if pair.row else f"pair {pair.id}" for pair, _ in pairs[MAX_LISTED:])
+        lines.append(f"and {rest}, of up to {max(needed for _, needed in pairs)} tokens")
     count = f"{len(pairs)} pair{'s' * (len(pairs) > 1)}"
     what = f"{count} whose query and rules alone take prompt_len={limit} tokens or more, and leave none for the item:"
     return "\n  ".join([what, *lines])

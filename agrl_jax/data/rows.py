@@ -12,55 +12,83 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from etils import epath
 
-from agrl_jax.data.pairs import PairsError
+from agrl_jax.data.cells import is_unicode, plain
+from agrl_jax.hints import did_you_mean
 from agrl_jax.runtime.files import OutputError, in_one_piece
 
 KINDS = (".csv", ".tsv", ".jsonl", ".parquet")
-_DELIMITER = {".csv": ",", ".tsv": "\t"}
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 _BLOCK = 1 << 16  # rows of a Parquet file held at once
+_LONGEST_CELL = 1 << 24  # characters of a CSV file, so that a quote that is never closed does not take in all of it
+_DEEPEST = 100  # levels of a JSON value, well within what Python can read and write again
+_EXACT = 2**53  # whole numbers up to here are floats without loss
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_FIRST_BYTES = {
+    b"PAR1": "a Parquet file", b"PK\x03\x04": "a spreadsheet or ZIP archive", b"\x1f\x8b": "compressed by gzip",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+}  # fmt: skip
+
+NOT_UNICODE = "is not valid Unicode: half of a character stands alone"
+
+csv.field_size_limit(_LONGEST_CELL)
 
 Record = dict[str, Any]
+
+
+class PairsError(ValueError):
+    """Pairs that cannot be used; the message names file, rows and columns."""
 
 
 class Row(NamedTuple):
     """A row: its cells by column, and what is wrong with it, empty if nothing is."""
 
     record: Record
-    error: str
+    error: str = ""
+    line: int = 0  # of the file, where the row begins; the first is 1. 0 in Parquet
+    text: str = ""  # the line as it stands in the file, where its cells are not known, or quotes in them are text
 
 
 @dataclasses.dataclass(frozen=True)
 class RowFile:
     """A file that has been read through once."""
 
-    path: Path
+    path: epath.Path
     count: int  # of its rows
     schema: pa.Schema  # its columns in their order
     digest: str  # sha256 of its bytes
+    delimiter: str = ""  # between the cells of CSV and TSV
+
+    @property
+    def names(self) -> list[str]:
+        """Of its columns."""
+        return self.schema.names
 
     def rows(self) -> Iterator[Row]:
         """All rows in order."""
-        if _kind(self.path) != ".parquet":
-            return _text_rows(self.path)
-        return itertools.chain.from_iterable(map(_table_rows, self.tables()))
+        if _kind(self.path) == ".parquet":
+            return itertools.chain.from_iterable(map(_table_rows, self.tables()))
+        return self._text_rows()
 
     def tables(self) -> Iterator[pa.Table]:
         """The rows in blocks, in the types of the schema."""
         if _kind(self.path) == ".parquet":
-            with pq.ParquetFile(self.path) as file:
+            with self.path.open("rb") as stream, pq.ParquetFile(stream) as file:
                 for batch in file.iter_batches(_BLOCK):
                     yield pa.Table.from_batches([batch]).cast(self.schema)
             return
-        rows = _text_rows(self.path)
+        rows = self._text_rows()
         while block := list(itertools.islice(rows, _BLOCK)):
             columns = [
                 pa.array([_as_type(row.record.get(field.name), field.type) for row in block], field.type)
@@ -68,26 +96,93 @@ class RowFile:
             ]
             yield pa.table(columns, schema=self.schema)
 
+    def _text_rows(self) -> Iterator[Row]:
+        return _csv_rows(self.path, self.delimiter) if self.delimiter else _json_rows(self.path)
 
-def open_rows(path: str | Path) -> RowFile:
+
+@dataclasses.dataclass(frozen=True)
+class RowTable:
+    """Rows in memory, with what a `RowFile` has that readers of rows need."""
+
+    records: Sequence[Record]
+    path: str = "the rows"
+    delimiter: str = ""
+
+    @property
+    def count(self) -> int:
+        """Of its rows."""
+        return len(self.records)
+
+    @property
+    def names(self) -> list[str]:
+        """Of its columns."""
+        return list(dict.fromkeys(name for record in self.records for name in record))
+
+    def rows(self) -> Iterator[Row]:
+        """All rows in order."""
+        for record in self.records:
+            broken = [name for name, value in record.items() if isinstance(value, str) and not is_unicode(value)]
+            yield Row(record, f"{broken[0]} {NOT_UNICODE}" if broken else "")
+
+
+Source = epath.PathLike | Iterable[Record] | Any  # a file; or records, or a frame of pandas, polars or pyarrow
+
+
+def name_of(source: Source) -> str:
+    """How messages call a source of rows."""
+    return str(source) if isinstance(source, str | os.PathLike) else RowTable.path
+
+
+def records_of(source: Source) -> Sequence[Record]:
+    """The rows of a frame (pandas, polars, pyarrow), a dataset or any records, each as a dict by column."""
+    if hasattr(source, "to_pylist"):  # pyarrow
+        return source.to_pylist()
+    if hasattr(source, "iter_rows"):  # polars
+        return list(source.iter_rows(named=True))
+    if hasattr(source, "to_records"):  # pandas
+        return source.to_dict("records")
+    return list(source)
+
+
+def read_rows(source: Source) -> RowFile | RowTable:
+    """Rows of a file, see `open_rows`, or of what lies in memory.
+
+    Raises:
+      PairsError: as `open_rows`.
+    """
+    if isinstance(source, str | os.PathLike):
+        return open_rows(source)
+    table = RowTable(records_of(source))
+    if not table.records:
+        raise PairsError(f"{table.path}: there are none")
+    return table
+
+
+def open_rows(path: epath.PathLike, delimiter: str = "") -> RowFile:
     """Reads a file through once: counts its rows and finds its columns.
 
-    Columns of CSV and TSV are text. A column of JSON lines is of the type that all its values have, else text.
+    Columns of CSV and TSV are text; one without a name is called `column_N`, by its place. A column of JSON lines is
+    of the type that all its values have, else text.
+
+    Args:
+      path: a .csv, .tsv, .jsonl or .parquet file, local or remote; text is UTF-8, and may be compressed (.gz, .zst).
+      delimiter: between the cells of a .csv or .tsv file, where it is not the usual one.
 
     Raises:
       PairsError: the file cannot be read, is of another kind, has no rows, or has a column twice.
     """
-    path = Path(path)
+    path = epath.Path(path)
     kind = _kind(path)
+    delimiter = DELIMITERS.get(kind, "") and (delimiter or DELIMITERS[kind])
     try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = _digest(path)
         if kind == ".parquet":
             count, schema = _survey_parquet(path)
         elif kind == ".jsonl":
             count, schema = _survey_json(path)
         else:
-            count, schema = sum(1 for _ in _csv_rows(path)), pa.schema([(name, pa.string()) for name in _header(path)])
+            schema = pa.schema([(name, pa.string()) for name in _header(path, delimiter)])
+            count = sum(1 for _ in _csv_rows(path, delimiter))
     except FileNotFoundError as error:
         raise PairsError(f"{path}: there is no such file") from error
     except OSError as error:
@@ -96,80 +191,155 @@ def open_rows(path: str | Path) -> RowFile:
         raise PairsError(f"{path}: has the column {repeated[0]!r} twice")
     if not count:
         raise PairsError(f"{path}: has no rows")
-    return RowFile(path, count, schema, digest)
+    return RowFile(path, count, schema, digest, delimiter)
 
 
-def _kind(path: Path) -> str:
-    if path.suffix.lower() not in KINDS:
-        raise PairsError(f"{path}: unknown kind of file; it should end in one of: {', '.join(KINDS)}")
-    return path.suffix.lower()
+def check_columns(file: RowFile | RowTable, names: Iterable[str]) -> None:
+    """Raises PairsError where the file lacks one of the columns."""
+    header = file.names
+    for name in names:
+        if name not in header:
+            raise PairsError(f"{file.path}: lacks the column {name!r}; it has {', '.join(header)}{_hint(file, name)}")
 
 
-def _text_rows(path: Path) -> Iterator[Row]:
-    return _json_rows(path) if _kind(path) == ".jsonl" else _csv_rows(path)
+def _hint(file: RowFile | RowTable, name: str) -> str:
+    """What may be the matter where a column is not found."""
+    (first, *others) = file.names
+    if file.delimiter and not others:
+        for other, kind in ((";", "semicolons"), ("\t", "tabs"), (",", "commas")):
+            if other != file.delimiter and other in first:
+                wanted = "commas" if file.delimiter == "," else "tabs"
+                return f"; its cells are separated by {kind}, where {file.path.suffix} has {wanted}"
+    return did_you_mean(name, file.names)
+
+
+def _kind(path: epath.Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in _COMPRESSED else "".join(suffixes[-1:])
+    if kind not in KINDS or (kind == ".parquet" and suffixes[-1] != kind):
+        raise PairsError(
+            f"{path}: unknown kind of file; it should end in one of: {', '.join(KINDS)}, "
+            f"or for compressed text in .csv.gz, .csv.zst and so on"
+        )
+    return kind
+
+
+def _compression(path: epath.Path) -> str | None:
+    return _COMPRESSED.get(path.suffix.lower())
+
+
+def _digest(path: epath.Path) -> str:
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise PairsError(f"{path}: is a pointer of Git LFS, not the file itself; fetch that with: git lfs pull")
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Text
+
+
+def _read(path: epath.Path) -> BinaryIO:
+    file = path.open("rb")
+    kind = _compression(path)
+    return io.BufferedReader(pa.CompressedInputStream(file, kind)) if kind else file
+
+
+def _lines(path: epath.Path, newline: str) -> Iterator[str]:
+    """The lines with their ends; `newline` as in `open`."""
+    with _read(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline=newline) as text:
+        try:
+            yield from text
+        except UnicodeDecodeError:
+            raise _not_utf8(path) from None
+
+
+def _not_utf8(path: epath.Path) -> PairsError:
+    """The error that names the first line that is not UTF-8, and what it may be."""
+    with _read(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return PairsError(f"{path}:{number}: not UTF-8; it looks like {_looks_like(line, number == 1)}")
+    return PairsError(f"{path}: not UTF-8: it ends within a character")
+
+
+def _looks_like(line: bytes, first: bool) -> str:
+    known = [what for start, what in _FIRST_BYTES.items() if first and line.startswith(start)]
+    if known:
+        return f"{known[0]}: name it so"
+    if first and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "UTF-16; save the file as UTF-8"
+    try:
+        line.decode("cp1252")
+    except UnicodeDecodeError:
+        return "another encoding; save the file as UTF-8"
+    return "Latin-1 or Windows-1252; save the file as UTF-8"
 
 
 # Parquet
 
 
-def _survey_parquet(path: Path) -> tuple[int, pa.Schema]:
+def _survey_parquet(path: epath.Path) -> tuple[int, pa.Schema]:
     try:
-        with pq.ParquetFile(path) as file:
+        with path.open("rb") as stream, pq.ParquetFile(stream) as file:
             return file.metadata.num_rows, file.schema_arrow.remove_metadata()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise PairsError(f"{path}: not a readable Parquet file: {error}") from error
 
 
 def _table_rows(table: pa.Table) -> Iterator[Row]:
-    """The rows of a table, dates and times as text, which JSON and CSV can hold."""
+    """The rows of a table in types that JSON and CSV can hold: dates, times and decimals as text."""
     times = [field.name for field in table.schema if pa.types.is_temporal(field.type)]
-    for name in times:
+    for name in times:  # not by Python's types, which have no nanoseconds
         table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(pa.string()))
-    return (Row(record, "") for record in table.to_pylist())
+    return (Row(plain(record)) for record in table.to_pylist())
 
 
 # CSV
 
 
-def _csv_rows(path: Path) -> Iterator[Row]:
-    header = _header(path)
-    with _open_csv(path) as file:
-        rows = _csv_cells(file, _DELIMITER[_kind(path)], len(header))
-        next(rows)
-        for cells, error in rows:
-            whole = [_encoded(cell) for cell in cells]
-            yield Row(dict(zip(header, whole, strict=False)), error or ("is not UTF-8" if whole != cells else ""))
+def _csv_rows(path: epath.Path, delimiter: str) -> Iterator[Row]:
+    header = _header(path, delimiter)
+    lines = _csv_lines(_lines(path, ""), delimiter, len(header))
+    next(lines)
+    for line in lines:
+        yield Row(dict(zip(header, line.cells, strict=False)), line.error, line.number, line.text)
 
 
-def _header(path: Path) -> list[str]:
-    with _open_csv(path) as file:
-        cells, error = next(_csv_cells(file, _DELIMITER[_kind(path)]), ([], "is missing"))
-    if error:
-        raise PairsError(f"{path}: its header {error}")
-    return [_encoded(cell).strip() for cell in cells]
+def _header(path: epath.Path, delimiter: str) -> list[str]:
+    first = next(_csv_lines(_lines(path, ""), delimiter), None)
+    if first is None or not (first.error or "".join(first.cells).strip()):
+        raise PairsError(f"{path}: is empty; it should begin with the names of its columns")
+    if first.error:
+        raise PairsError(f"{path}: its header {first.error}")
+    if "\0" in "".join(first.cells):
+        raise PairsError(f"{path}:1: not UTF-8; it looks like UTF-16; save the file as UTF-8")
+    return [cell.strip() or f"column_{place}" for place, cell in enumerate(first.cells, 1)]
 
 
-def _open_csv(path: Path) -> io.TextIOWrapper:
-    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+class _CsvLine(NamedTuple):
+    """A row of a CSV file, which may be several lines."""
+
+    number: int  # of its first line
+    cells: list[str]
+    error: str = ""
+    text: str = ""  # as in Row
 
 
-def _encoded(text: str) -> str:
-    """The text with U+FFFD for bytes that are not UTF-8."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-def _csv_cells(file: Iterable[str], delimiter: str, width: int | None = None) -> Iterator[tuple[list[str], str]]:
-    """The cells of each row but for blank lines, and what is wrong with it.
+def _csv_lines(lines: Iterable[str], delimiter: str, width: int | None = None) -> Iterator[_CsvLine]:
+    """The rows but for blank lines.
 
     A quote that is never closed would swallow the rows after it. So a broken row ends at the end of its first
-    line, and reading goes on with the next one.
+    line, and reading goes on with the next one. In TSV such a line's quotes are text, if it then has all its cells.
     """
-    lines, again, taken = iter(file), deque[str](), list[str]()
+    numbered, again, taken = enumerate(lines, 1), deque[tuple[int, str]](), list[tuple[int, str]]()
 
     def feed() -> Iterator[str]:
-        while (line := again.popleft() if again else next(lines, None)) is not None:
+        while (line := again.popleft() if again else next(numbered, None)) is not None:
             taken.append(line)
-            yield line
+            yield line[1]
 
     reader = csv.reader(feed(), delimiter=delimiter, strict=True)
     while True:
@@ -182,57 +352,97 @@ def _csv_cells(file: Iterable[str], delimiter: str, width: int | None = None) ->
             return
         except csv.Error as problem:
             cells, error = [], f"is not valid CSV: {problem}"
-        if error and (len(taken) > 1 or not cells):
-            again.extendleft(reversed(taken[1:]))
-            cells = _leniently(taken[0], delimiter)
-            reader = csv.reader(feed(), delimiter=delimiter, strict=True)
-        if cells or error:
-            yield cells, error
-
-
-def _leniently(line: str, delimiter: str) -> list[str]:
-    """What can be read of a broken line."""
-    try:
-        return next(csv.reader([line], delimiter=delimiter), [])
-    except csv.Error:  # a cell of more than 131,072 characters
-        return []
+        number, text = taken[0]
+        if not error:
+            if cells:
+                yield _CsvLine(number, cells)
+            continue
+        if 0 < len(cells) < width and len(taken) == 1:
+            yield _CsvLine(number, cells, error)  # the cells at its end are missing
+            continue
+        again.extendleft(reversed(taken[1:]))
+        reader = csv.reader(feed(), delimiter=delimiter, strict=True)
+        text = text.rstrip("\r\n")
+        unquoted = text.split(delimiter)
+        if delimiter == "\t" and len(unquoted) == (width or len(unquoted)):
+            yield _CsvLine(number, unquoted, "", text)
+        else:
+            yield _CsvLine(number, [], error, text)
 
 
 # JSON lines
 
 
-def _survey_json(path: Path) -> tuple[int, pa.Schema]:
-    count, kinds = 0, dict[str, set[type]]()
+def _survey_json(path: epath.Path) -> tuple[int, pa.Schema]:
+    count, kinds = 0, dict[str, set[str]]()
     for row in _json_rows(path):
         count += 1
         for name, value in row.record.items():
-            large = type(value) is int and not -(2**63) <= value < 2**63  # for which Arrow has no number
-            kinds.setdefault(name, set()).add(str if large else type(value))
-    return count, pa.schema([(name, _arrow_type(kind - {type(None)})) for name, kind in kinds.items()])
+            kinds.setdefault(name, set()).add(_type_name(value))
+    return count, pa.schema([(name, _arrow_type(kind - {"NoneType"})) for name, kind in kinds.items()])
 
 
-def _arrow_type(kinds: set[type]) -> pa.DataType:
-    if kinds in ({bool}, {int}):
-        return pa.bool_() if kinds == {bool} else pa.int64()
-    return pa.float64() if kinds and kinds <= {int, float} else pa.string()
+def _type_name(value: Any) -> str:
+    if type(value) is not int or -_EXACT <= value <= _EXACT:
+        return type(value).__name__
+    return "long" if -(2**63) <= value < 2**63 else "str"  # beyond 64 bits Arrow has no number
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for line in file:
-            if line.strip():
-                yield _json_row(line)
+def _arrow_type(kinds: set[str]) -> pa.DataType:
+    """The type that holds all values without loss."""
+    if kinds == {"bool"}:
+        return pa.bool_()
+    if kinds and kinds <= {"int", "long"}:
+        return pa.int64()
+    return pa.float64() if kinds and kinds <= {"int", "float"} else pa.string()
 
 
-def _json_row(line: bytes) -> Row:
+def _json_rows(path: epath.Path) -> Iterator[Row]:
+    return (_json_row(number, line) for number, line in enumerate(_lines(path, "\n"), 1) if line.strip())
+
+
+def _json_row(number: int, line: str) -> Row:
+    text = line.rstrip("\r\n")
     try:
-        record = json.loads(line.decode("utf-8-sig"))
-        json.dumps(record, ensure_ascii=False).encode()  # an escape such as \ud800 alone is no character
-    except UnicodeError:
-        return Row({}, "is not valid Unicode")
+        record = json.loads(
+            line, parse_constant=_constant, parse_float=_number, object_pairs_hook=_without_repeats
+        )
+        if _deeper(record, _DEEPEST):
+            raise RecursionError(f"more than {_DEEPEST} levels deep")
     except (ValueError, RecursionError) as error:
-        return Row({}, f"is not valid JSON: {error}")
-    return Row(record, "") if isinstance(record, dict) else Row({}, "is not a JSON object")
+        return Row({}, f"is not valid JSON: {error}", number, text)
+    if not isinstance(record, dict):
+        return Row({}, "is not a JSON object", number, text)
+    if "\\u" in line and not is_unicode(whole := json.dumps(record, ensure_ascii=False)):
+        mended = whole.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return Row(json.loads(mended), NOT_UNICODE, number, text)
+    return Row(record, "", number)
+
+
+def _constant(name: str) -> str | None:
+    """NaN is a missing value, as frames write it; an infinite number is text."""
+    return None if name == "NaN" else name
+
+
+def _number(text: str) -> float | str:
+    return float(text) if math.isfinite(float(text)) else text
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> Record:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it has {repeated!r} twice")
+    return record
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether a JSON value is more than so many levels deep."""
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_deeper(one, levels - 1) for one in inner)
 
 
 def _as_type(value: Any, kind: pa.DataType) -> Any:
@@ -247,54 +457,87 @@ def _as_type(value: Any, kind: pa.DataType) -> Any:
 
 def check_output(path: str | Path, source: RowFile, added: pa.Schema) -> None:
     """Raises OutputError where rows of `source` with `added` columns cannot be written to `path`."""
-    path = Path(path)
-    if path.suffix.lower() not in KINDS:
-        raise OutputError(f"{path}: unknown kind of file; it should end in one of: {', '.join(KINDS)}")
-    if not path.absolute().parent.is_dir():
-        raise OutputError(f"{path}: there is no folder {path.absolute().parent}")
-    if path.exists() and path.samefile(source.path):
+    path = epath.Path(path)
+    try:
+        _kind(path)
+    except PairsError as error:
+        raise OutputError(str(error)) from None
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: there is no folder {path.parent}")
+    if path.exists() and path.resolve() == source.path.resolve():
         raise OutputError(f"{path}: is the input; name another output")
     if clash := [name for name in added.names if name in source.schema.names]:
         raise OutputError(f"{source.path}: has a column {clash[0]!r} already; take another --prefix for what is added")
 
 
-def write_rows(path: str | Path, source: RowFile, added: pa.Schema, values: Iterable[Record]) -> None:
+def keeps_lines(path: epath.PathLike, source: RowFile) -> bool:
+    """Whether `write_rows` writes a line of `source` that cannot be read into `path` as it stands."""
+    return bool(source.delimiter) and DELIMITERS.get(_kind(epath.Path(path))) == source.delimiter
+
+
+def write_rows(path: epath.PathLike, source: RowFile, added: pa.Schema, values: Iterable[Record]) -> None:
     """Writes the rows of `source`, each with the `added` columns that `values` holds for it.
 
     The kind of file follows from the name. It appears in one piece, when it is whole.
     """
-    with in_one_piece(path) as half:
-        _write(Path(half), _kind(Path(path)), source, added, values)
+    with in_one_piece(path) as half, half.open("wb") as file:
+        _write(file, epath.Path(path), source, added, values)
 
 
-def _write(path: Path, kind: str, source: RowFile, added: pa.Schema, values: Iterable[Record]) -> None:
+def _write(file: BinaryIO, path: epath.Path, source: RowFile, added: pa.Schema, values: Iterable[Record]) -> None:
+    kind, compression = _kind(path), _compression(path)
     if kind == ".parquet":
-        _write_parquet(path, source, added, iter(values))
+        _write_parquet(file, source, added, iter(values))
         return
-    rows = (row.record | value for row, value in zip(source.rows(), values, strict=True))
-    with path.open("w", encoding="utf-8", newline="") as file:
+    stream = pa.CompressedOutputStream(file, compression) if compression else file
+    with io.TextIOWrapper(stream, "utf-8", newline="") as text:
         if kind == ".jsonl":
-            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+            _write_json(text, source, values)
         else:
-            names = source.schema.names + added.names
-            writer = csv.writer(file, delimiter=_DELIMITER[kind], lineterminator="\n")
-            writer.writerow(names)
-            writer.writerows([_cell(row.get(name)) for name in names] for row in rows)
+            _write_csv(text, source, added, values, DELIMITERS[kind])
 
 
-def _write_parquet(path: Path, source: RowFile, added: pa.Schema, values: Iterator[Record]) -> None:
+def _write_parquet(file: BinaryIO, source: RowFile, added: pa.Schema, values: Iterator[Record]) -> None:
     schema = pa.schema([*source.schema, *added])
-    with pq.ParquetWriter(path, schema) as writer:
+    with pq.ParquetWriter(file, schema) as writer:
         for table in source.tables():
             more = pa.Table.from_pylist(list(itertools.islice(values, len(table))), added)
             writer.write_table(pa.table([*table.columns, *more.columns], schema=schema))
 
 
-def _cell(value: Any) -> str:
-    """A value as a cell of a CSV file."""
+def _write_json(file: io.TextIOWrapper, source: RowFile, values: Iterable[Record]) -> None:
+    rows = (row.record | value for row, value in zip(source.rows(), values, strict=True))
+    file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
+def _write_csv(
+    file: io.TextIOWrapper, source: RowFile, added: pa.Schema, values: Iterable[Record], delimiter: str
+) -> None:
+    """A line that could not be read as CSV is written as it stands, where the delimiter is the same."""
+    file.write(_csv_line([*source.schema.names, *added.names], delimiter))
+    for row, value in zip(source.rows(), values, strict=True):
+        more = _csv_line([value.get(name) for name in added.names], delimiter)
+        if row.text and delimiter == source.delimiter:
+            file.write(row.text + delimiter + more)
+        else:
+            file.write(_csv_line([row.record.get(name) for name in source.schema.names], delimiter)[:-1])
+            file.write(delimiter + more)
+
+
+def _csv_line(values: Iterable[Any], delimiter: str) -> str:
+    return delimiter.join(_cell(value, delimiter) for value in values) + "\n"
+
+
+def _cell(value: Any, delimiter: str) -> str:
+    """A value as a cell. It is quoted where it has to be: in TSV a quote within it is text."""
     if value is None or isinstance(value, str):
-        return value or ""
-    return json.dumps(value, ensure_ascii=False, default=str)
+        text = value or ""
+    else:
+        text = json.dumps(value, ensure_ascii=False)
+    quotes = text.startswith('"') if delimiter == "\t" else '"' in text
+    if not quotes and not any(character in text for character in (delimiter, "\n", "\r")):
+        return text
+    return '"' + text.replace('"', '""') + '"'
 
 
 # Work in progress
@@ -322,18 +565,34 @@ class Journal:
             raise
 
     def _take_up(self, chunk: int, overwrite: bool) -> None:
-        self._file.seek(0)
-        first = self._file.readline()
-        differ = self._differences(first)
+        before = self._identity_before()
+        differ = [name for name, value in self._identity.items() if before and before[name] != value]
         if differ and not overwrite:
             raise OutputError(
                 f"{self.path}: holds the work of another run (another {', '.join(differ)}); "
                 "give its command again to finish it, name another output, or start over with --overwrite"
             )
-        if first.endswith("\n") and not differ:
+        if before and not differ:
             self._cut(chunk)
         else:
             self._file.truncate(0)
+
+    def _identity_before(self) -> Record:
+        """The identity in the first line; empty if that is torn or not written yet. Another file is left alone."""
+        self._file.seek(0)
+        try:
+            first = self._file.readline()
+            torn = not first.endswith("\n") and json.dumps(self._identity).startswith(first)
+            before = {} if torn else json.loads(first)
+            ours = torn or (isinstance(before, dict) and before.keys() == self._identity.keys())
+        except (ValueError, RecursionError):
+            ours = False
+        if not ours:
+            raise OutputError(
+                f"{self.path}: is not the work of this command, or of another version of it; move it away, or name "
+                "another output"
+            )
+        return before
 
     def _lock(self) -> None:
         try:
@@ -344,13 +603,6 @@ class Journal:
             ) from None
         except OSError:
             return  # this file system has no locks
-
-    def _differences(self, first: str) -> list[str]:
-        """In what the run whose journal begins with this line differs; nothing for a line that is torn."""
-        if not first.endswith("\n"):
-            return []
-        before = json.loads(first)
-        return [name for name, value in self._identity.items() if before.get(name) != value]
 
     def _cut(self, chunk: int) -> None:
         with self.path.open("rb+") as file:

@@ -9,7 +9,7 @@ import polars as pl
 from etils import epath
 
 from agrl_jax.data.esci import tiers_by_grade
-from agrl_jax.data.pairs import SHARES, SPLITS, Pair, PairsError, PairsFile, split_by_query
+from agrl_jax.data.pairs import SHARES, Pair, PairsError, PairsFile, split_by_query
 from agrl_jax.rulebook.book import RuleBook
 
 QUERIES, PRODUCTS, LABELS = "query.csv", "product.csv", "label.csv"
@@ -41,7 +41,7 @@ def read_wands(folder: epath.PathLike, book: RuleBook, seed: int = 0) -> PairsFi
     pairs = [_pair(row, tiers, book) for row in titled]
     if not pairs:
         raise PairsError(f"{root / LABELS}: has no pairs")
-    splits = split_by_query(pairs, seed, dict(zip(SPLITS, SHARES, strict=True)))
+    splits = split_by_query(pairs, seed, SHARES)
     return PairsFile(splits, dropped=len(rows) - len(pairs))
 
 

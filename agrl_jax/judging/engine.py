@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from agrl_jax.data import pipeline
-from agrl_jax.data.pairs import Pair, read_pairs
+from agrl_jax.data import cells, pipeline
+from agrl_jax.data.pairs import Pair, read_labelled
+from agrl_jax.data.rows import NOT_UNICODE, Source, records_of
 from agrl_jax.evaluation.evaluator import TierSegments, judge_prompts, tier_segments
 from agrl_jax.judging import cuts, trained
 from agrl_jax.judging.cuts import CutsError
@@ -21,7 +22,6 @@ from agrl_jax.runtime import sharding
 from agrl_jax.runtime.console import progress
 from agrl_jax.types import Array, Params, Policy, RuleTables
 
-_TEXTS = ("query", "title", "description", "brand", "color", "category", "price")
 _LENGTHS = 8  # that prompts are padded to, at most: each is compiled once
 _SHORTEST_UNIT = 16  # of which those lengths are multiples, at least
 _CHUNK_BATCHES = 4  # batches that are judged and kept together
@@ -94,18 +94,17 @@ class Judge:
         """How many rows are best judged together: they are batched by length."""
         return self.batch_size * _CHUNK_BATCHES
 
-    def judge(
-        self, rows: Sequence[Mapping[str, Any]], advance: Callable[[int], None] = lambda rows: None
-    ) -> list[Judgement]:
-        """Judges rows with a `query`, a `title`, and optional texts of the item; see the top of this module.
+    def judge(self, rows: Source, advance: Callable[[int], None] = lambda rows: None) -> list[Judgement]:
+        """Judges rows with a `query`, a `title`, and optional texts of the item: records, or a frame.
 
         A row that cannot be judged has an `error`; the others do not depend on it. `advance` is told after each batch
         how many more rows are done.
         """
+        rows = records_of(rows)
         pairs = [_pair(row) for row in rows]
         loaded = self._loaded
         prompts = list(pipeline.prompts(pairs, self.book, loaded.tokenizer, loaded.prompt_len, loaded.style))
-        errors = [_error(pair, prompt, loaded.prompt_len) for pair, prompt in zip(pairs, prompts, strict=True)]
+        errors = [_error(*each, loaded.prompt_len) for each in zip(rows, pairs, prompts, strict=True)]
         judged = [Judgement(error=error) for error in errors]
         advance(sum(map(bool, errors)))
         good = sorted((i for i, error in enumerate(errors) if not error), key=lambda i: len(prompts[i].tokens))
@@ -121,9 +120,9 @@ class Judge:
 
     def fit_cuts(self, path: str) -> cuts.Fit:
         """Fits cut points on a file of labelled pairs, uses them from now on, and keeps them with the checkpoint."""
-        pairs = [pair for split in read_pairs(path, self.book).splits.values() for pair in split]
+        pairs = read_labelled(path, self.book).pairs
         self._cuts = None
-        rows = [{name: getattr(pair, name) for name in _TEXTS} for pair in pairs]
+        rows = [{name: getattr(pair, name) for name in cells.TEXTS} for pair in pairs]
         with progress("fit cut points", len(rows)) as bar:
             judgements = self.judge(rows, bar.advance)
         judged = [(pair.tier, one) for pair, one in zip(pairs, judgements, strict=True) if not one.error]
@@ -186,13 +185,16 @@ def _answer(
 
 
 def _pair(row: Mapping[str, Any]) -> Pair:
-    """A row's texts. Runs of white space become one space, so that no text breaks the lines of a prompt."""
-    texts = {name: "" if row.get(name) is None else " ".join(str(row[name]).split()) for name in _TEXTS}
-    return Pair(id="", **texts)
+    """A row's texts; one that is not valid Unicode has none."""
+    texts = cells.texts(row)
+    return Pair(id="", **(texts if all(map(cells.is_unicode, texts.values())) else dict.fromkeys(texts, "")))
 
 
-def _error(pair: Pair, prompt: pipeline.Prompt, limit: int) -> str:
-    """Why a pair cannot be judged; empty if it can."""
+def _error(row: Mapping[str, Any], pair: Pair, prompt: pipeline.Prompt, limit: int) -> str:
+    """Why a row cannot be judged; empty if it can."""
+    broken = [name for name, text in cells.texts(row).items() if not cells.is_unicode(text)]
+    if broken:
+        return "; ".join(f"{name} {NOT_UNICODE}" for name in broken)
     empty = [name for name in ("query", "title") if not getattr(pair, name)]
     if empty:
         return "; ".join(f"{name} is empty" for name in empty)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -12,8 +13,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from agrl_jax.data.pairs import PairsError
-from agrl_jax.data.rows import Journal, OutputError, Record, RowFile, check_output, open_rows, write_rows
+from agrl_jax.data import rows
+from agrl_jax.data.rows import Journal, OutputError, PairsError, Record, Row, RowFile
 from agrl_jax.judging import PREFIX, trained
 from agrl_jax.judging.cuts import CutsError
 from agrl_jax.judging.engine import Judge, Judgement
@@ -21,7 +22,7 @@ from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.runtime.console import progress
 
 _LISTED = 10  # bad rows named in the summary
-
+_ERROR_WIDTH = 200  # of each
 USER_ERRORS = (*trained.LOAD_ERRORS, CutsError, PairsError, OutputError)  # shown as one message
 
 
@@ -41,7 +42,7 @@ class Summary:
         if judgement["error"]:
             self.bad_rows += 1
             if self.bad_rows <= _LISTED:
-                self.bad.append((self.rows, judgement["error"]))
+                self.bad.append((self.rows, textwrap.shorten(judgement["error"], _ERROR_WIDTH, placeholder="…")))
             return
         self.tiers[judgement["tier"]] += 1
         self.inconsistent += not judgement["consistent"]
@@ -68,33 +69,36 @@ def judge_file(judge: Judge, source: str, output: str, prefix: str = PREFIX, ove
       PairsError: the input cannot be read, or lacks a column.
       OutputError: the output cannot be written, exists, or was begun from another input or judge.
     """
-    file = open_rows(source)
-    for name in ("query", "title"):
-        if name not in file.schema.names:
-            raise PairsError(f"{source}: lacks the column {name!r}; it has {', '.join(file.schema.names)}")
+    file = rows.open_rows(source)
+    rows.check_columns(file, ("query", "title"))
     added = _columns(judge.book, prefix)
-    check_output(output, file, added)
+    rows.check_output(output, file, added)
     if Path(output).exists() and not overwrite:
         raise OutputError(f"{output}: exists already; name another output, or replace it with --overwrite")
     summary = Summary()
     with Journal(f"{output}.partial", judge.identity | {"input": file.digest}, judge.chunk, overwrite) as journal:
-        _judge_rest(judge, file, journal)
-        write_rows(output, file, added, _cells(journal, summary, added))
+        _judge_rest(judge, file, journal, rows.keeps_lines(output, file))
+        rows.write_rows(output, file, added, _cells(journal, summary, added))
         journal.path.unlink()
     return summary
 
 
-def _judge_rest(judge: Judge, file: RowFile, journal: Journal) -> None:
+def _judge_rest(judge: Judge, file: RowFile, journal: Journal, keeps_lines: bool) -> None:
     """Judges the rows that the journal does not hold."""
-    rows = itertools.islice(file.rows(), journal.done, None)
+
+    def answer(row: Row, judged: Judgement) -> Judgement:
+        if not row.error:
+            return judged
+        return Judgement(error=f"{row.error}: {row.text}" if row.text and not keeps_lines else row.error)
+
+    left = itertools.islice(file.rows(), journal.done, None)
     with progress("judge", file.count, journal.done) as bar:
         if journal.done:
             bar.print(f"going on after row {journal.done:,} of {file.count:,}")
         first, began = journal.done, time.monotonic()
-        while chunk := list(itertools.islice(rows, judge.chunk)):
+        while chunk := list(itertools.islice(left, judge.chunk)):
             judged = judge.judge([{} if row.error else row.record for row in chunk], bar.advance)
-            judged = [Judgement(error=row.error) if row.error else one for row, one in zip(chunk, judged, strict=True)]
-            journal.append(map(asdict, judged))
+            journal.append(map(asdict, map(answer, chunk, judged)))
             bar.update(journal.done, {"rows/s": (journal.done - first) / (time.monotonic() - began)})
 
 
