@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
-import polars as pl
+import pandas
+import polars
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -86,12 +92,15 @@ class TestReading:
     def test_csv_tsv_parquet_and_jsonl_read_the_same(self, tmp_path):
         columns = {"id": ["a", "b"], "query": ["shoe", "hat"], "title": ["Red, shoe", "Cap"], "label": ["4", "2"],
                    "brand": ["Acme", None]}
-        frame = pl.DataFrame(columns)
-        frame.write_csv(tmp_path / "p.csv")
-        frame.write_csv(tmp_path / "p.tsv", separator="\t")
-        frame.with_columns(pl.col("label").cast(pl.Int64)).write_parquet(tmp_path / "p.parquet")
-        write(tmp_path, "\n".join(json.dumps(row | {"label": float(row["label"])}) for row in frame.to_dicts()),
-              "p.jsonl")
+        rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+        for kind, delimiter in (("csv", ","), ("tsv", "\t")):
+            with (tmp_path / f"p.{kind}").open("w", newline="") as file:
+                writer = csv.DictWriter(file, columns, delimiter=delimiter)
+                writer.writeheader()
+                writer.writerows(rows)
+        numbers = [row | {"label": int(row["label"])} for row in rows]
+        pq.write_table(pa.Table.from_pylist(numbers), tmp_path / "p.parquet")
+        write(tmp_path, "\n".join(json.dumps(row | {"label": float(row["label"])}) for row in rows), "p.jsonl")
         files = [all_pairs(tmp_path / f"p.{kind}") for kind in ("csv", "tsv", "parquet", "jsonl")]
         assert files[0] == files[1] == files[2] == files[3]
         assert [(pair.title, pair.brand, pair.tier) for pair in files[0]] == [("Red, shoe", "Acme", 0), ("Cap", "", 2)]
@@ -102,8 +111,11 @@ class TestReading:
             {"query": "mug", "title": 501.0, "label": "3", "brand": float("nan"), "price": 9.99, "id": 7.0},
         ]
         write(tmp_path, "\n".join(map(json.dumps, records)), "p.jsonl")
-        pl.DataFrame([row | {"title": str(row["title"]), "label": int(float(row["label"]))} for row in records]
-                     ).write_parquet(tmp_path / "p.parquet")  # fmt: skip
+        typed = [row | {"title": str(row["title"]), "label": int(float(row["label"]))} for row in records]
+        pq.write_table(pa.Table.from_pylist(typed, pa.schema([
+            ("query", pa.string()), ("title", pa.string()), ("label", pa.int8()), ("brand", pa.float64()),
+            ("price", pa.float32()), ("id", pa.float64()),
+        ])), tmp_path / "p.parquet")  # fmt: skip
         for file, title in (("p.jsonl", "501"), ("p.parquet", "501.0")):
             first, second = all_pairs(tmp_path / file)
             assert (first.brand, first.price, first.color, first.id) == ("", "129.00", "", "1")
@@ -311,6 +323,113 @@ class TestBadRows:
         assert "row 2 (line 2): is not a JSON object" in refusal(path)
 
 
+_ESCI_PRODUCTS = pa.schema([
+    (name, pa.string()) for name in (
+        "product_id", "product_locale", "product_title", "product_description", "product_bullet_point",
+        "product_brand", "product_color",
+    )
+])  # fmt: skip
+
+
+class TestFormat:
+    """Files that were not written for this program."""
+
+    def test_labels_are_mapped(self, tmp_path):
+        path = write(tmp_path, "query,title,label\na,t,Exact\nb,t,no\nc,t,2.0\nd,t,EXACT\n")
+        labels = {"exact": "4", "No": "1-irrelevant", "2": "3"}
+        assert [pair.tier for pair in all_pairs(path, labels=labels)] == [0, 3, 1, 0]
+        message = refusal(path, labels={"exact": "4", "good": "3"})
+        assert "2 of 4 rows cannot be used" in message
+        assert "label 'no' is outside the tiers; it should be one of: exact, good" in message
+        assert "which should be one of: 4-Excellent or 4" in refusal(path, labels={"exact": "Perfect"})
+        assert "other labels can be mapped to them with labels" in refusal(path)
+
+    def test_a_mapped_label_is_no_grade(self, tmp_path):
+        path = write(tmp_path, "query,title,label\na,t,0\nb,t,3\n")
+        assert [pair.tier for pair in all_pairs(path, labels={"0": "1", "1": "2", "2": "3", "3": "4"})] == [3, 0]
+        assert "label '3' is outside" in refusal(path, labels={"0": "1"})
+
+    @pytest.mark.parametrize(
+        ("rating", "tier"),
+        [("1", 3), ("1.49", 3), ("1.5", 2), ("2.33", 2), ("2.5", 1), ("3.499", 1), ("3.5", 0), ("9", 0), ("-1", 3)],
+    )
+    def test_ratings_are_binned(self, tmp_path, rating, tier):
+        path = write(tmp_path, f"query,title,label\na,t,{rating}\n")
+        assert all_pairs(path, bins=(1.5, 2.5, 3.5))[0].tier == tier
+
+    def test_bins_that_do_not_fit(self, tmp_path):
+        path = write(tmp_path, "query,title,label\na,t,2.33\nb,t,good\n")
+        for bins in ((1.5, 2.5), (1.5, 2.5, 2.5), (3.5, 2.5, 1.5)):
+            assert "should be 3 ascending numbers" in refusal(path, bins=bins)
+        assert "label 'good' is outside the tiers; it should be a number" in refusal(path, bins=(1, 2, 3))
+        assert "either mapped or binned" in refusal(path, bins=(1, 2, 3), labels={"a": "4"})
+
+    def test_texts_of_a_config(self):
+        columns, labels = "{title: product_title, query: 'search, term'}", "{yes: 4, 0: 1-Irrelevant}"
+        form = PairsFormat.parse(columns, labels, "", "skip")
+        assert form == PairsFormat(
+            {"title": "product_title", "query": "search, term"}, {"yes": "4", "0": "1-Irrelevant"}, (), True
+        )
+        assert PairsFormat.parse(bins="[1, 2.5]") == PairsFormat(bins=(1.0, 2.5))
+
+    @pytest.mark.parametrize("text", ["title=t", "[a]", "{a: {b: c}}", "{a", "{a: [b]}"])
+    def test_texts_that_are_no_mapping(self, text):
+        with pytest.raises(PairsError, match="labels=.*should be written like {E: 4, S: 3}"):
+            PairsFormat.parse(labels=text)
+        with pytest.raises(PairsError, match="bins="):
+            PairsFormat.parse(bins=text)
+
+    def test_bad_rows_are_left_out_and_said(self, tmp_path):
+        good = "".join(f"q{n},t,3\n" for n in range(30))
+        path = write(tmp_path, f"query,title,label\na,t,4\nb,t,7\n{good}c,,1\n")
+        file = read_pairs(path, BOOK, form=PairsFormat(skip_bad_rows=True))
+        assert sum(map(len, file.splits.values())) == 31
+        (note,) = file.notes
+        first, *lines = note.split("\n  ")
+        assert first == "rows left out since they cannot be used: 2"
+        assert lines[0].startswith("row 2 (line 3): label '7'") and lines[1] == "row 33 (line 34): title is empty"
+
+    def test_a_file_of_bad_rows_alone_is_refused(self, tmp_path):
+        path = write(tmp_path, "query,title,label\na,t,7\n")
+        assert "1 of 1 rows cannot be used" in refusal(path, skip_bad_rows=True)
+
+    def test_pairs_with_two_labels_are_counted(self, tmp_path):
+        rows = ["Mug,t,4", "mug,t,3", "mug,t,1", "mug,u,1", "cap,t,2", "cap,t,2"]
+        path = write(tmp_path, "query,title,label,split\n" + "".join(f"{row},{split}\n" for row in rows for split in (
+            "train", "validation")) + "rug,t,1,test\n")
+        assert read_pairs(path, BOOK).notes == ["pairs that stand more than once with different labels: 1"]
+
+    def test_test_pairs_in_a_file_of_their_own(self, tmp_path):
+        train = write(tmp_path, "query,title,label\n" + "".join(f"q{n},t,4\n" for n in range(40)), "train.csv")
+        test = write(tmp_path, "query,title,label\nq3,t,1\nhat,t,4\n", "test.csv")
+        file = read_pairs(train, BOOK, test=test)
+        assert [(pair.query, pair.split) for pair in file.splits["test"]] == [("q3", "test"), ("hat", "test")]
+        assert len(file.splits["train"]) + len(file.splits["validation"]) == 40 and file.splits["validation"]
+        known = "q3" in [pair.query for pair in file.splits["train"]]
+        assert ("queries of the test pairs that are trained on too: 1" in file.notes) == known
+
+    def test_test_pairs_in_both_files_are_refused(self, tmp_path):
+        text = "query,title,label,split\na,t,4,train\nb,t,4,validation\nc,t,4,test\n"
+        path = write(tmp_path, text)
+        with pytest.raises(PairsError, match="has rows for test in its column 'split', and so has"):
+            read_pairs(path, BOOK, test=write(tmp_path, text, "test.csv"))
+        short = write(tmp_path, text.rpartition("c,")[0], "short.csv")
+        assert len(read_pairs(short, BOOK, test=path).splits["test"]) == 3
+
+    def test_frames_and_records(self):
+        rows = [{"query": "a", "title": "t", "label": 4, "brand": None}, {"query": "b", "title": "u", "label": 3}]
+        expected = read_labelled(rows, BOOK).pairs
+        assert [(pair.title, pair.tier, pair.row) for pair in expected] == [("t", 0, 1), ("u", 1, 2)]
+        frames = [pa.Table.from_pylist(rows), pandas.DataFrame(rows), polars.DataFrame(rows), iter(rows)]
+        assert all(read_labelled(frame, BOOK).pairs == expected for frame in frames)
+        with pytest.raises(PairsError, match="the rows: 1 of 1 rows.*\n  row 1: title is not valid Unicode"):
+            read_labelled([{"query": "a", "title": "\ud800", "label": 4}], BOOK)
+        with pytest.raises(PairsError, match="the rows: lacks the column 'label'"):
+            read_labelled(pandas.DataFrame({"query": ["a"], "title": ["t"]}), BOOK)
+        with pytest.raises(PairsError, match="there are none"):
+            read_labelled([], BOOK)
+
+
 class TestPublicReleases:
     @pytest.fixture
     def esci(self, tmp_path) -> Path:
@@ -318,7 +437,8 @@ class TestPublicReleases:
         rows += [(40, "hat", "B0", "us", "E", 1, "test"), (41, "hat", "B9", "us", "E", 1, "test"),
                  (42, "hat", "B0", "us", "E", 0, "test"), (43, "sombrero", "B0", "es", "E", 1, "test")]
         schema = ["example_id", "query", "product_id", "product_locale", "esci_label", "small_version", "split"]
-        pl.DataFrame(rows, schema=schema, orient="row").write_parquet(tmp_path / EXAMPLES)
+        columns = dict(zip(schema, map(list, zip(*rows, strict=True)), strict=True))
+        pq.write_table(pa.table(columns), tmp_path / EXAMPLES)
         products = {
             "product_id": ["B0", "B1", "B2", "B9", "B0"],
             "product_locale": ["us", "us", "us", "us", "es"],
@@ -328,7 +448,7 @@ class TestPublicReleases:
             "product_brand": ["Acme", None, None, None, None],
             "product_color": [None, "red", None, None, None],
         }
-        pl.DataFrame(products).write_parquet(tmp_path / PRODUCTS)
+        pq.write_table(pa.table(products), tmp_path / PRODUCTS)
         return tmp_path
 
     def test_esci(self, esci):
@@ -351,6 +471,49 @@ class TestPublicReleases:
     def test_esci_missing(self, tmp_path):
         with pytest.raises(PairsError, match="not a readable ESCI release"):
             read_esci(tmp_path, BOOK)
+
+    def test_esci_without_a_column(self, esci):
+        pq.write_table(pq.read_table(esci / PRODUCTS).drop_columns("product_brand"), esci / PRODUCTS)
+        with pytest.raises(PairsError, match="not of the ESCI release: it lacks product_brand"):
+            read_esci(esci, BOOK)
+
+    @pytest.mark.slow
+    def test_esci_is_read_in_the_memory_of_the_pairs_that_are_kept(self, tmp_path):
+        """A release of 200,000 products of 4 KB, some 0.8 GB of text, of which 1,000 are of the pairs asked for."""
+        with pq.ParquetWriter(tmp_path / PRODUCTS, _ESCI_PRODUCTS) as writer:
+            for first in range(0, 200_000, 2000):
+                names = [f"B{n}" for n in range(first, first + 2000)]
+                texts = [f"{name} " * (4000 // (len(name) + 1)) for name in names]
+                columns = [names, ["us"] * 2000, names, texts, names, names, names]
+                writer.write_table(pa.table(columns, schema=_ESCI_PRODUCTS))
+        examples = {
+            "example_id": range(1000), "query": [f"query {n // 10}" for n in range(1000)],
+            "product_id": [f"B{200 * n}" for n in range(1000)], "product_locale": ["us"] * 1000,
+            "esci_label": ["E"] * 1000, "small_version": [1] * 1000, "split": ["train", "test"] * 500,
+        }  # fmt: skip
+        pq.write_table(pa.table({name: list(column) for name, column in examples.items()}), tmp_path / EXAMPLES)
+        code = (
+            "import resource, sys; from agrl_jax.data.esci import read_esci; from agrl_jax.rulebook import book; "
+            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024; rules = book.load(); "
+            "before = peak(); found = read_esci(sys.argv[1], rules); "
+            "print(sum(map(len, found.splits.values())), peak() - before)"
+        )
+        out = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True).stdout
+        count, megabytes = out.split()
+        assert int(count) == 1000
+        assert float(megabytes) < 300
+
+    def test_wands_keeps_quotes_and_counts_what_it_leaves_out(self, tmp_path):
+        write(tmp_path, "query_id\tquery\n0\tdesk\n", "query.csv")
+        columns = "product_id\tproduct_name\tproduct_class\tproduct_description"
+        write(tmp_path, f'{columns}\n8\t"Mod" 48" desk\tDesks\t"big, ""oak"""\n9\t\t\t\n', "product.csv")
+        rows = "".join(f"{n}\t{query}\t{product}\tExact\n" for n, (query, product) in enumerate(
+            [(0, 8), (0, 9), (0, 7), (1, 8), (0, 8)]))
+        write(tmp_path, "id\tquery_id\tproduct_id\tlabel\n" + rows, "label.csv")
+        file = read_wands(tmp_path, BOOK)
+        pairs = [pair for split in file.splits.values() for pair in split]
+        assert [(pair.id, pair.title) for pair in pairs] == [("0", '"Mod" 48" desk'), ("4", '"Mod" 48" desk')]
+        assert file.dropped == 3
 
     def test_wands(self, tmp_path):
         write(tmp_path, "query_id\tquery\tquery_class\n0\tsalon chair\tMassage Chairs\n1\tdesk\tDesks\n", "query.csv")

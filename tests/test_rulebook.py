@@ -373,6 +373,12 @@ def test_digest_follows_meaning_and_not_layout(tmp_path: Path, small: RuleBook) 
         ("[right, wrong, any]", "[right, wrong, right]", "[right, wrong, right]", r"the value 'right' stands twice"),
         ("      no: it does not", "      yes: it does not", "yes: it does not", r"'yes' stands twice"),
         ("[right, any]", "[right, right]", "[right, right]", r"a value stands twice"),
+        ("[right, wrong, any]", "[right, wrong, Right]", "[right, wrong, Right]", r"'Right' stands twice, upper and"),
+        ("name: Skip", "name: buy", "name: buy, grade: 1", r"tiers\[1\].name: the tier 'buy' stands twice"),
+        # White space that cells of a file do not keep
+        ("name: Skip", "name: 'Skip '", "name: 'Skip ", r"tiers\[1\].name: 'Skip ' has white space at an end"),
+        ("[right, wrong, any]", "[right, ' wrong', any]", "[right, ' wrong", r"' wrong' has white space at an end"),
+        ("name: colour", "name: 'colour  hue'", "name: 'colour", r"more than one space between words"),
         # Tiers that make no scale
         ("grade: 1", "grade: 2", "name: Skip, grade: 2", r"best first, so this should be below 2"),
         ("good: true", "good: false", "- {name: Buy", r"the best tier should be good and the worst not"),

@@ -6,18 +6,23 @@ The release's folder `shopping_queries_dataset` has the two Parquet files that a
 from __future__ import annotations
 
 import html
-import os
 import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
-import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from etils import epath
 
-from agrl_jax.data.pairs import Pair, PairsError, PairsFile, split_by_query
+from agrl_jax.data.cells import clean
+from agrl_jax.data.pairs import TRAIN_SHARES, Pair, PairsError, PairsFile, split_by_query
 from agrl_jax.rulebook.book import RuleBook
 
 EXAMPLES = "shopping_queries_dataset_examples.parquet"
 PRODUCTS = "shopping_queries_dataset_products.parquet"
 GRADES = {"E": 4, "S": 3, "C": 2, "I": 1}  # exact, substitute, complement, irrelevant
+_BATCH = 8192  # rows of a file in memory at once
 _TAG = re.compile(r"<[^<>]{1,200}>")
 
 
@@ -36,15 +41,16 @@ def read_esci(
     Raises:
       PairsError: a file is missing or lacks a column, the locale has no pairs, or the rule book lacks a grade.
     """
-    tiers = tiers_by_grade(book, GRADES)
-    rows = _rows(epath.Path(folder), locale, small_version)
-    if not rows:
+    tiers, root = tiers_by_grade(book, GRADES), epath.Path(folder)
+    examples = list(_examples(root, locale, small_version))
+    if not examples:
         raise PairsError(f"{folder}: has no pairs of the locale {locale!r}")
-    titled = [row for row in rows if _clean(row["product_title"])]
-    pairs = [_pair(row, tiers, book) for row in titled]
-    splits = split_by_query((pair for pair in pairs if pair.split == "train"), seed, {"train": 0.9, "validation": 0.1})
+    products = _products(root, locale, {example.product for example in examples})
+    titled = [example for example in examples if example.product in products]
+    pairs = [_pair(example, products[example.product], tiers, book) for example in titled]
+    splits = split_by_query((pair for pair in pairs if pair.split == "train"), seed, TRAIN_SHARES)
     splits["test"] = [pair for pair in pairs if pair.split == "test"]
-    return PairsFile(splits, dropped=len(rows) - len(titled))
+    return PairsFile(splits, dropped=len(examples) - len(titled))
 
 
 def tiers_by_grade(book: RuleBook, grades: dict[str, int]) -> dict[str, int]:
@@ -60,41 +66,66 @@ def tiers_by_grade(book: RuleBook, grades: dict[str, int]) -> dict[str, int]:
     return {label: of_grade[grade] for label, grade in grades.items()}
 
 
-def _rows(folder: epath.Path, locale: str, small_version: bool) -> list[dict[str, str | None]]:
-    key = ["product_id", "product_locale"]
-    try:
-        examples = pl.scan_parquet(os.fspath(folder / EXAMPLES)).filter(pl.col("product_locale") == locale)
+class _Example(NamedTuple):
+    id: str
+    query: str
+    product: str
+    label: str
+    split: str
+
+
+def _examples(folder: epath.Path, locale: str, small_version: bool) -> Iterator[_Example]:
+    columns = ["example_id", "query", "product_id", "esci_label", "split"]
+    queries: dict[str, str] = {}  # one text for all examples of a query
+    for batch in _batches(folder / EXAMPLES, [*columns, "product_locale", "small_version"]):
+        wanted = pc.equal(batch["product_locale"], locale)
         if small_version:
-            examples = examples.filter(pl.col("small_version") == 1)
-        examples = examples.select("example_id", "query", *key, "esci_label", "split")
-        products = pl.scan_parquet(os.fspath(folder / PRODUCTS)).select(
-            *key, "product_title", "product_description", "product_bullet_point", "product_brand", "product_color"
+            wanted = pc.and_(wanted, pc.equal(batch["small_version"], 1))
+        for example, query, *others in _rows(batch.filter(wanted), columns):
+            yield _Example(str(example), queries.setdefault(query, _clean(query)), *others)
+
+
+def _products(folder: epath.Path, locale: str, wanted: set[str]) -> dict[str, dict[str, str]]:
+    """The texts of those of the wanted products that have a title: the file's others are never in memory together."""
+    texts = ["title", "description", "bullet_point", "brand", "color"]
+    columns = ["product_id", *(f"product_{name}" for name in texts)]
+    found = {}
+    for batch in _batches(folder / PRODUCTS, [*columns, "product_locale"]):
+        batch = batch.filter(pc.equal(batch["product_locale"], locale))
+        places = [place for place, product in enumerate(batch["product_id"].to_pylist()) if product in wanted]
+        for product, *cells in _rows(batch.take(pa.array(places, pa.int64())), columns):
+            title, description, bullets, brand, color = map(_clean, cells)
+            if title:
+                description = f"{bullets} {description}".strip()
+                found[product] = {"title": title, "description": description, "brand": brand, "color": color}
+    return found
+
+
+def _batches(path: epath.Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    try:
+        with path.open("rb") as stream, pq.ParquetFile(stream) as file:
+            if lacking := set(columns) - set(file.schema_arrow.names):
+                raise PairsError(f"{path}: not of the ESCI release: it lacks {', '.join(sorted(lacking))}")
+            yield from file.iter_batches(_BATCH, columns=list(columns))
+    except (OSError, pa.ArrowException) as error:
+        raise PairsError(f"{path}: not a readable ESCI release: {error}") from error
+
+
+def _rows(batch: pa.RecordBatch, columns: Sequence[str]) -> Iterable[tuple]:
+    return zip(*(batch[name].to_pylist() for name in columns), strict=True)
+
+
+def _pair(example: _Example, texts: dict[str, str], tiers: dict[str, int], book: RuleBook) -> Pair:
+    if example.label not in tiers:
+        raise PairsError(
+            f"{EXAMPLES}: example {example.id}: unknown label {example.label!r}; it should be one of {', '.join(tiers)}"
         )
-        joined = examples.join(products, on=key, how="left", maintain_order="left")
-        return joined.with_columns(pl.col("example_id").cast(pl.String)).collect().to_dicts()
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise PairsError(f"{folder}: not a readable ESCI release ({EXAMPLES}, {PRODUCTS}): {error}") from error
-
-
-def _pair(row: dict[str, str | None], tiers: dict[str, int], book: RuleBook) -> Pair:
-    label = row["esci_label"] or ""
-    if label not in tiers:
-        raise PairsError(f"{EXAMPLES}: example {row['example_id']}: unknown label {label!r}; it should be one of "
-                         f"{', '.join(tiers)}")
-    tier = tiers[label]
+    tier = tiers[example.label]
     return Pair(
-        id=row["example_id"] or "",
-        query=_clean(row["query"]),
-        title=_clean(row["product_title"]),
-        description=f"{_clean(row['product_bullet_point'])} {_clean(row['product_description'])}".strip(),
-        brand=_clean(row["product_brand"]),
-        color=_clean(row["product_color"]),
-        tier=tier,
-        steps=book.implied(tier),
-        split=row["split"] or "",
+        id=example.id, query=example.query, tier=tier, steps=book.implied(tier), split=example.split or "", **texts
     )
 
 
 def _clean(text: str | None) -> str:
     """Without markup, on one line."""
-    return " ".join(html.unescape(_TAG.sub(" ", text or "")).split())
+    return clean(html.unescape(_TAG.sub(" ", text or "")))

@@ -291,9 +291,11 @@ def _survey_parquet(path: epath.Path) -> tuple[int, pa.Schema]:
 
 def _table_rows(table: pa.Table) -> Iterator[Row]:
     """The rows of a table in types that JSON and CSV can hold: dates, times and decimals as text."""
-    times = [field.name for field in table.schema if pa.types.is_temporal(field.type)]
-    for name in times:  # not by Python's types, which have no nanoseconds
-        table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(pa.string()))
+    for place, field in enumerate(table.schema):
+        if pa.types.is_temporal(field.type):  # not by Python's types, which have no nanoseconds
+            table = table.set_column(place, field.name, table[place].cast(pa.string()))
+        elif pa.types.is_float32(field.type):  # by their digits: 9.99, not 9.989999771118164
+            table = table.set_column(place, field.name, table[place].cast(pa.string()).cast(pa.float64()))
     return (Row(plain(record)) for record in table.to_pylist())
 
 
@@ -566,7 +568,7 @@ class Journal:
 
     def _take_up(self, chunk: int, overwrite: bool) -> None:
         before = self._identity_before()
-        differ = [name for name, value in self._identity.items() if before and before[name] != value]
+        differ = [name for name, value in self._identity.items() if before and before.get(name) != value]
         if differ and not overwrite:
             raise OutputError(
                 f"{self.path}: holds the work of another run (another {', '.join(differ)}); "
@@ -584,7 +586,7 @@ class Journal:
             first = self._file.readline()
             torn = not first.endswith("\n") and json.dumps(self._identity).startswith(first)
             before = {} if torn else json.loads(first)
-            ours = torn or (isinstance(before, dict) and before.keys() == self._identity.keys())
+            ours = torn or (isinstance(before, dict) and before.keys() <= self._identity.keys())
         except (ValueError, RecursionError):
             ours = False
         if not ours:

@@ -5,14 +5,18 @@ The release's folder `dataset` has the three tab-separated files that are read h
 
 from __future__ import annotations
 
-import polars as pl
+from collections.abc import Iterator
+
 from etils import epath
 
+from agrl_jax.data.cells import clean
 from agrl_jax.data.esci import tiers_by_grade
 from agrl_jax.data.pairs import SHARES, Pair, PairsError, PairsFile, split_by_query
+from agrl_jax.data.rows import check_columns, open_rows
 from agrl_jax.rulebook.book import RuleBook
 
 QUERIES, PRODUCTS, LABELS = "query.csv", "product.csv", "label.csv"
+_PRODUCT = ("product_id", "product_name", "product_class", "product_description")
 GRADES = {"Exact": 4, "Partial": 3, "Irrelevant": 1}
 
 
@@ -29,45 +33,43 @@ def read_wands(folder: epath.PathLike, book: RuleBook, seed: int = 0) -> PairsFi
     """
     tiers = tiers_by_grade(book, GRADES)
     root = epath.Path(folder)
-    labels = _read(root / LABELS, "id", "query_id", "product_id", "label")
-    queries = _read(root / QUERIES, "query_id", "query")
-    products = _read(root / PRODUCTS, "product_id", "product_name", "product_class", "product_description")
-    rows = (
-        labels.join(queries, on="query_id", how="left", maintain_order="left")
-        .join(products, on="product_id", how="left", maintain_order="left")
-        .to_dicts()
-    )
-    titled = [row for row in rows if row["query"] and row["product_name"]]
-    pairs = [_pair(row, tiers, book) for row in titled]
+    labels = list(_read(root / LABELS, "id", "query_id", "product_id", "label"))
+    queries = {row["query_id"]: row["query"] for row in _read(root / QUERIES, "query_id", "query")}
+    wanted = {label["product_id"] for label in labels}
+    products = {row["product_id"]: row for row in _read(root / PRODUCTS, *_PRODUCT) if row["product_id"] in wanted}
+    pairs = [
+        _pair(label, queries[label["query_id"]], products[label["product_id"]], tiers, book)
+        for label in labels
+        if label["query_id"] in queries and label["product_id"] in products
+    ]
+    pairs = [pair for pair in pairs if pair.query and pair.title]
     if not pairs:
         raise PairsError(f"{root / LABELS}: has no pairs")
     splits = split_by_query(pairs, seed, SHARES)
-    return PairsFile(splits, dropped=len(rows) - len(pairs))
+    return PairsFile(splits, dropped=len(labels) - len(pairs))
 
 
-def _read(file: epath.Path, *columns: str) -> pl.DataFrame:
-    try:
-        frame = pl.read_csv(file.read_bytes(), separator="\t", infer_schema=False)
-        return frame.select(columns)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise PairsError(f"{file}: not a readable file of WANDS with {', '.join(columns)}: {error}") from error
+def _read(file: epath.Path, *columns: str) -> Iterator[dict[str, str]]:
+    """The columns of each row."""
+    rows = open_rows(file, delimiter="\t")  # whatever the name says
+    check_columns(rows, columns)
+    for number, row in enumerate(rows.rows(), 1):
+        if row.error:
+            raise PairsError(f"{file}: row {number} (line {row.line}) {row.error}")
+        yield {name: clean(row.record[name]) for name in columns}
 
 
-def _pair(row: dict[str, str | None], tiers: dict[str, int], book: RuleBook) -> Pair:
-    if row["label"] not in tiers:
+def _pair(label: dict[str, str], query: str, product: dict[str, str], tiers: dict[str, int], book: RuleBook) -> Pair:
+    if label["label"] not in tiers:
         known = ", ".join(tiers)
-        raise PairsError(f"{LABELS}: id {row['id']}: unknown label {row['label']!r}; it should be one of {known}")
-    tier = tiers[row["label"]]
+        raise PairsError(f"{LABELS}: id {label['id']}: unknown label {label['label']!r}; it should be one of {known}")
+    tier = tiers[label["label"]]
     return Pair(
-        id=row["id"] or "",
-        query=_clean(row["query"]),
-        title=_clean(row["product_name"]),
-        description=_clean(row["product_description"]),
-        category=_clean(row["product_class"]),
+        id=label["id"],
+        query=query,
+        title=product["product_name"],
+        description=product["product_description"],
+        category=product["product_class"],
         tier=tier,
         steps=book.implied(tier),
     )
-
-
-def _clean(text: str | None) -> str:
-    return " ".join((text or "").split())

@@ -80,6 +80,13 @@ class _Entry:
             self.fail("is empty")
         return self.node.value
 
+    def name(self) -> str:
+        """A text that pairs state too, where white space is cleaned."""
+        text = self.text()
+        if text != " ".join(text.split()):
+            self.fail(f"{text!r} has white space at an end, or more than one space between words")
+        return text
+
     def integer(self) -> int:
         text = self.text()
         try:
@@ -190,12 +197,12 @@ def _parse_tiers(entry: _Entry) -> tuple[tuple[Tier, ...], list[_Entry]]:
     for item in entry.items():
         fields = item.fields(("name", "grade", "good", "meaning"), required=("name", "grade", "good"))
         tier = Tier(
-            name=fields["name"].text(),
+            name=fields["name"].name(),
             grade=fields["grade"].integer(),
             good=fields["good"].choice(("true", "false")) == "true",
             meaning=fields["meaning"].text(empty=True) if "meaning" in fields else "",
         )
-        if tier.name in [other.name for other in tiers]:
+        if tier.name.casefold() in [other.name.casefold() for other in tiers]:
             fields["name"].fail(f"the tier {tier.name!r} stands twice")
         if tiers and tier.grade >= tiers[-1].grade:
             fields["grade"].fail(f"tiers are listed best first, so this should be below {tiers[-1].grade}")
@@ -214,7 +221,7 @@ def _parse_steps(entry: _Entry) -> tuple[tuple[Step, ...], list[_Entry]]:
     steps, places = [], []
     for item in entry.items():
         fields = item.fields(("name", "label", "question", "values"), required=("name", "question", "values"))
-        name = fields["name"].text()
+        name = fields["name"].name()
         if name == "tier":
             fields["name"].fail("'tier' is the name of the conclusion; call the step something else")
         if name in [other.name for other in steps]:
@@ -233,12 +240,12 @@ def _parse_values(entry: _Entry) -> list[tuple[_Entry, str]]:
     """The values of a step and their meanings: a mapping of one to the other, or a list of values."""
     if isinstance(entry.node, yaml.SequenceNode):
         values = [(item, "") for item in entry.items()]
-        names = [key.text() for key, _ in values]
-        for i, (key, _) in enumerate(values):
-            if names[i] in names[:i]:
-                key.fail(f"the value {names[i]!r} stands twice")
     else:
         values = [(key, value.text(empty=True)) for key, value in entry.pairs()]
+    names = [key.name().casefold() for key, _ in values]
+    for i, (key, _) in enumerate(values):
+        if names[i] in names[:i]:
+            key.fail(f"the value {key.text()!r} stands twice, upper and lower case aside")
     if len(values) < 2:
         entry.fail(f"a step should have at least two values, not {len(values)}")
     return values
