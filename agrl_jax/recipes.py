@@ -18,7 +18,7 @@ def as_long_as_rl(c: ConfigDict) -> int:
     """Steps of supervised training that cost as many forward-equivalent tokens as RL does.
 
     Counted at full lengths and without replays: a step of RL samples and scores (1 each) and trains (3) on B prompts
-    with G answers each; a supervised one trains on prompts with one answer.
+    with G answers each; a supervised one trains on prompts with one answer. Shared instructions are left out.
     """
     s, t = c.data.prompt_len, c.data.response_len
     passes = 1 + (c.objective.kl != "none") + 3 * c.rl.epochs
@@ -67,7 +67,7 @@ def base() -> ConfigDict:
     c.data.path = ""  # CSV, Parquet or JSON lines of labelled pairs
     c.data.dir = ""  # where the benchmark is kept; empty: WORKDIR/data, or ~/.cache/agrl_jax of a bucket
     c.data.seed = 0  # of the benchmark, and of the split of a file without a `split` column
-    c.data.prompt_len = 40  # S, tokens; longer item texts are shortened
+    c.data.prompt_len = 40  # S, tokens after the instructions that all prompts share; longer item texts are shortened
     c.data.response_len = 17  # T, tokens
     c.data.style = "terse"  # full: with the rule book's instructions; chat: so, through the model's chat template
 
@@ -225,12 +225,12 @@ def language_model() -> ConfigDict:
     """AGRL for a language model that can follow instructions, on the bundled benchmark."""
     c = base()
     c.data.style = "chat"  # the rule book's instructions, through the model's own chat template
-    c.data.prompt_len = 768  # the instructions take some 650 tokens, query and item 60
+    c.data.prompt_len = 112  # query and item take some 60 tokens; the instructions, 650, are run once for all
     c.data.response_len = 40  # a subword vocabulary spells the longest gold answer in about 30
     c.reward.overlong_from = 32
 
     c.policy.compute_dtype = "bfloat16"  # parameters stay in float32: in bfloat16 they would lose small updates
-    c.policy.remat = True  # of a 768-token prompt, attention weights alone are 2 MB for each head of each layer
+    c.policy.remat = True  # else attention weights alone take 32 x 432 x 760 x 4 bytes a head and layer: 42 MB
 
     # Fine-tuning: it knows its language, and has to learn the form of the answer and then the judging.
     c.sft.steps = 300

@@ -98,6 +98,11 @@ class Instructions:
     k: Array  # [L, K, I, D/H] compute dtype; or L arrays, where the layers' weights stand apart
     v: Array  # [L, K, I, D/H]
 
+    @property
+    def number(self) -> int:
+        """How many tokens they are: I."""
+        return jax.tree.leaves(self.k)[0].shape[-2]
+
 
 @struct.dataclass
 class Instructed:

@@ -155,8 +155,9 @@ def theirs(folder: Path, messages: list[dict[str, str]]) -> list[int]:
 
 
 def prompt(tokenizer: Tokenizer, pair: Pair = PAIR, limit: int = 4000) -> list[int]:
-    batch = pipeline.encode([pair], BOOK, tokenizer, limit, 100, style="chat").batch
-    return batch.prompt[0, : batch.prompt_len[0]].tolist()
+    head = pipeline.instructions(BOOK, tokenizer, "chat").tolist()
+    batch = pipeline.encode([pair], BOOK, tokenizer, limit - len(head), 100, style="chat").batch
+    return head + batch.prompt[0, : batch.prompt_len[0]].tolist()
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -9,15 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_step
 from test_transformer import BASE, PROMPT_LEN, drawn, tokens, variants
 
+from agrl_jax.data.pipeline import PartTexts
+from agrl_jax.evaluation.evaluator import TierSegments, judge_batch
+from agrl_jax.policy import lora
 from agrl_jax.policy.decoding import for_decoding
+from agrl_jax.policy.lora import LoraConfig
 from agrl_jax.policy.scoring import instructed, predicting_hidden, prefill
 from agrl_jax.policy.transformer import build
+from agrl_jax.rl.step import make_step
+from agrl_jax.supervised import dpo, sft
+from agrl_jax.types import UNKNOWN, TrainState
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-SHARED = tokens((6,), seed=3)
+SHARED = tokens((6,), seed=3) % 10  # words of the small vocabulary too
 PROMPT, RESPONSE = tokens((2, 4)), tokens((2, 3, 5), seed=1)
 
 
@@ -73,3 +81,88 @@ def test_without_them_policy_and_parameters_are_the_same():
     for none in (None, np.zeros(0, np.int32)):
         same, instruct = instructed(policy, none)
         assert same is policy and instruct(params) is params
+
+
+# ------------------------------------------------------------------------------- what is computed with it
+
+
+def long(batch):
+    """A batch whose prompts begin with the instructions."""
+    prompt, prompt_len = in_front(batch.prompt, batch.prompt_len)
+    return batch.replace(prompt=prompt, prompt_len=prompt_len)
+
+
+def without_tokens(metrics):
+    return {name: value for name, value in metrics.items() if not name.startswith(("tokens/", "budget/"))}
+
+
+def adapted(small):
+    """The policy as a function of adapters that add something."""
+    cfg = LoraConfig(rank=3, alpha=6.0, modules=lora.MODULES)
+    adapters = lora.init(jax.random.key(1), small.params, build(small.config)[2], cfg)
+    return lora.over(small.params, small.policy, cfg), jax.tree.map(lambda x: x + 0.1, adapters)
+
+
+@pytest.mark.parametrize("case", ["all known", "filled in", "adapters"])
+def test_a_supervised_step_is_that_of_whole_prompts(small, close, case):
+    policy, params = adapted(small) if case == "adapters" else (small.policy, small.params)
+    unknown = case == "filled in"
+    batch = small.batch([(0, 0), (1, UNKNOWN if unknown else 0), (UNKNOWN if unknown else 2, 1)], tiers=[0, 1, 2])
+    texts = PartTexts(np.array([[[0], [1], [2]], [[3], [4], [0]], [[5], [6], [7]]]),
+                      np.array([[1, 1, 1], [1, 1, 0], [1, 1, 1]]))  # fmt: skip
+    make = partial(sft.make_step, policy, test_step.descend, blanks=(small.tables, texts) if unknown else None)
+    state = TrainState(params, params, jnp.int32(0), test_step.KEY, None, jnp.int32(0))
+    after, metrics = jax.jit(make(instructions=SHARED))(state, batch)
+    expected, figures = jax.jit(make())(state, long(batch))
+    close((after.params, after.opt_state), (expected.params, expected.opt_state))
+    close(without_tokens(metrics), without_tokens(figures))
+    assert metrics["tokens/trained"] == figures["tokens/trained"] - 2 * len(SHARED)  # once, not three times
+
+
+def test_a_step_on_preferences_is_that_of_whole_prompts(small, close):
+    batch, rng = small.batch([(0, 0), (1, 0), (2, 1)]), np.random.default_rng(0)
+    answers = rng.integers(0, 10, (3, 2, 6)).astype(np.int32), rng.random((3, 2, 6)) < 0.8, rng.normal(-9, 1, (3, 2))
+    pairs = dpo.Preferences(batch.prompt, batch.prompt_len, *answers)
+    make = partial(dpo.make_step, small.policy, test_step.descend, beta=0.3)
+    state = TrainState(small.params, small.params, jnp.int32(0), test_step.KEY, None, jnp.int32(0))
+    after, metrics = jax.jit(make(instructions=SHARED))(state, pairs)
+    expected, figures = jax.jit(make())(state, long(pairs))
+    close((after.opt_state, without_tokens(metrics)), (expected.opt_state, without_tokens(figures)))
+    assert metrics["tokens/trained"] == figures["tokens/trained"] - 2 * len(SHARED)
+
+
+@pytest.mark.parametrize("cfg", [test_step.CONFIG, test_step.UPDATES], ids=["one piece", "pieces"])
+def test_a_step_of_rl_is_that_of_whole_prompts(small, close, cfg):
+    """Rollout, replay, reference and loss: the same tokens, log-probabilities and gradient."""
+    batch = small.batch([(0, 0), (1, 0), (2, 1), (2, 0)] * 2, rows=range(8))
+    reference = None if cfg.objective.kl == "none" else jax.tree.map(lambda x: 0.9 * x, small.params)
+    make = partial(make_step, small.policy, small.tables, ("fit", "brand"), test_step.descend, cfg)
+    state = test_step.fresh_state(small.params, cfg)
+    after, metrics, seen = jax.jit(make(instructions=SHARED))(state, batch, reference)
+    expected, figures, naive = jax.jit(make())(state, long(batch), reference)
+    assert metrics["guide/share"] > 0
+    np.testing.assert_array_equal(seen.rolled.tokens, naive.rolled.tokens)
+    close(seen.rolled.logp, naive.rolled.logp)
+    close((after.params, after.opt_state), (expected.params, expected.opt_state))
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), without_tokens(metrics), without_tokens(figures)
+    )
+    once, updates, passes = len(SHARED), cfg.epochs * cfg.minibatches, reference is not None
+    trained = figures["tokens/trained"] - (8 * cfg.epochs - updates) * once
+    assert metrics["tokens/trained"] == trained
+    saved = once * (7 + 7 * passes + 3 * (8 * cfg.epochs - updates))
+    assert metrics["budget/tokens"] == figures["budget/tokens"] - saved
+
+
+def test_judgements_are_those_of_whole_prompts(small, close):
+    batch = small.batch([(0, 0), (1, 0), (2, 1), (2, 0)])
+    segments = TierSegments(np.array([[5], [6], [7]]), np.array([1, 1, 1]), first=False)
+
+    @partial(jax.jit, static_argnums=(0, 1))
+    def judge(policy, instruct, batch):
+        return judge_batch(policy, small.tables, segments, 6, instruct(small.params), batch)
+
+    found = judge(*instructed(small.policy, SHARED), batch)
+    expected = judge(*instructed(small.policy, None), long(batch))
+    close(found.pop("probs"), expected.pop("probs"))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -26,7 +26,7 @@ from conftest import END, RESPONSE_LEN, VOCABULARY, Small, lenient, make_small
 
 from agrl_jax import recipes
 from agrl_jax.policy import decode_attention, decoding, layers, transformer
-from agrl_jax.policy.scoring import predicting_hidden, prefill, token_logprobs
+from agrl_jax.policy.scoring import instructed, predicting_hidden, prefill, token_logprobs
 from agrl_jax.rl import guidance
 from agrl_jax.rl.rollout import PURPOSE_ROLLOUT, row_keys
 from agrl_jax.rl.step import make_step
@@ -92,6 +92,7 @@ def test_so_does_decoding_as_a_platform_does_it(platform):
 
 RATE = 0.5  # of plain gradient descent
 EXAMPLES, GROUP = 8, 4
+INSTRUCTIONS = np.array([1, 4, 8, 2, 9], np.int32)  # before all prompts
 
 
 class Found(NamedTuple):
@@ -125,7 +126,7 @@ def take_steps(small: Small, mesh: jax.sharding.Mesh, tokens: np.ndarray | None 
         return policy, sharding.gathered(mesh, axes, params)
 
     step = jax.jit(
-        make_step(policy, lenient(small.tables), ("fit", "brand"), descend, cfg, sampler),
+        make_step(policy, lenient(small.tables), ("fit", "brand"), descend, cfg, sampler, INSTRUCTIONS),
         in_shardings=(places, by_batch, params), out_shardings=(places, whole, whole), donate_argnums=0,
     )
     to_host = jax.jit(lambda x: x, out_shardings=whole)
@@ -141,9 +142,10 @@ def take_steps(small: Small, mesh: jax.sharding.Mesh, tokens: np.ndarray | None 
 
     @partial(jax.jit, out_shardings=whole)
     def logprobs(params, batch, tokens):
-        prefix = prefill(policy, params, batch.prompt, batch.prompt_len)
-        hidden = predicting_hidden(policy, params, prefix, tokens)
-        return token_logprobs(partial(policy.unembed, params), hidden, tokens, cfg.temperature, 16)[0]
+        after, instruct = instructed(policy, INSTRUCTIONS)
+        params = instruct(params)
+        hidden = predicting_hidden(after, params, prefill(after, params, batch.prompt, batch.prompt_len), tokens)
+        return token_logprobs(partial(after.unembed, params), hidden, tokens, cfg.temperature, 16)[0]
 
     taken = []
     for _ in range(3):
@@ -237,7 +239,7 @@ def compile_step(mesh: jax.sharding.Mesh, sizes: Sizes) -> jax.stages.Compiled:
         experts_per_token=2 if sizes.experts else 0,
     )  # fmt: skip
     policy, init, axes = transformer.build(shape, sharding.placing(mesh))
-    model = assemble.Model(small.book, None, tables, shape, policy, init, axes)
+    model = assemble.Model(small.book, None, tables, shape, policy, init, axes, np.zeros(0, np.int32))
     start = assemble.param_shapes(init, axes, mesh)
     program = programs.rl_program(config, mesh, model, programs.Weights(start), rows=1000, families=2)
     example = small.batch([(0, 0)])

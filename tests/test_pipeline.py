@@ -43,8 +43,16 @@ class TestPrompts:
     @pytest.mark.parametrize("style", ["terse", "full"])
     def test_the_tokens_spell_the_prompt(self, tokenizer, style):
         batch = encode(tokenizer, [PAIR], prompt_len=4000, style=style).batch
-        assert text_of(tokenizer, batch) == wording.prompt(BOOK, PAIR.query, item_text(PAIR), style)
+        head = tokenizer.decode(pipeline.instructions(BOOK, tokenizer, style))
+        assert head + text_of(tokenizer, batch) == wording.prompt(BOOK, PAIR.query, item_text(PAIR), style)
         assert not batch.prompt[0, batch.prompt_len[0] :].any()
+
+    def test_instructions_are_what_all_prompts_begin_with_if_it_is_worth_it(self, tokenizer):
+        assert not len(pipeline.instructions(BOOK, tokenizer, "terse"))
+        head = pipeline.instructions(BOOK, tokenizer, "full")
+        assert head.dtype == np.int32 and tokenizer.decode(head) == wording.prompt_pieces(BOOK, "full")[0].rstrip(" ")
+        batch = encode(tokenizer, [PAIR], style="full").batch  # its limit is for what comes after
+        assert text_of(tokenizer, batch).startswith(" red shoes\n")
 
     def test_a_space_goes_with_the_word_after_it(self, tokenizer):
         batch = encode(tokenizer, [PAIR]).batch

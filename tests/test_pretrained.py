@@ -55,7 +55,7 @@ def save_model(folder: Path, case: str) -> Path:
 
 def make_config(model: Path | str) -> ConfigDict:
     config = get_config()
-    config.data.update(style="chat", prompt_len=640)
+    config.data.update(style="chat", prompt_len=128)
     config.policy.update(pretrained=str(model))
     config.sft.update(steps=2, batch_size=4, matrix_rate=0.0, prompt_weight=0.0)
     config.rl.update(steps=2, batch_size=4, group_size=2, minibatches=1)
@@ -211,7 +211,7 @@ def test_smollm2_learns_the_form_of_answers_on_two_cores(tmp_path: Path, monkeyp
     monkeypatch.setattr(benchmark, "load_benchmark", lambda *_: short)
     config = importlib.import_module("configs.smollm2_135m").get_config("cpu")
     config.rulebook.path = str(tmp_path / "short.yaml")
-    config.data.update(prompt_len=288, response_len=20)
+    config.data.update(prompt_len=64, response_len=20)
     config.sft.update(steps=16, batch_size=2, learning_rate=1e-4, warmup=2)
     config.rl.update(steps=2, warmup=1)
     config.reward.overlong_from = 18

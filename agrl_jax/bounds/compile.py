@@ -158,7 +158,8 @@ def compile_step(
         **held, cache=_cache_bytes(config, model, mesh), temporaries=max(total - arguments, 0.0), total=total
     )
     b, g, s, t = config.rl.batch_size, config.rl.group_size, config.data.prompt_len, config.data.response_len
-    tokens = b * ((s + g * t) * config.rl.epochs + g * t)
+    updates = config.rl.epochs * config.rl.minibatches
+    tokens = b * ((s + g * t) * config.rl.epochs + g * t) + len(model.instructions) * updates
     return Report(chip, mesh.size, dict(mesh.shape), memory, fits, phases, tokens)
 
 
@@ -189,11 +190,13 @@ def _shard_bytes(tree: Any) -> float:
 
 
 def _cache_bytes(config: ConfigDict, model: assemble.Model, mesh: jax.sharding.Mesh) -> float:
-    """Bytes that each device holds of the keys and values of prompts and responses."""
+    """Bytes that each device holds of the keys and values of instructions, prompts and responses."""
     b, g, shape = config.rl.batch_size, config.rl.group_size, model.shape
     total = 0.0
-    for rows, length in ((1, config.data.prompt_len), (g, config.data.response_len)):
-        size = (shape.layers, b, rows, length, shape.kv_heads, shape.head_dim)
+    for rows, group, length in (
+        (1, 1, len(model.instructions)), (b, 1, config.data.prompt_len), (b, g, config.data.response_len)
+    ):
+        size = (shape.layers, rows, group, length, shape.kv_heads, shape.head_dim)
         place = sharding.spec(mesh, ("layers", "batch", None, None, "kv_heads", "head_dim"), size)
         shard = jax.sharding.NamedSharding(mesh, place).shard_shape(size)
         total += 2 * math.prod(shard) * jnp.dtype(shape.compute_dtype).itemsize

@@ -19,6 +19,7 @@ from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.types import UNKNOWN, Batch
 
 _CHUNK = 8192  # pairs tokenised at once
+_WORTH = 32  # tokens that prompts must have in common to be run apart: fewer cost less in each prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,22 +48,22 @@ def encode(
     style: str = "terse",
     families: Sequence[str] | None = None,
 ) -> EncodedSplit:
-    """Tokenises prompts and gold responses.
+    """Tokenises gold responses, and prompts but for the `instructions` that all of them begin with.
 
-    A prompt over the limit loses the end of its item text, never of its query or rules.
+    A prompt over the limit loses the end of its item text, never of its query.
 
     Args:
       pairs: N pairs.
       book: words the prompts and the gold responses.
       tokenizer: of the policy.
-      prompt_len: S, tokens of a prompt at most.
+      prompt_len: S, tokens of a prompt at most, without the instructions.
       response_len: T, tokens of a response at most, end token included.
       style: `terse`, `full`, or `chat`: through the chat template of the tokenizer's model.
       families: names of the query families, the first being 0; by default those of the pairs, sorted.
 
     Raises:
-      PairsError: there are no pairs, query and rules alone are over `prompt_len`, a gold response is over
-        `response_len`, or a pair is of no known family.
+      PairsError: there are no pairs, a query alone is over `prompt_len`, a gold response is over `response_len`, or
+        a pair is of no known family.
       TokenizerError: `chat` is asked of a model that has no usable chat template.
     """
     if not pairs:
@@ -172,9 +173,9 @@ def stratified(encoded: EncodedSplit, count: int, seed: int) -> np.ndarray:
 
 
 class Prompt(NamedTuple):
-    """A pair's prompt."""
+    """A pair's prompt, after the instructions that all share."""
 
-    tokens: list[int]  # over the limit where query and rules alone are: then `room` is below 1
+    tokens: list[int]  # over the limit where the query alone is: then `room` is below 1
     room: int  # tokens that the limit leaves for the item
     shortened: bool  # the item's text was cut
 
@@ -184,16 +185,16 @@ def prompt_pieces(book: RuleBook, tokenizer: Tokenizer, style: str) -> tuple[str
     return chat.pieces(book, tokenizer) if style == "chat" else wording.prompt_pieces(book, style)
 
 
+def instructions(book: RuleBook, tokenizer: Tokenizer, style: str) -> np.ndarray:
+    """The tokens [I] int32 that every prompt begins with and `prompts` leaves out; none where there are but few."""
+    head, _, _ = _fixed(book, tokenizer, style)
+    return np.array(head if len(head) >= _WORTH else [], np.int32)
+
+
 def prompts(pairs: Sequence[Pair], book: RuleBook, tokenizer: Tokenizer, limit: int, style: str) -> Iterator[Prompt]:
-    """The prompt of each pair; one over `limit` tokens loses the end of its item text."""
-    templated = style == "chat"  # then the special tokens are in the fixed text, and are parsed there alone
-    before, between, after = prompt_pieces(book, tokenizer, style)
-    # The pieces are tokenised one by one. A space goes with the word that follows it, as in running text.
-    before, query_space = _move_spaces(before)
-    between, item_space = _move_spaces(between)
-    bos = [] if templated or tokenizer.bos_token is None else [tokenizer.bos_token]
-    head = bos + tokenizer.encode(before, parse_special=templated)
-    tail = tokenizer.encode(after, parse_special=templated)
+    """The prompt of each pair after the `instructions`; one over `limit` tokens loses the end of its item text."""
+    head, (query_space, between, item_space), tail = _fixed(book, tokenizer, style)
+    head = head if len(head) < _WORTH else []
     for first in range(0, len(pairs), _CHUNK):
         chunk = pairs[first : first + _CHUNK]
         queries = tokenizer.encode_batch([query_space + pair.query + between for pair in chunk])
@@ -201,6 +202,23 @@ def prompts(pairs: Sequence[Pair], book: RuleBook, tokenizer: Tokenizer, limit: 
         for query, item in zip(queries, items, strict=True):
             room = limit - len(head) - len(query) - len(tail)
             yield Prompt(head + query + item[: max(room, 0)] + tail, room, len(item) > room)
+
+
+def _fixed(
+    book: RuleBook, tokenizer: Tokenizer, style: str
+) -> tuple[list[int], tuple[str, str, str], list[int]]:
+    """What all prompts have in common: the tokens before the query; the space before the query, the text between query
+    and item, and the space before the item; the tokens after the item.
+
+    The pieces are tokenised one by one. A space goes with the word that follows it, as in running text.
+    """
+    templated = style == "chat"  # then the special tokens are in the fixed text, and are parsed there alone
+    before, between, after = prompt_pieces(book, tokenizer, style)
+    before, query_space = _move_spaces(before)
+    between, item_space = _move_spaces(between)
+    bos = [] if templated or tokenizer.bos_token is None else [tokenizer.bos_token]
+    head = bos + tokenizer.encode(before, parse_special=templated)
+    return head, (query_space, between, item_space), tokenizer.encode(after, parse_special=templated)
 
 
 def _prompts(

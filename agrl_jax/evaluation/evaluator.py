@@ -14,7 +14,7 @@ import numpy as np
 from agrl_jax.data import pipeline
 from agrl_jax.data.pipeline import EncodedSplit
 from agrl_jax.evaluation.metrics import Judgements
-from agrl_jax.policy.scoring import predicting_hidden, prefill, token_logprobs
+from agrl_jax.policy.scoring import instructed, predicting_hidden, prefill, token_logprobs
 from agrl_jax.policy.tokenizer import Tokenizer
 from agrl_jax.rl import reader
 from agrl_jax.rl.reward import is_consistent
@@ -42,10 +42,13 @@ class Evaluator:
 
     def __init__(
         self, policy: Policy, tables: RuleTables, book: RuleBook, tokenizer: Tokenizer, cfg: EvalConfig, put: Put,
-        whole: jax.sharding.Sharding,
+        whole: jax.sharding.Sharding, instructions: Array | None = None,
     ):
-        """`whole` is the sharding of results that every process can read."""
+        """`whole` is the sharding of results that every process can read; `instructions` [I] are the tokens before all
+        prompts."""
         self._cfg, self._put, self._tables = cfg, put, tables
+        policy, instruct = instructed(policy, instructions)
+        self._instruct = jax.jit(instruct)
         segments = tier_segments(book, tokenizer)
         self._greedy = jax.jit(
             partial(judge_batch, policy, tables, segments, cfg.response_len), out_shardings=whole
@@ -64,7 +67,7 @@ class Evaluator:
 
         `advance` is told after each batch how many more pairs are judged or sampled.
         """
-        rows = np.arange(len(split)) if rows is None else rows
+        rows, params = np.arange(len(split)) if rows is None else rows, self._instruct(params)
         greedy = self._run(lambda batch: self._greedy(params, batch), split, rows, advance)
         count = self.sampled(len(rows)) if sample else 0
         chosen = np.linspace(0, len(rows), count, endpoint=False).astype(int)  # spread over the split's order

@@ -18,6 +18,7 @@ from agrl_jax.evaluation.evaluator import TierSegments, judge_prompts, tier_segm
 from agrl_jax.judging import cuts, trained
 from agrl_jax.judging.cuts import CutsError
 from agrl_jax.judging.trained import Settings, Trained, TrainedError
+from agrl_jax.policy.scoring import instructed
 from agrl_jax.runtime import sharding
 from agrl_jax.runtime.console import progress
 from agrl_jax.types import Array, Params, Policy, RuleTables
@@ -54,10 +55,11 @@ class Judge:
         shortest = loaded.tables.grammar_distance[0]
         if loaded.response_len < shortest:
             raise TrainedError(f"response_len is {loaded.response_len}, but a response has at least {shortest} tokens")
+        policy, instruct = instructed(loaded.policy, loaded.instructions)
+        self._params = jax.jit(instruct)(loaded.params)
         self._answer = jax.jit(
-            partial(_answer, loaded.policy, loaded.tables, tier_segments(loaded.book, loaded.tokenizer),
-                    loaded.response_len)
-        )  # fmt: skip
+            partial(_answer, policy, loaded.tables, tier_segments(loaded.book, loaded.tokenizer), loaded.response_len)
+        )
 
     @classmethod
     def from_checkpoint(
@@ -149,7 +151,7 @@ class Judge:
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
         batch = self._put((tokens, np.array([len(prompt) for prompt in prompts], np.int32)))
-        return self._answer(self._loaded.params, *batch)
+        return self._answer(self._params, *batch)
 
     def _judgement(self, answer: Mapping[str, np.ndarray]) -> Judgement:
         steps = [int(value) for value in answer["steps"]]
@@ -199,5 +201,5 @@ def _error(row: Mapping[str, Any], pair: Pair, prompt: pipeline.Prompt, limit: i
     if empty:
         return "; ".join(f"{name} is empty" for name in empty)
     if prompt.room < 1:
-        return f"its query and the rules alone take {limit - prompt.room} tokens, and prompt_len is {limit}"
+        return f"its query and the words around it take {limit - prompt.room} tokens, and prompt_len is {limit}"
     return ""

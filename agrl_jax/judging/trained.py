@@ -66,6 +66,7 @@ class Trained:
     policy: Policy
     params: Params
     style: str
+    instructions: np.ndarray  # [I] tokens before all prompts
     prompt_len: int
     response_len: int
     cuts_file: epath.Path  # where its cut points are kept
@@ -172,9 +173,11 @@ def _load_workdir(folder: epath.Path, stage: str, settings: Settings, mesh: jax.
     rules = book.load(settings.rulebook, config.rulebook.order) if settings.rulebook else None
     model = assemble.load_model(config, folder, rules, mesh=mesh)
     params, _ = load_stage(folder, config, model, mesh, stage)
+    style = settings.style or config.data.style
     return Trained(
         model.book, model.tokenizer, model.tables, model.policy, params,
-        style=settings.style or config.data.style,
+        style=style,
+        instructions=pipeline.instructions(model.book, model.tokenizer, style),
         prompt_len=settings.prompt_len or config.data.prompt_len,
         response_len=settings.response_len or config.data.response_len,
         cuts_file=folder / CUTS_FILE,
@@ -203,6 +206,7 @@ def _load_model(path: epath.Path, settings: Settings, mesh: jax.sharding.Mesh) -
     return Trained(
         rules, tokenizer, jax.tree.map(np.asarray, tables), policy, params,
         style=style,
+        instructions=pipeline.instructions(rules, tokenizer, style),
         prompt_len=settings.prompt_len or lengths["prompt_len"],
         response_len=settings.response_len or lengths["response_len"],
         cuts_file=path / CUTS_FILE if path.is_dir() else path.with_suffix("." + CUTS_FILE),

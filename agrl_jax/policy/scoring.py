@@ -107,6 +107,11 @@ def instructed(policy: Policy, tokens: Array | None) -> tuple[Policy, Callable[[
     return Policy(apply, unembed, init_cache), instruct
 
 
+def shared_tokens(params: Params) -> int:
+    """The tokens of the instructions under these parameters; see `instructed`."""
+    return params.instructions.number if isinstance(params, Instructed) else 0
+
+
 def run_prompt(policy: Policy, params: Params, prompt: Array, prompt_len: Array) -> tuple[Prefix, Array]:
     """Runs the prompts [B, S], right-padded, of `prompt_len` [B] tokens: what responses need of them, and
     the hidden states [B, S, D]."""

@@ -88,7 +88,7 @@ def _forward(
     x = placement.place(table[tokens].astype(jnp.dtype(cfg.compute_dtype)), HIDDEN)
     start = 0 if prefix is None else prefix.length[:, None, None]
     if instructions is not None:
-        start += jax.tree.leaves(instructions)[0].shape[-2]
+        start += instructions.number
     positions = start + offset + jnp.broadcast_to(jnp.arange(tokens.shape[2]), (tokens.shape[0], 1, tokens.shape[2]))
     run = partial(_run_block, positions=positions, offset=None if cache is None else offset, placement=placement,
                   observe=observe)  # fmt: skip

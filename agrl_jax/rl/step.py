@@ -17,7 +17,7 @@ in the loss; components are centred one by one; equal rewards give advantage 0 r
 there is no KL term unless one is asked for.
 
 What a step costs is counted in forward-equivalent tokens, `budget/tokens`: a token sampled, forced or scored is one, a
-token trained on is three, and the prompt of a group counts once in each pass.
+token trained on is three, the prompt of a group counts once in each pass, and the instructions once each time they run.
 
 The step is a pure function of (state, batch, reference) and is compiled once for a whole run. Its parts stand in named
 scopes (PHASES), by which profiles and `preflight` tell them apart.
@@ -98,27 +98,31 @@ class Inspection:
 class _Parts:
     """What a step is made of: the same for a whole run."""
 
-    policy: Policy
+    policy: Policy  # it takes as parameters what `instruct` makes of those that are trained
     tables: RuleTables
     step_names: tuple[str, ...]
     update: UpdateFn
     cfg: StepConfig
     sampler: SamplerFn
+    instruct: Callable[[Params], Params]  # runs the instructions; see `scoring.instructed`
+    instructions: Array | None  # [I]
 
 
 def make_step(
     policy: Policy, tables: RuleTables, step_names: tuple[str, ...], update: UpdateFn, cfg: StepConfig,
-    sampler: SamplerFn | None = None,
+    sampler: SamplerFn | None = None, instructions: Array | None = None,
 ) -> Callable[[TrainState, Batch, Params | None], tuple[TrainState, Metrics, Inspection]]:
     """Returns the pure function `step(state, batch, reference) -> (state, metrics, inspection)`; jit it once.
 
     `sampler` lays the parameters out for decoding, once per step, and says which policy takes them so; it must
     compute the same. By default the policy samples with the parameters as they are. `reference` holds the
-    parameters of the reference policy, and is None where `objective.kl` is "none". `metrics` are float32 scalars;
-    one that is a mean over nothing is NaN.
+    parameters of the reference policy, and is None where `objective.kl` is "none". `instructions` [I] are the tokens
+    before all prompts: they are run once to sample, once for the reference, and once for each update. `metrics` are
+    float32 scalars; one that is a mean over nothing is NaN.
     """
     sampler = sampler or (lambda params: (policy, params))
-    return partial(_step, _Parts(policy, tables, step_names, update, cfg, sampler))
+    after, instruct = scoring.instructed(policy, instructions)
+    return partial(_step, _Parts(after, tables, step_names, update, cfg, sampler, instruct, instructions))
 
 
 def _step(
@@ -129,6 +133,9 @@ def _step(
     # ------------------------------------------------------------------------------------- roll
     with jax.named_scope("lay_out"):
         decoding = parts.sampler(state.params)
+    with jax.named_scope("prefill"):
+        sampling, instruct = scoring.instructed(decoding[0], parts.instructions)
+        decoding = sampling, instruct(decoding[1])
     rounds = _split(batch, cfg.candidates)
     batch = jax.tree.map(lambda x: x[0], rounds)
     prefix, rolled = _roll(parts, decoding, state, batch)
@@ -160,7 +167,8 @@ def _step(
     # ----------------------------------------------------------------------------------- update
     examples = _Example(batch.prompt, batch.prompt_len, rolled, advantage, reference_logp)
     params, opt_state, skipped, figures = _updates(parts, state, examples)
-    metrics |= figures | _token_counts(batch, rolled, metrics, cfg)
+    shared = 0 if parts.instructions is None else len(parts.instructions)
+    metrics |= figures | _token_counts(batch, rolled, metrics, cfg, shared)
     state = TrainState(params, opt_state, state.step + 1, state.key, remembered, skipped)
     seen = Inspection(batch.row, rolled, reading, scored, jnp.mean(advantage, axis=-1, where=rolled.valid))
     return (
@@ -339,7 +347,7 @@ def _logprobs(parts: _Parts, params: Params, prompt: Array, prompt_len: Array, t
 def _reference_logp(parts: _Parts, reference: Params, batch: Batch, rolled: Rollout) -> Array:
     """Log-probabilities [B, G, T] of the answers under the reference policy, in as many pieces as the loss."""
     arrays = (batch.prompt, batch.prompt_len, rolled.tokens)
-    pieces = _split(arrays, parts.cfg.minibatches * parts.cfg.micro_batches)
+    pieces, reference = _split(arrays, parts.cfg.minibatches * parts.cfg.micro_batches), parts.instruct(reference)
     logp = jax.lax.map(lambda piece: _logprobs(parts, reference, *piece)[0], pieces)
     return logp.swapaxes(0, 1).reshape(rolled.tokens.shape)
 
@@ -352,10 +360,12 @@ def _updates(parts: _Parts, state: TrainState, examples: _Example) -> tuple[Para
         params, opt_state, skipped = carry
         weights = objective.token_weights(examples.rolled, cfg.objective)
         with jax.named_scope("loss"):
+            whole, pull = jax.vjp(parts.instruct, params)  # all micro-batches share one run of the instructions
             grads, sums = _accumulate(
-                partial(jax.value_and_grad(partial(_loss, parts), has_aux=True), params),
+                partial(jax.value_and_grad(partial(_loss, parts), has_aux=True), whole),
                 (_split(examples, cfg.micro_batches), _split(weights, cfg.micro_batches)),
             )
+            (grads,) = pull(grads)
         with jax.named_scope("update"):
             params, opt_state, skipped, figures = parts.update(grads, params, opt_state, skipped)
         return (params, opt_state, skipped), _loss_metrics(sums, examples.rolled) | figures
@@ -460,9 +470,10 @@ def _loss_metrics(sums: Metrics, rolled: Rollout) -> Metrics:
     return metrics | ({"policy/kl": sums["kl"]} if "kl" in sums else {})
 
 
-def _token_counts(batch: Batch, rolled: Rollout, counts: Metrics, cfg: StepConfig) -> Metrics:
+def _token_counts(batch: Batch, rolled: Rollout, counts: Metrics, cfg: StepConfig, shared: int) -> Metrics:
     """Tokens trained on, and the forward-equivalent tokens of the step, given what else was counted."""
     once = jnp.sum(batch.prompt_len) + jnp.sum(rolled.valid)  # a pass over what is learnt from, as the reference makes
-    sampled = sum(counts.get(f"tokens/{name}", 0) for name in ("prompt", "rolled", "refilled", "replayed"))
-    scored = 0 if cfg.objective.kl == "none" else once
-    return {"tokens/trained": once * cfg.epochs, "budget/tokens": sampled + scored + 3 * once * cfg.epochs}
+    sampled = shared + sum(counts.get(f"tokens/{name}", 0) for name in ("prompt", "rolled", "refilled", "replayed"))
+    scored = 0 if cfg.objective.kl == "none" else shared + once
+    trained = (once + shared * cfg.minibatches) * cfg.epochs
+    return {"tokens/trained": trained, "budget/tokens": sampled + scored + 3 * trained}

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from agrl_jax.policy.scoring import predicting_hidden, prefill, token_logprobs
+from agrl_jax.policy.scoring import instructed, predicting_hidden, prefill, shared_tokens, token_logprobs
 from agrl_jax.rl import reader
 from agrl_jax.rl.rollout import PURPOSE_MINE, rollout, row_keys
 from agrl_jax.rl.step import UpdateFn
@@ -98,7 +98,7 @@ def preference_loss(
     change = jnp.sum(jnp.where(batch.valid, logp, 0.0), axis=-1) - batch.reference  # [B, 2]
     margin = beta * (change[:, 0] - change[:, 1])
     loss = jnp.mean(jax.nn.softplus(-margin))
-    tokens = jnp.sum(batch.prompt_len) + jnp.sum(batch.valid)
+    tokens = shared_tokens(params) + jnp.sum(batch.prompt_len) + jnp.sum(batch.valid)
     return loss, {
         "policy/loss": loss,
         "policy/entropy": jnp.sum(jnp.where(batch.valid, entropy, 0.0)) / jnp.maximum(jnp.sum(batch.valid), 1),
@@ -112,8 +112,16 @@ def preference_loss(
 
 
 def make_step(
-    policy: Policy, update: UpdateFn, beta: float, temperature: float = 1.0, chunk: int = 0
+    policy: Policy, update: UpdateFn, beta: float, temperature: float = 1.0, chunk: int = 0,
+    instructions: Array | None = None,
 ) -> Callable[[TrainState, Preferences], tuple[TrainState, dict[str, Array]]]:
-    """Returns the pure function `step(state, batch) -> (state, metrics)`; metrics are float32 scalars."""
-    loss = partial(preference_loss, policy, beta=beta, temperature=temperature, chunk=chunk)
+    """Returns the pure function `step(state, batch) -> (state, metrics)`; metrics are float32 scalars.
+
+    `instructions` [I] are the tokens before all prompts; they are run once a step.
+    """
+    policy, instruct = instructed(policy, instructions)
+
+    def loss(params: Params, batch: Preferences) -> tuple[Array, dict[str, Array]]:
+        return preference_loss(policy, instruct(params), batch, beta, temperature, chunk)
+
     return descending(loss, update)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from agrl_jax.data.pipeline import PartTexts
-from agrl_jax.policy.scoring import predicting_hidden, run_prompt, token_logprobs
+from agrl_jax.policy.scoring import instructed, predicting_hidden, run_prompt, shared_tokens, token_logprobs
 from agrl_jax.rl.step import UpdateFn
 from agrl_jax.supervised.fill import filled_responses, tokens_scored
 from agrl_jax.types import Array, Batch, Params, Policy, RuleTables, TrainState
@@ -26,7 +26,7 @@ def gold_loss(
     `blanks` the policy fills them in, and the loss falls on all that is known (`fill`).
     `prompt_weight` times the mean cross-entropy of the prompts' own tokens is added: a policy trained from
     scratch has to learn its language here too, and predicting the item from the query makes it compare
-    the two. Leave it at 0 for a pretrained one.
+    the two. Leave it at 0 for a pretrained one. Instructions that all prompts share are not learnt by heart.
     """
     tokens, known = batch.gold, jnp.arange(batch.gold.shape[1]) < batch.gold_len[:, None]
     scored = 0
@@ -47,7 +47,8 @@ def gold_loss(
         prompt_logp, _ = token_logprobs(unembed, prompt_hidden[:, :-1], following, 1.0, chunk)
         loss += prompt_weight * -jnp.sum(prompt_logp * inside) / jnp.sum(inside)
     whole = jnp.sum(logp * weight, axis=-1)  # log-probability of each whole response
-    trained = jnp.sum(batch.prompt_len) + jnp.sum(jnp.max(known * jnp.arange(1, known.shape[1] + 1), axis=-1))
+    trained = shared_tokens(params) + jnp.sum(batch.prompt_len)
+    trained += jnp.sum(jnp.max(known * jnp.arange(1, known.shape[1] + 1), axis=-1))
     return loss, {
         "policy/loss": response_loss,
         "policy/entropy": jnp.sum(entropy * weight) / number,
@@ -59,10 +60,18 @@ def gold_loss(
 
 def make_step(
     policy: Policy, update: UpdateFn, prompt_weight: float = 0.0, chunk: int = 0,
-    blanks: tuple[RuleTables, PartTexts] | None = None,
+    blanks: tuple[RuleTables, PartTexts] | None = None, instructions: Array | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """Returns the pure function `step(state, batch) -> (state, metrics)`; metrics are float32 scalars."""
-    return descending(partial(gold_loss, policy, prompt_weight=prompt_weight, chunk=chunk, blanks=blanks), update)
+    """Returns the pure function `step(state, batch) -> (state, metrics)`; metrics are float32 scalars.
+
+    `instructions` [I] are the tokens before all prompts; they are run once a step.
+    """
+    policy, instruct = instructed(policy, instructions)
+
+    def loss(params: Params, batch: Batch) -> tuple[Array, dict[str, Array]]:
+        return gold_loss(policy, instruct(params), batch, prompt_weight, chunk, blanks)
+
+    return descending(loss, update)
 
 
 def descending(

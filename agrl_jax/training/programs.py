@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from agrl_jax.policy import lora
+from agrl_jax.policy.scoring import run_instructions
 from agrl_jax.policy.transformer import build_expert_load
 from agrl_jax.rl import guidance
 from agrl_jax.rl import step as rl_step
@@ -116,7 +117,9 @@ def _supervised_program(
     )
 
     def make(policy: Policy, sampler: Any) -> Callable[..., Any]:
-        return sft.make_step(policy, _updater(tx), config.sft.prompt_weight, _chunk(config, mesh), blanks)
+        return sft.make_step(
+            policy, _updater(tx), config.sft.prompt_weight, _chunk(config, mesh), blanks, model.instructions
+        )
 
     fresh, template = _fresh_state(config, mesh, model, stage, tx, start)
     return Program(_jit(config, mesh, model, stage, make, template, base), template, (base,), fresh)
@@ -140,7 +143,7 @@ def rl_program(
     cfg, names = step_config(config, mesh), tuple(step.name for step in model.book.steps)
 
     def make(policy: Policy, sampler: rl_step.SamplerFn) -> Callable[..., Any]:
-        return rl_step.make_step(policy, model.tables, names, _updater(tx), cfg, sampler)
+        return rl_step.make_step(policy, model.tables, names, _updater(tx), cfg, sampler, model.instructions)
 
     guided = None if cfg.guidance is None else partial(
         guidance.initial_state, rows, families, cfg.guidance, cfg.response_len, len(model.book.parts)
@@ -159,7 +162,9 @@ def dpo_program(config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, refer
     )
 
     def make(policy: Policy, sampler: Any) -> Callable[..., Any]:
-        return dpo.make_step(policy, _updater(tx), config.dpo.beta, config.rl.temperature, _chunk(config, mesh))
+        return dpo.make_step(
+            policy, _updater(tx), config.dpo.beta, config.rl.temperature, _chunk(config, mesh), model.instructions
+        )
 
     fresh, template = _fresh_state(config, mesh, model, "rl", tx, start)
     return Program(_jit(config, mesh, model, "rl", make, template, base), template, (base,), fresh)
@@ -233,7 +238,8 @@ def _jit(
         if load is not None:
             params = state.params if adapters is None else lora.attach(base, state.params, adapters)
             inside = jnp.arange(batch.prompt.shape[1]) < batch.prompt_len[:, None]
-            metrics |= load(params, batch.prompt, inside).metrics()
+            shared = run_instructions(model.policy, params, model.instructions) if len(model.instructions) else None
+            metrics |= load(params, batch.prompt, inside, shared).metrics()
         return after, metrics, seen[0] if seen else None
 
     state, base, fixed = jax.tree.map(lambda leaf: leaf.sharding, (state, base, fixed))

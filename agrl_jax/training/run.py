@@ -31,6 +31,7 @@ from agrl_jax.evaluation.evaluator import Evaluator
 from agrl_jax.evaluation.plots import learning_curves
 from agrl_jax.evaluation.samples import decode, render
 from agrl_jax.policy.families import LoadingError
+from agrl_jax.policy.scoring import instructed
 from agrl_jax.policy.smollm2 import NotInstalledError
 from agrl_jax.policy.tokenizer import TokenizerError
 from agrl_jax.policy.transformer import count_parameters
@@ -304,11 +305,12 @@ def _prefer(run: Run, reference: Weights) -> Weights:
 
 def _mine(run: Run, split: EncodedSplit, reference: Weights) -> tuple[Preferences, int]:
     """Preference pairs of the host, and the tokens sampled to find them. The same again in a run that is resumed."""
-    config, found, spent = run.config, [], 0
-    params = assemble.for_decoding(config, run.model, run.mesh, "sft")(*reference)
+    config, found, spent = run.config, [], len(run.model.instructions)
+    policy, instruct = instructed(run.model.policy, run.model.instructions)
+    params = jax.jit(instruct)(assemble.for_decoding(config, run.model, run.mesh, "sft")(*reference))
     sample = jax.jit(
         partial(
-            dpo.sample_answers, run.model.policy, run.model.tables, number=config.dpo.samples,
+            dpo.sample_answers, policy, run.model.tables, number=config.dpo.samples,
             length=config.data.response_len, temperature=config.rl.temperature,
         ),
         out_shardings=sharding.replicated(run.mesh),
