@@ -83,7 +83,7 @@ class TestPrompts:
         with pytest.raises(PairsError) as error:
             encode(tokenizer, rows, prompt_len=limit)
         first, *lines = str(error.value).split("\n  ")
-        assert first.startswith(f"15 pairs whose query and rules alone take prompt_len={limit} tokens or more")
+        assert first.startswith(f"15 pairs whose query and fixed text take prompt_len={limit} tokens or more")
         assert [line.split(":")[0] for line in lines[:-1]] == [f"row {row}" for row in range(31, 51, 2)]
         assert lines[-1].startswith("and row 51, row 53, row 55, row 57, row 59, of up to ")
 

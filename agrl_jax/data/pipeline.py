@@ -241,7 +241,7 @@ def _prompts(
 
 
 def _without_room(pairs: Sequence[tuple[Pair, int]], limit: int) -> str:
-    """The message about pairs whose query and rules alone take so many tokens, by the numbers of their file."""
+    """The message about pairs whose query and fixed text take so many tokens, by the numbers of their file."""
     lines = [
         f"{f'row {pair.row}' if pair.row else f'pair {pair.id}'}: {needed} tokens: {pair.query[:80]!r}"
         for pair, needed in pairs[:MAX_LISTED]
@@ -250,7 +250,7 @@ def _without_room(pairs: Sequence[tuple[Pair, int]], limit: int) -> str:
         rest = ", ".join(f"row {pair.row}" if pair.row else f"pair {pair.id}" for pair, _ in pairs[MAX_LISTED:])
         lines.append(f"and {rest}, of up to {max(needed for _, needed in pairs)} tokens")
     count = f"{len(pairs)} pair{'s' * (len(pairs) > 1)}"
-    what = f"{count} whose query and rules alone take prompt_len={limit} tokens or more, and leave none for the item:"
+    what = f"{count} whose query and fixed text take prompt_len={limit} tokens or more, and leave none for the item:"
     return "\n  ".join([what, *lines])
 
 

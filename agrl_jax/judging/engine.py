@@ -201,5 +201,5 @@ def _error(row: Mapping[str, Any], pair: Pair, prompt: pipeline.Prompt, limit: i
     if empty:
         return "; ".join(f"{name} is empty" for name in empty)
     if prompt.room < 1:
-        return f"its query and the words around it take {limit - prompt.room} tokens, and prompt_len is {limit}"
+        return f"its query and the fixed text take {limit - prompt.room} tokens, and prompt_len is {limit}"
     return ""
