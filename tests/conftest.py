@@ -4,6 +4,7 @@ response is one token, a policy small enough to compile in a second, and batches
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,11 @@ from agrl_jax.rulebook.automaton import compile_tables
 from agrl_jax.rulebook.book import RuleBook, load
 from agrl_jax.types import Batch, Params, Policy, RuleTables
 
+# Programs are compiled once for all tests, for the processes that they start, and for the next time.
+_CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{Path(__file__).parent.parent}/.pytest_cache/compiled")
+_SECONDS = os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+jax.config.update("jax_compilation_cache_dir", _CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", float(_SECONDS))
 jax.config.update("jax_default_matmul_precision", "highest")  # a GPU multiplies float32 with 10 bits of it, else
 
 # Steps fit (yes 0, part 1, no 2) and brand (ok 0, off 1); tiers good 0, fair 1, bad 2.
