@@ -66,8 +66,6 @@ def run(values: flags.FlagValues) -> None:
     from agrl_jax.runtime import processes
     from agrl_jax.runtime.console import say
 
-    if bool(values.input) != bool(values.output) or not (values.input or values.fit_cuts):
-        raise ConfigError("--input and --output are both needed, or --fit_cuts alone")
     processes.require_one("judges")
     settings = Settings(
         values.rulebook, values.order, values.style, values.prompt_len, values.response_len, values.dtype
@@ -89,10 +87,13 @@ def main(argv: list[str]) -> None:
     """Exit codes: 2 for bad input, 130 if stopped by Ctrl-C."""
     _define_flags()
     parse_flags(argv)
+    values = flags.FLAGS
+    if bool(values.input) != bool(values.output) or not (values.input or values.fit_cuts):
+        exit_with(ConfigError("--input and --output are both needed, or --fit_cuts alone"))
     from agrl_jax.judging.files import USER_ERRORS
 
     try:
-        run(flags.FLAGS)
+        run(values)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from there", file=sys.stderr)
         raise SystemExit(130) from None

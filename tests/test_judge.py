@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import quick
 from workdirs import make_workdir
 
 from agrl_jax.data.pairs import PairsError
@@ -323,7 +324,7 @@ def test_a_model_that_was_never_trained_here_judges_too(tmp_path: Path) -> None:
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "agrl_jax.judge", *arguments],
-        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=os.environ | quick.ENVIRONMENT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 
