@@ -29,9 +29,11 @@ def evaluate(workdir: str, stages: list[str], splits: list[str], pairs: int) -> 
     from agrl_jax.judging import trained
     from agrl_jax.runtime import processes, sharding
     from agrl_jax.runtime.checkpoint import SFT_END
-    from agrl_jax.runtime.console import progress
+    from agrl_jax.runtime.console import progress, say
     from agrl_jax.training import assemble
 
+    if not stages:
+        raise ValueError(f"--stages: name at least one of {', '.join(trained.STAGES)}")
     folder = epath.Path(workdir)
     config = assemble.read_config(folder)
     rules = assemble.kept_rules(config, folder)
@@ -41,6 +43,8 @@ def evaluate(workdir: str, stages: list[str], splits: list[str], pairs: int) -> 
     unknown = [name for name in splits if name not in data.splits]
     if unknown:
         raise ValueError(f"--splits: {unknown[0]!r} is not a split of {workdir}; there are {', '.join(data.splits)}")
+    if changed := trained.changed_pairs(folder, next(iter(found.values())), data.digests):
+        say(f"pairs that have changed since training: {', '.join(changed)}; scored is what they are now")
     mesh = sharding.make_mesh(*(config.mesh[axis] for axis in sharding.AXES))
     model = assemble.load_model(config, folder, rules, mesh=mesh)
     encoded = assemble.encode(config, model, data, splits or data.eval_splits)

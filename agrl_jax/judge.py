@@ -61,12 +61,14 @@ def _define_flags() -> None:
 def run(values: flags.FlagValues) -> None:
     """Does what the flags ask for."""
     from agrl_jax.judging.engine import Judge  # after the flags: JAX takes seconds to start
-    from agrl_jax.judging.files import judge_file
+    from agrl_jax.judging.files import check_free, judge_file
     from agrl_jax.judging.trained import Settings
     from agrl_jax.runtime import processes
     from agrl_jax.runtime.console import say
 
     processes.require_one("judges")
+    if values.output:
+        check_free(values.output, values.overwrite)  # before a model is loaded
     settings = Settings(
         values.rulebook, values.order, values.style, values.prompt_len, values.response_len, values.dtype
     )

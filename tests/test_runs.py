@@ -101,6 +101,9 @@ def test_pairs_that_changed_are_refused_by_split(tmp_path: Path, set_up) -> None
     kept = (tmp_path / "run" / "config.json").read_bytes()
     rows[9]["title"] = "Boot"
     pairs_file(tmp_path / "pairs.csv", rows)
+    data = assemble.load_data(config, assemble.load_rules(config), epath.Path(tmp_path / "run"))
+    stage = trained.Stage("sft_end", 2)
+    assert trained.changed_pairs(epath.Path(tmp_path / "run"), stage, data.digests) == ["validation"]
     with pytest.raises(run.USER_ERRORS) as error:
         train(config, tmp_path / "run")
     first, *lines = str(error.value).splitlines()

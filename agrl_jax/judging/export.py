@@ -39,6 +39,7 @@ def export(workdir: str, out: str, stage: str = "best", dtype: str | None = None
       In words, what was exported.
     """
     folder, target = epath.Path(workdir), Path(out)
+    huggingface.check_empty(target)  # before the weights are read
     config = assemble.read_config(folder)
     mesh = sharding.make_mesh(data=1, fsdp=-1)  # spread out: nothing is computed
     model = assemble.load_model(config, folder, mesh=mesh)

@@ -20,6 +20,7 @@ from agrl_jax.judging.cuts import CutsError
 from agrl_jax.judging.engine import Judge, Judgement
 from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.runtime.console import progress
+from agrl_jax.runtime.files import check_writable
 
 _LISTED = 10  # bad rows named in the summary
 _ERROR_WIDTH = 200  # of each
@@ -60,6 +61,13 @@ class Summary:
         return "\n".join(lines)
 
 
+def check_free(output: str, overwrite: bool) -> None:
+    """Raises OutputError where an output could not be written, or exists and may not be overwritten."""
+    check_writable(output, "--output")
+    if Path(output).exists() and not overwrite:
+        raise OutputError(f"{output}: exists already; name another output, or replace it with --overwrite")
+
+
 def judge_file(judge: Judge, source: str, output: str, prefix: str = PREFIX, overwrite: bool = False) -> Summary:
     """Judges a file of rows into another, whatever its length in little memory, from where it stopped before.
 
@@ -73,8 +81,7 @@ def judge_file(judge: Judge, source: str, output: str, prefix: str = PREFIX, ove
     rows.check_columns(file, ("query", "title"))
     added = _columns(judge.book, prefix)
     rows.check_output(output, file, added)
-    if Path(output).exists() and not overwrite:
-        raise OutputError(f"{output}: exists already; name another output, or replace it with --overwrite")
+    check_free(output, overwrite)
     summary = Summary()
     with Journal(f"{output}.partial", judge.identity | {"input": file.digest}, judge.chunk, overwrite) as journal:
         _judge_rest(judge, file, journal, rows.keeps_lines(output, file))

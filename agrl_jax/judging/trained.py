@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -129,9 +130,23 @@ def find_stage(folder: epath.Path, config: ConfigDict, rules: RuleBook, stage: s
         else:
             found = Stage("rl", step)
         if checkpoints.sft_ended:
-            saved = checkpoints.record(found.name, found.step if found.name == "rl" else 0)
-            _check_digest(rules, saved["identity"]["rulebook"], str(folder))
+            _check_digest(rules, _identity_of(checkpoints, found)["rulebook"], str(folder))
     return found
+
+
+def _identity_of(checkpoints: Checkpointer, stage: Stage) -> dict[str, Any]:
+    """The run that wrote the checkpoint of a stage."""
+    return checkpoints.record(stage.name, stage.step if stage.name == "rl" else 0)["identity"]
+
+
+def changed_pairs(folder: epath.Path, stage: Stage, digests: Mapping[str, str]) -> list[str]:
+    """The splits whose pairs are no longer those that a stage was trained with, given their digests now.
+
+    Empty for checkpoints of an older version, which do not say with which they were.
+    """
+    with Checkpointer(folder) as checkpoints:
+        before = _identity_of(checkpoints, stage).get("pairs", {})
+    return [name for name, digest in before.items() if digests.get(name) != digest]
 
 
 def load_stage(

@@ -182,6 +182,12 @@ def _json(file: Path) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------- written
 
 
+def check_empty(folder: Path) -> None:
+    """Raises LoadingError where a folder to write a model to has files already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise LoadingError(f"{folder}: should be an empty folder, so that no file of another model stays in it")
+
+
 def save_pretrained(
     folder: str | Path,
     cfg: PolicyConfig,
@@ -214,8 +220,7 @@ def save_pretrained(
             "a policy with attention biases is a Qwen2 model to transformers, which cuts text into Qwen2's words "
             "whatever its tokenizer.json says; this tokenizer cuts it otherwise (train with policy.bias=False)"
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise LoadingError(f"{folder}: should be an empty folder, so that no file of another model stays in it")
+    check_empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = dtype or str(params["embedding"].dtype)
     special = {"eos_token_id": tokenizer.end_token, "pad_token_id": tokenizer.pad_token}
