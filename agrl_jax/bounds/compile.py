@@ -131,36 +131,37 @@ def compile_step(
     program = programs.rl_program(config, mesh, model, _warm_started(config, model, mesh), _ROWS, len(FAMILIES))
     batch = _batch(config, model, mesh)
     traced = program.step.trace(program.template, batch, *program.fixed)
-    shards = sharding.data_shards(mesh)
-    flops = matrix_flops(traced.jaxpr.jaxpr, PHASES, guided_share, shards)
     held = {
         "parameters": _shard_bytes(program.template.params),
         "optimiser": _shard_bytes(program.template.opt_state),
         "inputs": _shard_bytes((batch, program.template.guidance, program.fixed)),
     }
     arguments = sum(held.values())
+    total, phases = _compile(traced, arguments, mesh, chip, guided_share)
+    fits = bool(phases) and total <= chip.memory
+    cache, temporaries = _cache_bytes(config, model, mesh), max(total - arguments, 0.0)
+    memory = Memory(**held, cache=cache, temporaries=temporaries, total=total)
+    b, g, s, t = config.rl.batch_size, config.rl.group_size, config.data.prompt_len, config.data.response_len
+    updates = config.rl.epochs * config.rl.minibatches
+    tokens = b * ((s + g * t) * config.rl.epochs + g * t) + len(model.instructions) * updates
+    return Report(chip, mesh.size, dict(mesh.shape), memory, fits, phases, tokens)
+
+
+def _compile(
+    traced: Any, arguments: float, mesh: jax.sharding.Mesh, chip: Chip, guided_share: float
+) -> tuple[float, dict[str, Phase]]:
+    """Bytes of a device at the peak of a traced step, and its phases; none where the compiler finds it too large."""
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if (found := _MEMORY_EXCEEDED.search(str(error))) is None:
             raise
         total = float(found[2]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[3]]
-        total += 0 if found[1] == "Used" else arguments
-        phases, fits = {}, False
-    else:
-        total = _peak(compiled.memory_analysis())
-        moved = traffic(compiled.as_text(), PHASES, guided_share)
-        phases = {
-            name: _phase(chip, flops.get(name, 0.0) / mesh.size, moved.get(name)) for name in (*PHASES, "other")
-        }
-        phases, fits = {name: phase for name, phase in phases.items() if phase.seconds}, total <= chip.memory
-    memory = Memory(
-        **held, cache=_cache_bytes(config, model, mesh), temporaries=max(total - arguments, 0.0), total=total
-    )
-    b, g, s, t = config.rl.batch_size, config.rl.group_size, config.data.prompt_len, config.data.response_len
-    updates = config.rl.epochs * config.rl.minibatches
-    tokens = b * ((s + g * t) * config.rl.epochs + g * t) + len(model.instructions) * updates
-    return Report(chip, mesh.size, dict(mesh.shape), memory, fits, phases, tokens)
+        return total + (0 if found[1] == "Used" else arguments), {}
+    flops = matrix_flops(traced.jaxpr.jaxpr, PHASES, guided_share, sharding.data_shards(mesh))
+    moved = traffic(compiled.as_text(), PHASES, guided_share)
+    phases = {name: _phase(chip, flops.get(name, 0.0) / mesh.size, moved.get(name)) for name in (*PHASES, "other")}
+    return _peak(compiled.memory_analysis()), {name: phase for name, phase in phases.items() if phase.seconds}
 
 
 def _warm_started(config: ConfigDict, model: assemble.Model, mesh: jax.sharding.Mesh) -> programs.Weights:
