@@ -33,6 +33,14 @@ CASES: dict[str, dict[str, Any]] = {
         "model_type": "llama", "tie_word_embeddings": True, "head_dim": 16, "rope_theta": 500_000.0,
         "rope_scaling": {"rope_type": "llama3", **_LLAMA3},
     },
+    "mistral": {
+        "model_type": "mistral", "tie_word_embeddings": False, "head_dim": 16, "rope_theta": 1e6,
+        "sliding_window": None,
+    },
+    "smollm3": {
+        "model_type": "smollm3", "tie_word_embeddings": True, "rope_theta": 1e4, "no_rope_layer_interval": 2,
+        "no_rope_layers": [1, 0], "pad_token_id": None, "bos_token_id": None, "eos_token_id": 0,
+    },
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_theta": 1e6},
     "qwen2_yarn": {
         "model_type": "qwen2", "tie_word_embeddings": False, "rope_theta": 1e4,

@@ -76,6 +76,20 @@ def test_yarn_scales_attention_as_its_paper_says_unless_told(tmp_path):
     assert scaling.attention == pytest.approx((0.2 * np.log(4) + 1) / (0.1 * np.log(4) + 1))
 
 
+def test_what_a_config_leaves_out_is_the_familys_default(tmp_path):
+    hf_models.write(tmp_path, "llama")
+    edit(tmp_path, num_attention_heads=8, num_key_value_heads=None, tie_word_embeddings=None, rope_theta=None)
+    plain = loading.read_config(tmp_path)
+    assert (plain.kv_heads, plain.tied, plain.rope_theta, plain.unrotated_every) == (8, False, 1e4, 0)
+    edit(tmp_path, model_type="smollm3")
+    smollm3 = loading.read_config(tmp_path)
+    assert (smollm3.kv_heads, smollm3.tied, smollm3.rope_theta, smollm3.unrotated_every) == (4, True, 2e6, 4)
+    edit(tmp_path, no_rope_layers=[1, 1])
+    assert loading.read_config(tmp_path).unrotated_every == 0
+    edit(tmp_path, model_type="mistral", sliding_window=4096)  # as long as the longest sequence
+    assert loading.read_config(tmp_path).kv_heads == 8
+
+
 def test_shards_are_written_and_read(tmp_path):
     hf_models.write(tmp_path / "in", "qwen3_moe")
     cfg, params, tokenizer = loading.load_pretrained(tmp_path / "in")
@@ -126,6 +140,7 @@ def test_a_policy_from_scratch_is_exported_as_qwen3(tmp_path):
     ("shape", "message"),
     [
         ({"bias": True, "qk_norm": True}, "both attention biases and query/key norms"),
+        ({"unrotated_every": 2, "qk_norm": True}, "unrotated layers with attention biases or norms"),
         ({"experts": 4, "experts_per_token": 2}, "experts without query/key norms"),
         ({"width": 30}, "heads=4 to divide width=30"),
     ],
@@ -178,6 +193,11 @@ BAD_FOLDERS = {
     "biases": (lambda f: edit(f, attention_bias=True), r"attention_bias=True is not supported"),
     "quantised": (lambda f: edit(f, quantization_config={"bits": 4}), r"quantization_config=.* is not supported"),
     "a sliding window": (lambda f: edit(f, layer_types=["sliding_attention"] * 2), r"sliding window"),
+    "Mistral's own sliding window": (
+        lambda f: edit(f, model_type="mistral", max_position_embeddings=4097), r"sliding window"),
+    "unrotated layers here and there": (
+        lambda f: edit(f, model_type="smollm3", num_hidden_layers=4, no_rope_layers=[1, 0, 0, 1]),
+        r"config.json: no_rope_layers=\[1, 0, 0, 1\] is not supported"),
     "a sliding window by flag": (lambda f: edit(f, use_sliding_window=True, max_window_layers=1), r"sliding window"),
     "rotary frequencies by length": (
         lambda f: edit(f, rope_scaling={"type": "dynamic", "factor": 2.0}), r"rope_type='dynamic' is not supported"),

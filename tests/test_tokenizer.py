@@ -146,7 +146,9 @@ class TestSavedAndLoaded:
         core.add_special_tokens(["<pad>", "<s>"])
         core.add_tokens(["<think>"])
         core.enable_truncation(4)
-        Tokenizer(core, small.end_token).save(tmp_path / "base")
+        core.enable_padding()
+        (tmp_path / "base").mkdir()
+        core.save(str(tmp_path / "base" / "tokenizer.json"))
         settings = {
             "eos_token": END, "bos_token": "<s>", "pad_token": "<pad>", "unk_token": "<lost>", "add_bos_token": False,
             "model_max_length": 77, "padding_side": "right", "tokenizer_class": "LlamaTokenizerFast",
@@ -160,6 +162,7 @@ class TestSavedAndLoaded:
                    "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
         assert kept == {name: value for name, value in (settings | changed).items() if value is not None}
         content = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+        assert (content["truncation"], content["padding"]) == (None, None)
         assert {token["content"]: token["special"] for token in content["added_tokens"]} == {
             END: True, "<pad>": True, "<s>": True, "<think>": False,
         }  # fmt: skip

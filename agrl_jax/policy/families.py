@@ -16,6 +16,8 @@ from agrl_jax.policy.transformer import build
 # `model_type` in config.json, and the class of `transformers` that loads it.
 CLASSES = {
     "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
@@ -106,13 +108,17 @@ class Entry(NamedTuple):
 
 
 def family_of(cfg: PolicyConfig) -> str:
-    """The family whose layers these are."""
+    """The family whose layers these are; Mistral's are Llama's."""
     if cfg.bias and cfg.qk_norm:
         raise LoadingError("no family that can be exported has both attention biases and query/key norms")
+    if cfg.unrotated_every and (cfg.bias or cfg.qk_norm):
+        raise LoadingError("no family that can be exported has unrotated layers with attention biases or norms")
     if cfg.experts and not cfg.qk_norm:
         raise LoadingError("no family that can be exported has experts without query/key norms")
     if cfg.qk_norm:
         return "qwen3_moe" if cfg.experts else "qwen3"
     if not cfg.bias and cfg.width % cfg.heads:
         raise LoadingError(f"Llama, the family of this shape, wants heads={cfg.heads} to divide width={cfg.width}")
+    if cfg.unrotated_every:
+        return "smollm3"
     return "qwen2" if cfg.bias else "llama"

@@ -25,6 +25,15 @@ from agrl_jax.policy.layers import PolicyConfig, RopeScaling
 from agrl_jax.policy.tokenizer import Tokenizer
 from agrl_jax.types import Params
 
+# What a config.json leaves out where it is the family's default, and other than that of most families.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen3": {"head_dim": 128},
+    "smollm3": {
+        "num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 2e6, "no_rope_layer_interval": 4,
+    },
+}  # fmt: skip
+
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 PICKLE = "a pickle, which can run any code when it is read; bring the model as safetensors or GGUF"
 
@@ -38,6 +47,7 @@ def hf_config(file: Path, param_dtype: str, compute_dtype: str) -> PolicyConfig:
     family = raw.get("model_type")
     if family not in CLASSES:
         raise LoadingError(f"{file}: model_type is {family!r}; known are: {', '.join(CLASSES)}")
+    raw = _DEFAULTS.get(family, {}) | raw
     _refuse_unknown_layers(file, family, raw)
     mixture = family == "qwen3_moe"
     try:
@@ -48,7 +58,7 @@ def hf_config(file: Path, param_dtype: str, compute_dtype: str) -> PolicyConfig:
             layers=int(raw["num_hidden_layers"]),
             heads=heads,
             kv_heads=int(raw.get("num_key_value_heads") or heads),
-            head_dim=int(raw.get("head_dim") or (128 if family == "qwen3" else width // heads)),
+            head_dim=int(raw.get("head_dim") or width // heads),
             mlp=int(raw["moe_intermediate_size" if mixture else "intermediate_size"]),
             tied=bool(raw.get("tie_word_embeddings", False)),
             qk_norm=family in ("qwen3", "qwen3_moe"),
@@ -60,6 +70,7 @@ def hf_config(file: Path, param_dtype: str, compute_dtype: str) -> PolicyConfig:
             experts=int(raw.get("num_local_experts") or raw["num_experts"]) if mixture else 0,
             experts_per_token=int(raw["num_experts_per_tok"]) if mixture else 0,
             renormalise_experts=bool(raw.get("norm_topk_prob", False)) if mixture else True,
+            unrotated_every=_unrotated_every(raw) if family == "smollm3" else 0,
             **hf_rope(raw),
         )
     except KeyError as error:
@@ -77,10 +88,24 @@ def _refuse_unknown_layers(file: Path, family: str, raw: Mapping[str, Any]) -> N
     for key, right in fixed.items():
         if raw.get(key) not in (None, right):
             raise LoadingError(f"{file}: {key}={raw[key]!r} is not supported, only {right!r}")
+    window = raw.get("sliding_window") if family == "mistral" else None
     if any(kind != "full_attention" for kind in raw.get("layer_types") or ()) or (
         raw.get("use_sliding_window") and raw.get("max_window_layers", 0) < raw.get("num_hidden_layers", 0)
-    ):
+    ) or (window is not None and window < raw.get("max_position_embeddings", 0)):
         raise LoadingError(f"{file}: layers with a sliding window are not supported")
+
+
+def _unrotated_every(raw: Mapping[str, Any]) -> int:
+    """`unrotated_every` of a PolicyConfig, from the interval or from the list that goes before it (1: is rotated)."""
+    every, rotated = raw["no_rope_layer_interval"], raw.get("no_rope_layers")
+    if rotated is None:
+        return int(every)
+    if all(rotated):
+        return 0
+    every = rotated.index(0) + 1
+    if rotated != [int((layer + 1) % every != 0) for layer in range(len(rotated))]:
+        raise ValueError(f"no_rope_layers={rotated!r} is not supported, only a 0 at regular intervals")
+    return every
 
 
 def hf_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -260,6 +285,12 @@ def _describe(cfg: PolicyConfig) -> dict[str, Any]:
         "rope_scaling": None,
         "use_cache": True,
     }
+    if every := cfg.unrotated_every:
+        config |= {
+            "no_rope_layer_interval": every,
+            "no_rope_layers": [int((layer + 1) % every != 0) for layer in range(cfg.layers)],
+            "use_sliding_window": False,
+        }
     if cfg.experts:
         config |= {
             "num_experts": cfg.experts,

@@ -74,6 +74,7 @@ class PolicyConfig:
     remat: bool = False
     max_positions: int = 4096  # told to those who load an export; nothing here depends on it
     rope_scaling: RopeScaling | None = None
+    unrotated_every: int = 0  # every layer whose number, from 1, this divides has no rotary positions; 0: all have them
     experts: int = 0
     experts_per_token: int = 0
     renormalise_experts: bool = True  # the chosen experts' weights add up to one
@@ -83,6 +84,8 @@ class PolicyConfig:
             raise ValueError(f"policy.kv_heads={self.kv_heads} must divide policy.heads={self.heads}")
         if self.head_dim % 2:
             raise ValueError(f"policy.head_dim={self.head_dim} must be even: rotary positions turn pairs")
+        if self.unrotated_every and self.rope_scaling is not None and self.rope_scaling.attention != 1:
+            raise ValueError("policy.unrotated_every goes with no rope_scaling that scales queries and keys")
         if self.experts and not 1 <= self.experts_per_token <= self.experts:
             raise ValueError(f"policy.experts_per_token={self.experts_per_token} must be 1 to {self.experts} (experts)")
 

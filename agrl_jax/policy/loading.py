@@ -43,7 +43,7 @@ def load_pretrained(
     compute_dtype: str = "float32",
     shardings: Callable[[Any, Any], Any] | None = None,
 ) -> tuple[PolicyConfig, Params, Tokenizer]:
-    """Reads a model of the Llama, Qwen2, Qwen3 or Qwen3-MoE family, tensor by tensor.
+    """Reads a model of the Llama, Mistral, SmolLM3, Qwen2, Qwen3 or Qwen3-MoE family, tensor by tensor.
 
     Args:
       path: a Hugging Face folder (config.json, model.safetensors or its shards, tokenizer.json), or a GGUF

@@ -2,7 +2,7 @@
 
 RMSNorm before each sub-layer, rotary positions, grouped-query attention, SwiGLU; tied or untied
 embeddings, attention biases, query/key norms, scaled rotary frequencies and a mixture of experts by
-config, so that Llama, Qwen2, Qwen3 and Qwen3-MoE shapes are the same code. Layers are stacked on a
+config, so that Llama, Mistral, SmolLM3, Qwen2, Qwen3 and Qwen3-MoE shapes are the same code. Layers are stacked on a
 leading axis and scanned, so that compile time does not grow with depth; for decoding they are taken
 apart where that is faster (`for_decoding`).
 
@@ -60,15 +60,17 @@ Observe = Callable[[Any, Array], Any]
 
 
 def _run_block(
-    block: Block, x: Array, positions: Array, offset: Array | None, prefix: LayerPrefix | None,
+    block: Block, x: Array, index: Array | int, positions: Array, offset: Array | None, prefix: LayerPrefix | None,
     instructions: Instructions | None, remember: Callable[[Array, Array], tuple[Array, Array]],
     placement: Placement, observe: Observe,
 ) -> tuple[Array, Any]:
-    """One layer; `remember` stores the new keys and values and returns those to attend to.
+    """The layer of number `index`; `remember` stores the new keys and values and returns those to attend to.
 
     Also returns what `observe` makes of the feed-forward and its input.
     """
     eps = block.cfg.norm_eps
+    if every := block.cfg.unrotated_every:
+        positions = jnp.where((index + 1) % every == 0, 0, positions)  # which turns by no angle
     q, k, v = block.attention.project(rms_norm(x, block.attention_norm[...], eps), positions)
     q, k, v = placement.place(q, QUERIES), placement.place(k, KEYS), placement.place(v, KEYS)
     x = placement.place(x + block.attention(q, *remember(k, v), offset, prefix, instructions, placement), HIDDEN)
@@ -124,7 +126,7 @@ def _scan(
 
         layer_prefix = None if prefix_kv is None else LayerPrefix(*prefix_kv, prefix.length)
         x, seen = run(
-            nnx.merge(graph, block_weights), x, prefix=layer_prefix, instructions=shared, remember=remember
+            nnx.merge(graph, block_weights), x, index, prefix=layer_prefix, instructions=shared, remember=remember
         )
         return ((x, (None, None)), (tuple(fresh), seen)) if cache_k is None else ((x, tuple(fresh)), (None, seen))
 
@@ -161,7 +163,7 @@ def _loop(
 
         layer_prefix = None if prefix is None else LayerPrefix(prefix.k[index], prefix.v[index], prefix.length)
         shared = None if instructions is None else Instructions(instructions.k[index], instructions.v[index])
-        x, saw = run(block, x, prefix=layer_prefix, instructions=shared, remember=remember)
+        x, saw = run(block, x, index, prefix=layer_prefix, instructions=shared, remember=remember)
         seen.append(saw)
     return x, Cache(*zip(*kept, strict=True)), seen
 
