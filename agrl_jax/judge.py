@@ -49,6 +49,9 @@ def _define_flags() -> None:
     flags.DEFINE_enum("stage", "best", STAGES, "Of a workdir: the best of RL, its end, or its start.")
     flags.DEFINE_string("fit_cuts", None, "Labelled pairs: fit cut points on them, and keep them with the checkpoint.")
     flags.DEFINE_bool("use_cuts", False, "Choose the tier by the cut points that were kept.")
+    flags.DEFINE_string("columns", "", "The files' names of our columns, where they differ: '{title: product_title}'.")
+    flags.DEFINE_string("labels", "", "Of --fit_cuts: the tier of each label, by name or grade: '{E: 4, S: 3}'.")
+    flags.DEFINE_string("bins", "", "Of --fit_cuts: the lowest rating of each tier but the worst: '[1.5, 2.5, 3.5]'.")
     flags.DEFINE_string("rulebook", None, "Rule book of a model that is not ours; else where to find the trained one.")
     orders, styles = RULES["rulebook.order"].choices, RULES["data.style"].choices
     flags.DEFINE_enum("order", None, orders, "Order of the response of a model that is not ours.")
@@ -60,7 +63,8 @@ def _define_flags() -> None:
 
 def run(values: flags.FlagValues) -> None:
     """Does what the flags ask for."""
-    from agrl_jax.judging.engine import Judge  # after the flags: JAX takes seconds to start
+    from agrl_jax.data.format import PairsFormat  # after the flags: JAX takes seconds to start
+    from agrl_jax.judging.engine import Judge
     from agrl_jax.judging.files import check_free, judge_file
     from agrl_jax.judging.trained import Settings
     from agrl_jax.runtime import processes
@@ -69,6 +73,7 @@ def run(values: flags.FlagValues) -> None:
     processes.require_one("judges")
     if values.output:
         check_free(values.output, values.overwrite)  # before a model is loaded
+    form = PairsFormat.parse(values.columns, values.labels, values.bins)
     settings = Settings(
         values.rulebook, values.order, values.style, values.prompt_len, values.response_len, values.dtype
     )
@@ -77,11 +82,11 @@ def run(values: flags.FlagValues) -> None:
         use_cuts=values.use_cuts and not values.fit_cuts,
     )  # fmt: skip
     if values.fit_cuts:
-        fitted = judge.fit_cuts(values.fit_cuts)
+        fitted = judge.fit_cuts(values.fit_cuts, form)
         say(f"cut points {fitted.cuts}: macro-F1 {fitted.macro_f1:.3f} on {values.fit_cuts}, "
             f"{fitted.macro_f1_before:.3f} without")  # fmt: skip
     if values.input:
-        say(str(judge_file(judge, values.input, values.output, values.prefix, values.overwrite)))
+        say(str(judge_file(judge, values.input, values.output, values.prefix, values.overwrite, form.columns)))
         say(f"written to {values.output}")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from agrl_jax.runtime.config import flatten, last_branch, raise_problems
+from agrl_jax.runtime.config import FILES, flatten, last_branch, raise_problems
 
 
 def as_long_as_rl(c: ConfigDict) -> int:
@@ -63,8 +63,15 @@ def base() -> ConfigDict:
     c.rulebook.order = "think_then_respond"  # or respond_then_think: the tier first
 
     c.data = ConfigDict()  # pairs and prompts
-    c.data.source = "benchmark"  # or pairs: train and evaluate on the file `path`
-    c.data.path = ""  # CSV, Parquet or JSON lines of labelled pairs
+    # What RL trains on and the scorecard is made on: the bundled benchmark; pairs: a file of yours; esci, wands: the
+    # folder of the public release.
+    c.data.source = "benchmark"
+    c.data.path = ""  # the file (CSV, TSV, JSON lines, perhaps compressed, or Parquet) or the folder
+    c.data.test_path = ""  # of pairs: a file that holds the test pairs; empty: they are split off, or stand in `split`
+    c.data.columns = ""  # of files of pairs: the file's names of our columns, "{title: product_title}"
+    c.data.labels = ""  # the tier of each label, by name or grade, "{E: 4, S: 3, C: 2, I: 1}"
+    c.data.bins = ""  # or the lowest rating of each tier but the worst, "[1.5, 2.5, 3.5]": 2.33 is the second lowest
+    c.data.on_bad_rows = "refuse"  # a row that cannot be used refuses the file; skip: it is left out, counted and said
     c.data.dir = ""  # where the benchmark is kept; empty: WORKDIR/data, or ~/.cache/agrl_jax of a bucket
     c.data.seed = 0  # of the benchmark, and of the split of a file without a `split` column
     c.data.prompt_len = 40  # S, tokens after the instructions that all prompts share; longer item texts are shortened
@@ -98,7 +105,11 @@ def base() -> ConfigDict:
     c.lora.stages = "both"  # or rl: the warm start trains all weights, and what it leaves is the base
 
     c.sft = ConfigDict()  # the supervised warm start
-    c.sft.source = "benchmark"  # its `sft` split; or train: the pairs that RL sees; or both
+    # Pairs of the warm start, one or several joined by "+", as "benchmark_train+pairs". benchmark: the `sft` split of
+    # the bundled benchmark; benchmark_train: its `train` split; train: the pairs that RL sees; pairs, esci, wands: the
+    # training pairs at sft.path; both: benchmark+train.
+    c.sft.source = "benchmark"
+    c.sft.path = ""  # a file of pairs, as data.* says that they are written, or the folder of the release
     c.sft.steps = 600  # updates
     c.sft.batch_size = 32  # pairs
     c.sft.learning_rate = 3e-3  # peak; cosine decay to 0
@@ -298,7 +309,9 @@ def _method_problems(config: ConfigDict) -> Iterator[str]:
 
 # Fields that act only beside certain values of others, and which.
 _ACTS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
-    ("data.path", "data.source", lambda source: source == "pairs"),
+    ("data.path", "data.source", lambda source: source != "benchmark"),
+    ("data.test_path", "data.source", lambda source: source == "pairs"),
+    ("sft.path", "sft.source", lambda source: bool(FILES.intersection(source.split("+")))),
     ("objective.kl_weight", "objective.kl", lambda kl: kl != "none"),
     ("objective.clip_low", "objective.loss", lambda loss: loss not in ("gspo", "rloo")),
     ("objective.clip_high", "objective.loss", lambda loss: loss not in ("gspo", "rloo")),
@@ -316,6 +329,10 @@ _ACTS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
 
 def _idle_problems(config: ConfigDict) -> Iterator[str]:
     fields, defaults = flatten(config), flatten(base())
+    if config.data.source != "pairs" and "pairs" not in config.sft.source.split("+"):
+        for name in ("data.columns", "data.labels", "data.bins", "data.on_bad_rows"):
+            if fields[name] != defaults[name]:
+                yield f"{name}={fields[name]} has no effect without a file of pairs in data.source or sft.source"
     for name, other, acts in _ACTS:
         if fields[name] != defaults[name] and not acts(fields[other]):
             yield f"{name}={fields[name]} has no effect with {other}={fields[other]}"

@@ -108,6 +108,15 @@ def test_each_field_is_checked(name):
         cfg.validate(config)
 
 
+def test_choices_may_be_joined_where_several_act_together():
+    rule = cfg.RULES["sft.source"]
+    assert rule.problem("train") == rule.problem("benchmark_train+pairs") == ""
+    assert "or several joined by +; did you mean 'train'?" in rule.problem("benchmark+trian")
+    assert "names a part twice" in rule.problem("train+train")
+    assert "expected one of" in rule.problem("train+") and "expected one of" in rule.problem("")
+    assert "expected one of" in cfg.RULES["data.source"].problem("pairs+esci")
+
+
 def test_all_problems_come_in_one_message():
     config = recipes.base()
     config.rl.group_size = 1
@@ -117,7 +126,7 @@ def test_all_problems_come_in_one_message():
     with pytest.raises(ConfigError) as error:
         cfg.validate(config)
     lines = str(error.value).splitlines()
-    assert lines[0] == "config: 11 problems"  # these three, and the eight fields of sft
+    assert lines[0] == "config: 12 problems"  # these three, and the nine fields of sft
     assert "  rl.group_size is 1, expected a whole number >= 2" in lines
     assert "  guidance.threshold is 1.5, expected a number >= 0 and <= 1" in lines
     assert "  field sft.warmup is missing" in lines
@@ -168,7 +177,12 @@ def test_check_known_names_the_nearest_fields():
         ({"method": "dpo", "dpo.batch_size": 30}, 4, "dpo.batch_size=30 cannot be split over 4 data shards"),
         ({"policy.heads": 3}, 1, "policy.kv_heads=2 must divide policy.heads=3"),
         ({"policy.head_dim": 7}, 1, "policy.head_dim=7 must be even"),
-        ({"data.source": "pairs"}, 1, "data.source=pairs needs data.path"),
+        ({"data.source": "pairs"}, 1, "data.source=pairs needs data.path, a CSV"),
+        ({"data.source": "wands"}, 1, "data.source=wands needs data.path, the folder"),
+        ({"sft.source": "train+pairs"}, 1, "needs sft.path, a CSV"),
+        ({"sft.source": "esci+wands", "sft.path": "x"}, 1, "sft.path is one of esci and wands, not both"),
+        ({"sft.source": "both+pairs", "sft.path": "x"}, 1, "both is benchmark+train; name what is meant"),
+        ({"sft.source": "train+benchmark_train"}, 1, "train and benchmark_train are the same pairs"),
         ({"data.response_len": 16}, 1, "reward.overlong_from=16 must be below data.response_len=16"),
     ],
 )
@@ -226,6 +240,10 @@ def test_what_a_method_leaves_open_can_be_chosen():
     ("fields", "message"),
     [
         ({"data__path": "a.csv"}, "data.path=a.csv has no effect with data.source=benchmark"),
+        ({"data__labels": "{E: 4}"}, "data.labels={E: 4} has no effect without a file of pairs"),
+        ({"data__on_bad_rows": "skip", "data__source": "esci", "data__path": "e"}, "data.on_bad_rows=skip has no eff"),
+        ({"data__test_path": "t.csv", "data__source": "wands", "data__path": "w"}, "data.test_path=t.csv has no effec"),
+        ({"sft__path": "a.csv", "sft__source": "train"}, "sft.path=a.csv has no effect with sft.source=train"),
         ({"objective__kl_weight": 0.1}, "objective.kl_weight=0.1 has no effect with objective.kl=none"),
         ({"objective__kl": "k3"}, "objective.kl=k3 has no effect with objective.kl_weight=0"),
         ({"objective__loss": "gspo", "objective__clip_low": 0.1}, "objective.clip_low=0.1 has no effect with"),

@@ -13,6 +13,7 @@ from pathlib import Path
 import hf_models
 import jax
 import numpy as np
+import pandas
 import pyarrow.parquet as pq
 import pytest
 import quick
@@ -224,6 +225,37 @@ def test_an_output_is_replaced_only_if_asked(judge: Judge, workdir: Path, tmp_pa
     with pytest.raises(OutputError, match="judge_tier.*--prefix"):
         judge_file(judge, str(output), str(tmp_path / "again.csv"))
     judge_file(judge, str(output), str(tmp_path / "again.csv"), prefix="second_")
+
+
+def test_a_file_with_other_columns_is_judged_alike(judge: Judge, tmp_path: Path) -> None:
+    rows = some_rows(3)
+    judge_file(judge, str(write_csv(tmp_path / "ours.csv", rows)), str(tmp_path / "a.jsonl"))
+    renamed = [{"search": row["query"], "name": row["title"], "price": row["price"], "title": "-"} for row in rows]
+    source, columns = str(write_csv(tmp_path / "theirs.csv", renamed)), {"query": "search", "title": "name"}
+    judge_file(judge, source, str(tmp_path / "b.jsonl"), columns=columns)
+    ours, theirs = ([json.loads(line) for line in (tmp_path / f"{name}.jsonl").open()] for name in "ab")
+    assert [row["judge_response"] for row in ours] == [row["judge_response"] for row in theirs]
+    assert [list(row)[:4] for row in theirs] == [["search", "name", "price", "title"]] * 3
+    with pytest.raises(PairsError, match="lacks the column 'nmae'.*did you mean 'name'"):
+        judge_file(judge, source, str(tmp_path / "c.csv"), columns=columns | {"title": "nmae"})
+    with pytest.raises(PairsError, match="columns: there is no column 'label'"):
+        judge_file(judge, source, str(tmp_path / "c.csv"), columns={"label": "name"})
+
+
+def test_lines_that_cannot_be_read_are_kept(judge: Judge, tmp_path: Path) -> None:
+    bad = 'cup,"Cup 3\\" high, red"'
+    (tmp_path / "in.csv").write_text(f"query,title\nshoes,Nike\n{bad}\n")
+    for name in ("out.csv", "out.jsonl"):
+        summary = judge_file(judge, str(tmp_path / "in.csv"), str(tmp_path / name))
+        assert (summary.rows, summary.bad_rows) == (2, 1)
+    assert (tmp_path / "out.csv").read_text().splitlines()[2].startswith(bad + ",,,")
+    first, second = [json.loads(line) for line in (tmp_path / "out.jsonl").open()]
+    assert first["judge_tier"] and second["judge_error"].endswith(f": {bad}") and second["judge_tier"] is None
+
+
+def test_frames_are_judged_as_records(judge: Judge) -> None:
+    rows = some_rows(2)
+    assert judge.judge(pandas.DataFrame(rows)) == judge.judge(rows)
 
 
 def test_work_of_another_judge_is_not_gone_on_with(judge: Judge, workdir: Path, tmp_path: Path) -> None:

@@ -90,8 +90,8 @@ class PairsFile:
             lines.append(f"rows left out since an item has no title: {self.dropped:,}")
         if self.skipped:
             lines.append(_listed(f"rows left out since they cannot be used: {len(self.skipped):,}", self.skipped))
-        trained = {_same_query(pair) for pair in self.splits["train"]}
-        if seen := len(trained & {_same_query(pair) for pair in self.splits["test"]}):
+        trained, tested = ({_same_query(pair) for pair in self.splits.get(name, ())} for name in ("train", "test"))
+        if seen := len(trained & tested):
             lines.append(f"queries of the test pairs that are trained on too: {seen}")
         return lines
 

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from agrl_jax.data import cells, pipeline
-from agrl_jax.data.pairs import Pair, read_labelled
+from agrl_jax.data.format import PairsFormat
+from agrl_jax.data.pairs import AS_DESCRIBED, Pair, read_labelled
 from agrl_jax.data.rows import NOT_UNICODE, Source, records_of
 from agrl_jax.evaluation.evaluator import TierSegments, judge_prompts, tier_segments
 from agrl_jax.judging import cuts, trained
@@ -120,9 +121,12 @@ class Judge:
             advance(len(batch))
         return judged
 
-    def fit_cuts(self, path: str) -> cuts.Fit:
-        """Fits cut points on a file of labelled pairs, uses them from now on, and keeps them with the checkpoint."""
-        pairs = read_labelled(path, self.book).pairs
+    def fit_cuts(self, path: str, form: PairsFormat = AS_DESCRIBED) -> cuts.Fit:
+        """Fits cut points on a file of labelled pairs, uses them from now on, and keeps them with the checkpoint.
+
+        `form` says how the file differs from what `agrl_jax.data.pairs` describes.
+        """
+        pairs = read_labelled(path, self.book, form).pairs
         self._cuts = None
         rows = [{name: getattr(pair, name) for name in cells.TEXTS} for pair in pairs]
         with progress("fit cut points", len(rows)) as bar:

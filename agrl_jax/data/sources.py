@@ -1,0 +1,50 @@
+"""Where labelled pairs come from besides the bundled benchmark: a user's file, or the folder of a public release."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from etils import epath
+
+from agrl_jax.data.esci import read_esci
+from agrl_jax.data.format import PairsFormat
+from agrl_jax.data.pairs import PairsFile, read_labelled, read_pairs
+from agrl_jax.data.wands import read_wands
+from agrl_jax.rulebook.book import RuleBook
+
+_RELEASES = {"esci": read_esci, "wands": read_wands}
+
+
+def read_source(
+    kind: str, path: epath.PathLike, book: RuleBook, seed: int, form: PairsFormat, test: epath.PathLike = ""
+) -> PairsFile:
+    """The splits of a source.
+
+    Args:
+      kind: `pairs`, a file; `esci` or `wands`, the folder of the release.
+      path: of the file or folder.
+      book: gives the tiers and steps.
+      seed: of the splits.
+      form: how a file of `pairs`, and `test`, differ from what `agrl_jax.data.pairs` describes.
+      test: a file that holds the test pairs of `pairs`, where `path` has none.
+
+    Raises:
+      PairsError: see `read_pairs`, `read_esci` and `read_wands`.
+    """
+    if kind in _RELEASES:
+        return _RELEASES[kind](path, book, seed)
+    return read_pairs(path, book, seed, form, test or None)
+
+
+def read_training(kind: str, path: epath.PathLike, book: RuleBook, seed: int, form: PairsFormat) -> PairsFile:
+    """The pairs of a source that are for training, as its split `train`: of a file without a `split` column, all.
+
+    Raises:
+      PairsError: see `read_source`.
+    """
+    if kind in _RELEASES:
+        found = _RELEASES[kind](path, book, seed)
+        return dataclasses.replace(found, splits={"train": found.splits["train"]})
+    labelled = read_labelled(path, book, form)
+    pairs = [pair for pair in labelled.pairs if pair.split in ("", "train")]
+    return PairsFile({"train": pairs}, labelled.contradicting, skipped=labelled.skipped)
