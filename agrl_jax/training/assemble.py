@@ -269,8 +269,8 @@ def encode(config: ConfigDict, model: Model, data: Data, names: Sequence[str]) -
             )  # fmt: skip
         except PairsError as error:
             by_pairs[id(pairs)] = None
-            where = "pairs of the warm start" if name == SFT else f"split {name}"
-            problems.append(f"{config.data.path or 'the bundled benchmark'}, {where}: {error}")
+            file = (name == SFT and config.sft.path) or config.data.path or "the bundled benchmark"
+            problems.append(f"{file}, {'pairs of the warm start' if name == SFT else f'split {name}'}: {error}")
     if problems:
         raise PairsError("\n".join(problems))
     return {name: by_pairs[id(data.pairs(name))] for name in names}
