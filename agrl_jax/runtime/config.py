@@ -118,8 +118,11 @@ class Rule:
             return ""
         if not _is_a(value, self.type):
             return f"is {value!r}, expected {self.expected()}"
-        if self.choices and value not in self.choices:
-            return f"is {value!r}, expected {self.expected()}{did_you_mean(str(value), self.choices, count=3)}"
+        parts = value.split(self.joined) if self.joined else [value]
+        if self.choices and (wrong := [part for part in parts if part not in self.choices]):
+            return f"is {value!r}, expected {self.expected()}{did_you_mean(str(wrong[0]), self.choices, count=3)}"
+        if self.joined and len(set(parts)) < len(parts):
+            return f"is {value!r}, which names a part twice"
         if self.type not in (int, float):
             return ""
         inside = (
