@@ -68,11 +68,10 @@ def teacher(small, batch):
 
 @pytest.fixture(scope="module")
 def prefixes():
-    """Forced tokens [4, G, T], the end token not among them, and two sets of lengths: from 0, and from 2."""
+    """Forced tokens [4, T], the end token not among them, and two sets of lengths: from 0, and from 2."""
     rng = np.random.default_rng(0)
-    forced = rng.integers(0, 10, (4, G, T)).astype(np.int32)
-    lengths = rng.integers(0, T + 1, (4, G)).astype(np.int32)
-    lengths[0, :3] = 0, 1, T
+    forced = rng.integers(0, 10, (4, T)).astype(np.int32)
+    lengths = np.array([0, 1, T, 4], np.int32)
     return forced, (lengths, np.maximum(lengths, 2))
 
 
@@ -162,19 +161,39 @@ def test_prefilled_prefixes_equal_those_fed_token_by_token(sample, batch, prefix
 def test_forced_tokens_come_out_exactly_and_count_as_given(sample, batch, prefixes, teacher):
     forced, lengths = prefixes[0], prefixes[1][0]
     rolled = jax.tree.map(np.asarray, sample(batch, forced, lengths))
-    given = np.arange(T) < lengths[..., None]
-    np.testing.assert_array_equal(rolled.tokens[given], forced[given])
+    given = np.broadcast_to(np.arange(T) < lengths[:, None, None], (4, G, T))
+    np.testing.assert_array_equal(rolled.tokens[given], np.broadcast_to(forced[:, None], given.shape)[given])
     np.testing.assert_array_equal(rolled.forced, given)
     np.testing.assert_array_equal(rolled.sampled, rolled.valid & ~given)
     logp, _ = teacher(rolled.tokens, temperature=0.8)
     np.testing.assert_allclose(rolled.logp, np.where(rolled.sampled, logp, 0), atol=1e-5)
 
 
-def test_a_forced_length_of_zero_is_plain_sampling_bit_for_bit(sample, batch, prefixes):
+def test_a_forced_length_of_zero_is_plain_sampling(sample, batch, prefixes):
     plain = sample(batch)
     for prefill_forced in (True, False):
-        none = sample(batch, prefixes[0], np.zeros((4, G), np.int32), prefill_forced=prefill_forced)
-        jax.tree.map(np.testing.assert_array_equal, none, plain)
+        none = sample(batch, prefixes[0], np.zeros(4, np.int32), prefill_forced=prefill_forced)
+        np.testing.assert_allclose(none.logp, plain.logp, atol=1e-6)
+        jax.tree.map(np.testing.assert_array_equal, none.replace(logp=0), plain.replace(logp=0))
+
+
+@pytest.mark.parametrize("shortest", [0, 4])
+def test_the_policy_runs_once_for_each_token_but_the_last(small, batch, prefixes, shortest):
+    """Counted where the loop calls it: rows go on from their own forced lengths, and nothing is run after the last."""
+    calls = []
+
+    def apply(params, tokens, **more):
+        if more.get("cache") is not None:
+            jax.debug.callback(lambda: calls.append(1))
+        return small.policy.apply(params, tokens, **more)
+
+    prefix = jax.jit(prefill, static_argnums=0)(small.policy, small.params, batch.prompt, batch.prompt_len)
+    keys = row_keys(KEY, PURPOSE_ROLLOUT, 0, batch.row, G)
+    lengths = np.maximum(prefixes[1][0], shortest)
+    run = jax.jit(partial(rollout, small.policy._replace(apply=apply), length=T, temperature=1.0, end_token=-1))
+    rolled = run(small.params, prefix, keys, forced=prefixes[0], forced_len=lengths)
+    jax.effects_barrier()
+    assert np.all(rolled.valid) and len(calls) == T - shortest - 1
 
 
 # -------------------------------------------------------------------------------------------- grammar
@@ -211,9 +230,8 @@ def test_an_untrained_policy_under_the_grammar_is_always_well_formed():
 
 def test_grammar_and_forced_prefixes_go_together(small, sample, batch):
     """The first part or two are given: the rest makes a whole response of them."""
-    forced = np.broadcast_to(batch.gold[:, None], (4, G, batch.gold.shape[1]))
-    forced = np.pad(forced, ((0, 0), (0, 0), (0, T - forced.shape[-1])))
-    lengths = np.tile(np.array([1, 1, 2, 1, 2], np.int32), (4, 1))
+    forced = np.pad(batch.gold, ((0, 0), (0, T - batch.gold.shape[1])))
+    lengths = np.array([1, 2, 2, 1], np.int32)
     rolled = sample(batch, forced, lengths, constrained=True)
     reading = jax.jit(reader.read)(small.tables, rolled.tokens, rolled.valid)
     assert np.all(reading.well_formed) and np.all(reading.value[..., 0] == 0)

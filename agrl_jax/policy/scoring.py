@@ -126,6 +126,27 @@ def prefill(policy: Policy, params: Params, prompt: Array, prompt_len: Array) ->
     return run_prompt(policy, params, prompt, prompt_len)[0]
 
 
+def extend_prefix(policy: Policy, params: Params, prefix: Prefix, tokens: Array, number: Array) -> Prefix:
+    """The prefix after the first `number` [B] of the tokens [B, T] too, which go through the network together."""
+    hidden, cache = policy.apply(params, tokens[:, None], prefix=prefix)
+    size, more = jax.tree.leaves(prefix.k)[0].shape[-2], tokens.shape[1]
+    slot = jnp.arange(size + more)
+    after = slot - prefix.length[:, None]  # [B, S + T] place among the tokens
+    source = jnp.where(after < 0, slot, size + jnp.clip(after, 0, more - 1))
+
+    def joined(prompt: Array, own: Array) -> Array:
+        both = jnp.concatenate([prompt, jnp.squeeze(own, -4)], axis=-2)
+        index = source.reshape(*(1,) * (both.ndim - 4), len(source), 1, -1, 1)
+        return jnp.take_along_axis(both, index, axis=-2)
+
+    last = jnp.take_along_axis(hidden[:, 0], jnp.maximum(number - 1, 0)[:, None, None], axis=1)[:, 0]
+    return Prefix(
+        *(jax.tree.map(joined, *pair) for pair in ((prefix.k, cache.k), (prefix.v, cache.v))),
+        length=prefix.length + number,
+        last_hidden=jnp.where((number > 0)[:, None], last, prefix.last_hidden),
+    )
+
+
 def predicting_hidden(policy: Policy, params: Params, prefix: Prefix, tokens: Array) -> Array:
     """Hidden states [B, G, T, D] that predict each of `tokens` [B, G, T]: teacher forcing."""
     hidden, _ = policy.apply(params, tokens[:, :, :-1], prefix=prefix)

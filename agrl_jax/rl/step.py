@@ -302,15 +302,13 @@ def _roll_guided(
     # A slot not in use is given the end token at once, so that it neither lengthens nor delays the loop.
     tokens = jnp.where(used[:, None], tokens, parts.tables.end_token)
     lengths = jnp.where(used, lengths, cfg.response_len)
-    shape = (row.shape[0], cfg.guidance.replace)
     shared = Prefix(
         *guidance.gather((prefix.k, prefix.v), selection, axis=-4),
         *guidance.gather((prefix.length, prefix.last_hidden), selection),
     )
     return _sample(
         parts, decoding, shared, row_keys(state.key, PURPOSE_REPLAY, state.step, row, cfg.guidance.replace),
-        forced=jnp.broadcast_to(tokens[:, None], (*shape, cfg.response_len)),
-        forced_len=jnp.broadcast_to(lengths[:, None], shape),
+        forced=tokens, forced_len=lengths,
     )
 
 
