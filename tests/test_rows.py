@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agrl_jax.data import rows as rows_module
@@ -267,11 +267,14 @@ def test_text_may_be_compressed(tmp_path: Path, kind: str, compression: str) -> 
         open_rows(path)
 
 
-_CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8)
+_CELLS = st.text(
+    st.sampled_from('a ",\t\r\n\u2028') | st.characters(codec="utf-8", exclude_characters="\0"), max_size=8
+)
 _NAMES = st.lists(st.text("abcdefgh \"',;\t", min_size=1, max_size=4).filter(lambda name: name == name.strip()),
                   min_size=1, max_size=3, unique=True)  # fmt: skip
 
 
+@settings(deadline=None)
 @given(st.data(), _NAMES, st.sampled_from(["csv", "tsv", "jsonl", "parquet", "csv.gz", "tsv.zst", "jsonl.zst"]))
 def test_what_is_written_is_read_back_equal(tmp_path_factory, data, names, kind) -> None:
     folder = tmp_path_factory.mktemp("trip")
@@ -291,6 +294,7 @@ _JSON = st.recursive(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(st.lists(st.fixed_dictionaries({"a": _JSON, "b": st.integers() | st.floats(-1e9, 1e9)}), min_size=1, max_size=4))
 def test_json_values_are_written_and_read_back_equal(tmp_path_factory, records) -> None:
     folder = tmp_path_factory.mktemp("trip")
