@@ -287,6 +287,14 @@ def test_what_is_written_is_read_back_equal(tmp_path_factory, data, names, kind)
     assert not any(row.error for row in found)
 
 
+@pytest.mark.parametrize("text", ["a\rb", "a\nb", "a,b", 'a "b"'])
+def test_a_csv_cell_that_another_reader_could_split_is_quoted(tmp_path: Path, text: str) -> None:
+    source = open_rows(write(tmp_path / "in.jsonl", json.dumps({"title": text})))
+    write_rows(tmp_path / "out.csv", source, pa.schema([("added", pa.string())]), [{"added": "x"}])
+    quoted = text.replace('"', '""')
+    assert (tmp_path / "out.csv").read_bytes().decode() == f'title,added\n"{quoted}",x\n'
+
+
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
     | _CELLS,
