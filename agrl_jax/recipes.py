@@ -127,7 +127,7 @@ def base() -> ConfigDict:
     c.rl.temperature = 1.0  # of sampling; the loss is of the same distribution
     c.rl.epochs = 1  # passes over each rollout
     c.rl.minibatches = 1  # updates in each pass
-    c.rl.micro_batches = 1  # pieces of each minibatch: less memory, the same gradient
+    c.rl.micro_batches = 1  # pieces of each minibatch: less memory, and no work for those where no group can teach
     c.rl.learning_rate = 3e-4  # peak
     c.rl.matrix_rate = 0.004  # as in sft
     c.rl.schedule = "cosine"  # after warm-up: to 0 at the end; or constant
@@ -338,3 +338,6 @@ def _idle_problems(config: ConfigDict) -> Iterator[str]:
             yield f"{name}={fields[name]} has no effect with {other}={fields[other]}"
     if config.objective.kl != "none" and not config.objective.kl_weight:
         yield f"objective.kl={config.objective.kl} has no effect with objective.kl_weight=0"
+    if config.guidance.baseline == "unguided_only" and config.guidance.replace == config.rl.group_size:
+        yield (f"guidance.baseline=unguided_only has no effect with guidance.replace={config.guidance.replace} of "
+               f"rl.group_size={config.rl.group_size}: no answer of a guided group is unguided")

@@ -248,6 +248,7 @@ def test_what_a_method_leaves_open_can_be_chosen():
         ({"objective__kl": "k3"}, "objective.kl=k3 has no effect with objective.kl_weight=0"),
         ({"objective__loss": "gspo", "objective__clip_low": 0.1}, "objective.clip_low=0.1 has no effect with"),
         ({"objective__gspo_clip_high": 0.1}, "objective.gspo_clip_high=0.1 has no effect with objective.loss=grpo"),
+        ({"guidance__baseline": "unguided_only", "guidance__replace": 4}, "guidance.baseline=unguided_only has no"),
         ({"guidance__gamma": 0.2}, "guidance.gamma=0.2 has no effect with guidance.treatment=imitate"),
         ({"guidance__treatment": "mask", "guidance__imitate_weight": 0.2}, "guidance.imitate_weight=0.2 has no"),
         ({"guidance__level": "fixed", "guidance__eta": 0.1}, "guidance.eta=0.1 has no effect with guidance.level"),

@@ -14,6 +14,7 @@ from agrl_jax.rl.objective import (
     ObjectiveConfig,
     advantages,
     kl_estimate,
+    learnt_from,
     loss_terms,
     masked_std,
     part_of_token,
@@ -103,6 +104,21 @@ def test_k1_is_taken_from_the_reward():
     np.testing.assert_allclose(advantage([1, 0], cfg=cfg, divergence=[3, 1]), [0.4, -0.4], rtol=1e-6)
     np.testing.assert_allclose(advantage([0, 0], cfg=having(kl="k1", kl_weight=0.1), divergence=[3, 1]), [-1, 1],
                                rtol=1e-6)  # equal rewards teach to come nearer
+
+
+@pytest.mark.parametrize(
+    ("treatment", "by_hand"),
+    [("mask", [0, 1, 0, 0]), ("imitate", [0, 1, 1, 1]), ("shaped", [0, 1, 0, 1]), ("importance", [0, 1, 0, 1])],
+)
+def test_groups_that_are_learnt_from(treatment, by_hand):
+    """Four groups of two answers: no advantage; one of a sampled token; a forced token without one, and with one."""
+    sampled, forced = np.ones((4, 2, 3), bool), np.zeros((4, 2, 3), bool)
+    forced[2:, 0, 0], sampled[2:, 0, 0] = True, False
+    values = np.zeros((4, 2, 3), np.float32)
+    values[1, 1, 2], values[3, 0, 0] = -0.5, 0.5
+    answers = Rollout(np.zeros((4, 2, 3), np.int32), np.zeros((4, 2, 3)), sampled, sampled | forced, sampled[..., 1])
+    cfg = having(treatment=treatment)
+    np.testing.assert_array_equal(learnt_from(values, token_weights(answers, cfg), cfg), by_hand)
 
 
 def test_a_group_teaches_where_a_sampled_token_has_an_advantage():

@@ -19,7 +19,7 @@ from agrl_jax.rl.guidance import GuidanceConfig
 from agrl_jax.rl.objective import ObjectiveConfig
 from agrl_jax.rl.reward import RewardConfig
 from agrl_jax.rl.rollout import PURPOSE_ROLLOUT, rollout, row_keys
-from agrl_jax.rl.step import StepConfig, _rollout_metrics, make_step
+from agrl_jax.rl.step import StepConfig, _accumulate, _Example, _learnt_first, _rollout_metrics, make_step
 from agrl_jax.runtime import optim
 from agrl_jax.types import UNKNOWN, Batch, OwnAnswers, Rollout, TrainState
 
@@ -151,6 +151,13 @@ def naive_loss(params, small, cfg, batch, rolled, advantage, weights, reference)
     )
 
 
+def weights_of(rolled, advantage, cfg) -> objective.TokenWeights:
+    """Weights of all tokens of the groups that are learnt from; entropy and KL are those of these groups too."""
+    weights = objective.token_weights(rolled, cfg.objective)
+    learnt = objective.learnt_from(advantage, weights, cfg.objective)[:, None, None]
+    return jax.tree.map(lambda w: w * learnt, weights)
+
+
 def naive(small, cfg, batch, reference=None):
     """`(params, rolled, advantage, weights) -> (loss, figures), gradient`, jitted."""
 
@@ -163,8 +170,8 @@ def naive(small, cfg, batch, reference=None):
 def test_shared_prompts_give_loss_and_gradients_of_the_usual_layout(small, step, mixed, reference, close):
     after, metrics, seen = step(mixed)
     assert np.any(seen.rolled.forced) and 0 < metrics["guide/share"] < 1
-    weights = objective.token_weights(seen.rolled, CONFIG.objective)
     advantage = np.broadcast_to(np.asarray(seen.advantage)[..., None], seen.rolled.tokens.shape)
+    weights = weights_of(seen.rolled, advantage, CONFIG)
     (loss, figures), gradient = naive(small, CONFIG, mixed, reference)(small.params, seen.rolled, advantage, weights)
     np.testing.assert_allclose(metrics["policy/loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["policy/kl"], figures["kl"], rtol=1e-4)
@@ -188,7 +195,7 @@ def test_epochs_minibatches_and_micro_batches_are_updates_one_after_the_other(sm
         for first in range(2):
             minibatch = (np.arange(B) % 2 == first)[:, None, None]
             rolled = seen.rolled.replace(sampled=seen.rolled.sampled & minibatch, valid=seen.rolled.valid & minibatch)
-            weights = objective.token_weights(rolled, UPDATES.objective)
+            weights = weights_of(rolled, advantage, UPDATES)
             (loss, figures), gradient = gradient_of(params, seen.rolled, advantage, weights)
             params = jax.tree.map(lambda p, g: p - RATE * g, params, gradient)
             expected.append((loss, figures["clipped"], figures["ratio_change"]))
@@ -198,6 +205,32 @@ def test_epochs_minibatches_and_micro_batches_are_updates_one_after_the_other(sm
     np.testing.assert_allclose(found, np.mean(expected, axis=0), rtol=1e-4)
     assert found[1] > 0 and found[2] > 0.01  # the later updates do see other ratios
     assert metrics["policy/sampler_gap"] <= 1e-5  # that of the policy which sampled
+
+
+def test_groups_to_learn_from_fill_the_first_micro_batches_of_their_shard():
+    learnt = np.array([0, 1, 0, 0, 1, 0, 1, 1], bool)
+    examples = _Example(np.arange(8)[:, None], np.arange(8), None, None, None, learnt=learnt)
+    pieces, number = _learnt_first(examples, dataclasses.replace(CONFIG, shards=2, micro_batches=4))
+    np.testing.assert_array_equal(pieces.prompt_len, [[1, 4], [0, 6], [2, 7], [3, 5]])
+    assert number == 3  # the second shard has three of them
+    pieces, number = _learnt_first(examples, dataclasses.replace(CONFIG, shards=1, micro_batches=2))
+    np.testing.assert_array_equal(pieces.prompt_len, [[1, 4, 6, 7], [0, 2, 3, 5]])
+    assert number == 1
+    nothing = examples.replace(learnt=np.zeros(8, bool))
+    assert _learnt_first(nothing, dataclasses.replace(CONFIG, shards=2, micro_batches=4))[1] == 0
+
+
+@pytest.mark.parametrize("number", [0, 2, 4])
+def test_no_more_micro_batches_are_computed_than_are_asked_for(number):
+    def value_and_grad(piece):
+        total = jnp.sum(piece.prompt_len)
+        return (total, {"tokens": total, "sampler_gap": jnp.max(piece.prompt_len)}), {"w": 2 * total}
+
+    pieces = _Example(np.arange(8).reshape(4, 2, 1), np.arange(8).reshape(4, 2), None, None, None)
+    grads, sums = jax.jit(partial(_accumulate, value_and_grad))(pieces, number)
+    total = sum(range(2 * number))
+    assert grads["w"] == 2 * total and sums["tokens"] == sums["loss"] == total
+    assert sums["sampler_gap"] == max(2 * number - 1, 0)
 
 
 # ------------------------------------------------------------------------------------------ guided replay

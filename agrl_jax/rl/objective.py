@@ -28,6 +28,9 @@ Forced tokens have behaviour probability 1 and stay out of ratios, KL and entrop
 A forced token is true. What was sampled after it may be wrong, which is no reason to make it less likely: hence
 max(A, 0).
 
+A group of which nothing can be learnt (no sampled token has an advantage, no forced one counts) has no part in the
+loss: entropy bonus and KL range over the other groups alone. Denominators count all answers.
+
 KL to the reference is a term of the loss as `k2` or `k3`. The gradient of `k1` there is 0 in expectation, so `k1`
 is taken from the reward of the answer instead, summed over its sampled tokens.
 """
@@ -155,6 +158,13 @@ def token_weights(rolled: Rollout, cfg: ObjectiveConfig) -> TokenWeights:
     per_token = _per_token(cfg.loss, sampled, sampled + forced, answers)
     given = {"mask": 0.0, "imitate": cfg.imitate_weight / (forced.shape[-1] * answers)}.get(cfg.treatment, per_token)
     return TokenWeights(sampled=sampled * per_token, forced=forced * given)
+
+
+def learnt_from(advantage: Array, weights: TokenWeights, cfg: ObjectiveConfig) -> Array:
+    """[B] bool: groups whose tokens [B, G, T] have a gradient, entropy and KL apart."""
+    true = True if cfg.treatment == "imitate" else advantage > 0
+    tokens = ((weights.sampled > 0) & (advantage != 0)) | ((weights.forced > 0) & true)
+    return jnp.any(tokens, axis=(1, 2))
 
 
 def _per_token(loss: str, sampled: Array, whole: Array, answers: Array) -> Array:

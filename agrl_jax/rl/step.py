@@ -6,7 +6,8 @@
     3. Find the groups that fail; roll `replace` of their answers again behind a forced prefix of the
        ground truth (adaptive guided replay). Where no group fails anywhere, `lax.cond` skips this.
     4. Turn scores into group-relative advantages, per answer or per reasoning step.
-    5. Epochs x minibatches of a clipped policy-gradient loss, each a sum over micro-batches; update.
+    5. Epochs x minibatches of a clipped policy-gradient loss, each a sum over micro-batches; update. Groups that can
+       teach go first, and no more micro-batches are computed than they fill.
     6. Remember what guidance did.
 
 How this departs from "TaoSR-AGRL" (arXiv 2510.08048), whose abstract alone is known to us: the reward
@@ -18,6 +19,7 @@ there is no KL term unless one is asked for.
 
 What a step costs is counted in forward-equivalent tokens, `budget/tokens`: a token sampled, forced or scored is one, a
 token trained on is three, the prompt of a group counts once in each pass, and the instructions once each time they run.
+Of micro-batches that are not computed nothing is trained on.
 
 The step is a pure function of (state, batch, reference) and is compiled once for a whole run. Its parts stand in named
 scopes (PHASES), by which profiles and `preflight` tell them apart.
@@ -61,7 +63,7 @@ class StepConfig:
     temperature: float
     epochs: int  # passes over each rollout
     minibatches: int  # updates per pass
-    micro_batches: int  # pieces of a minibatch, to save memory
+    micro_batches: int  # pieces of a minibatch, to save memory, and the work of those without a group that teaches
     logprob_chunk: int  # positions whose logits are held at once, over all devices; 0: all, and kept
     total_steps: int  # of the run: what a guidance cap is measured against
     shards: int  # data shards of the mesh
@@ -81,6 +83,8 @@ class _Example:
     rolled: Rollout  # [B, G, T]
     advantage: Array  # [B, G, T]
     reference_logp: Array | None  # [B, G, T]
+    weights: TokenWeights | None = None  # [B, G, T]; 0 in groups that are not learnt from
+    learnt: Array | None = None  # [B] bool
 
 
 @struct.dataclass
@@ -168,7 +172,7 @@ def _step(
     examples = _Example(batch.prompt, batch.prompt_len, rolled, advantage, reference_logp)
     params, opt_state, skipped, figures = _updates(parts, state, examples)
     shared = 0 if parts.instructions is None else len(parts.instructions)
-    metrics |= figures | _token_counts(batch, rolled, metrics, cfg, shared)
+    metrics |= figures | _token_counts(batch, rolled, metrics | figures, cfg, shared)
     state = TrainState(params, opt_state, state.step + 1, state.key, remembered, skipped)
     seen = Inspection(batch.row, rolled, reading, scored, jnp.mean(advantage, axis=-1, where=rolled.valid))
     return (
@@ -357,16 +361,18 @@ def _updates(parts: _Parts, state: TrainState, examples: _Example) -> tuple[Para
     def minibatch(carry: tuple[Params, Any, Array], examples: _Example) -> tuple[Any, Metrics]:
         params, opt_state, skipped = carry
         weights = objective.token_weights(examples.rolled, cfg.objective)
+        learnt = objective.learnt_from(examples.advantage, weights, cfg.objective)
+        weights = jax.tree.map(lambda w: jnp.where(learnt[:, None, None], w, 0.0), weights)
+        pieces, number = _learnt_first(examples.replace(weights=weights, learnt=learnt), cfg)
         with jax.named_scope("loss"):
             whole, pull = jax.vjp(parts.instruct, params)  # all micro-batches share one run of the instructions
             grads, sums = _accumulate(
-                partial(jax.value_and_grad(partial(_loss, parts), has_aux=True), whole),
-                (_split(examples, cfg.micro_batches), _split(weights, cfg.micro_batches)),
+                partial(jax.value_and_grad(partial(_loss, parts), has_aux=True), whole), pieces, number
             )
             (grads,) = pull(grads)
         with jax.named_scope("update"):
             params, opt_state, skipped, figures = parts.update(grads, params, opt_state, skipped)
-        return (params, opt_state, skipped), _loss_metrics(sums, examples.rolled) | figures
+        return (params, opt_state, skipped), _loss_metrics(sums) | figures
 
     def epoch(carry: tuple[Params, Any, Array], _: None) -> tuple[Any, Metrics]:
         return jax.lax.scan(minibatch, carry, _split(examples, cfg.minibatches))
@@ -374,24 +380,42 @@ def _updates(parts: _Parts, state: TrainState, examples: _Example) -> tuple[Para
     carry = (state.params, state.opt_state, state.skipped)
     (params, opt_state, skipped), metrics = jax.lax.scan(epoch, carry, None, length=cfg.epochs)
     first = ("policy/sampler_gap", "guide/forced_probability")  # of the policy that sampled, before any update
-    return params, opt_state, skipped, {
+    trained = jnp.sum(metrics.pop("tokens/trained"))
+    return params, opt_state, skipped, {"tokens/trained": trained} | {
         name: value[0, 0] if name in first else jnp.mean(value) for name, value in metrics.items()
     }
 
 
-def _loss(parts: _Parts, params: Params, example: _Example, weights: TokenWeights) -> tuple[Array, Metrics]:
+def _learnt_first(examples: _Example, cfg: StepConfig) -> tuple[_Example, Array]:
+    """Micro-batches of the examples [micro_batches, B / micro_batches, ...], and how many hold a group to learn from.
+
+    Within each data shard those groups go first, so that no example crosses devices.
+    """
+    learnt = examples.learnt.reshape(cfg.shards, -1)
+    order = jnp.argsort(~learnt, axis=1, stable=True)
+    size = learnt.shape[1] // cfg.micro_batches  # groups of a shard in each
+    number = -(-jnp.max(jnp.sum(learnt, axis=1)) // size)
+
+    def pieces(x: Array) -> Array:
+        x = x.reshape(cfg.shards, cfg.micro_batches, size, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(cfg.micro_batches, cfg.shards * size, *x.shape[3:])
+
+    return jax.tree.map(pieces, guidance.gather(examples, Selection(order, learnt))), number
+
+
+def _loss(parts: _Parts, params: Params, example: _Example) -> tuple[Array, Metrics]:
     """The loss of some examples, a sum, and sums for the metrics."""
-    rolled = example.rolled
+    rolled, learnt = example.rolled, example.learnt[:, None, None]
     logp, entropy = _logprobs(parts, params, example.prompt, example.prompt_len, rolled.tokens)
     loss, sums = objective.loss_terms(
-        logp, entropy, rolled.logp, example.reference_logp, example.advantage, rolled.sampled, weights,
+        logp, entropy, rolled.logp, example.reference_logp, example.advantage, rolled.sampled, example.weights,
         parts.cfg.objective,
     )
-    change = jnp.abs(jnp.where(rolled.sampled, logp - rolled.logp, 0.0))
     sums |= {
-        "entropy": jnp.sum(jnp.where(rolled.sampled, entropy, 0.0)),
-        "forced_logp": jnp.sum(jnp.where(rolled.forced, logp, 0.0)),
-        "sampler_gap": jnp.max(change),
+        "forced_logp": jnp.sum(jnp.where(rolled.forced & learnt, logp, 0.0)),
+        "forced": jnp.sum(rolled.forced & learnt),
+        "sampler_gap": jnp.max(jnp.abs(jnp.where(rolled.sampled & learnt, logp - rolled.logp, 0.0))),
+        "tokens": jnp.sum(example.prompt_len) + jnp.sum(rolled.valid),
     }
     return loss, sums
 
@@ -407,24 +431,27 @@ def _split(tree: Any, number: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, number, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
-def _accumulate(value_and_grad: Callable[..., Any], pieces: tuple[Any, Any]) -> tuple[Params, Metrics]:
-    """Sums gradients and figures over micro-batches; of `sampler_gap`, the greatest."""
+def _accumulate(value_and_grad: Callable[..., Any], pieces: _Example, number: Array) -> tuple[Params, Metrics]:
+    """Sums gradients and figures over the first `number` micro-batches; of `sampler_gap`, the greatest."""
+    count = pieces.prompt.shape[0]
 
-    def one(piece: tuple[Any, Any]) -> tuple[Params, Metrics]:
-        (loss, sums), grads = value_and_grad(*piece)
+    def one(piece: _Example) -> tuple[Params, Metrics]:
+        (loss, sums), grads = value_and_grad(piece)
         return grads, sums | {"loss": loss}
 
-    def add(total: tuple[Params, Metrics], piece: tuple[Any, Any]) -> tuple[tuple[Params, Metrics], None]:
-        grads, sums = one(piece)
+    def add(carry: tuple[Array, tuple[Params, Metrics]]) -> tuple[Array, tuple[Params, Metrics]]:
+        done, total = carry
+        grads, sums = one(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, done, keepdims=False), pieces))
         gap = jnp.maximum(total[1]["sampler_gap"], sums["sampler_gap"])
         grads, sums = jax.tree.map(jnp.add, total, (grads, sums))
-        return (grads, sums | {"sampler_gap": gap}), None
+        return done + 1, (grads, sums | {"sampler_gap": gap})
 
     first = jax.tree.map(lambda x: x[0], pieces)
-    if jax.tree.leaves(pieces)[0].shape[0] == 1:
+    if count == 1:
         return one(first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first))
-    return jax.lax.scan(add, zeros, pieces)[0]
+    # That a constant bounds the loop is what `bounds` counts its work by.
+    return jax.lax.while_loop(lambda carry: (carry[0] < count) & (carry[0] < number), add, (jnp.int32(0), zeros))[1]
 
 
 # ------------------------------------------------------------------------------------------- metrics
@@ -444,6 +471,7 @@ def _rollout_metrics(
         "reward/gated": jnp.mean(jnp.any(gated[..., steps], axis=-1)),  # answers of which a right step earned nothing
         "policy/length": jnp.mean(jnp.sum(rolled.valid, axis=-1)),
         "policy/truncated": 1 - jnp.mean(rolled.finished),
+        "policy/entropy": -jnp.mean(rolled.logp, where=rolled.sampled),  # in expectation
         "tokens/prompt": jnp.sum(batch.prompt_len),  # once for its group
         "tokens/rolled": jnp.sum(rolled.valid),
     }
@@ -455,23 +483,22 @@ def _rollout_metrics(
     return metrics
 
 
-def _loss_metrics(sums: Metrics, rolled: Rollout) -> Metrics:
-    sampled, forced = jnp.sum(rolled.sampled), jnp.sum(rolled.forced)
+def _loss_metrics(sums: Metrics) -> Metrics:
+    """Figures of the groups that are learnt from."""
     metrics = {
         "policy/loss": sums["loss"],
         "policy/clipped": sums["clipped"],
         "policy/ratio_change": sums["ratio_change"],
-        "policy/entropy": sums["entropy"] / jnp.maximum(sampled, 1),
         "policy/sampler_gap": sums["sampler_gap"],
-        "guide/forced_probability": jnp.exp(sums["forced_logp"] / forced),
+        "guide/forced_probability": jnp.exp(sums["forced_logp"] / sums["forced"]),
+        "tokens/trained": sums["tokens"],
     }
     return metrics | ({"policy/kl": sums["kl"]} if "kl" in sums else {})
 
 
 def _token_counts(batch: Batch, rolled: Rollout, counts: Metrics, cfg: StepConfig, shared: int) -> Metrics:
-    """Tokens trained on, and the forward-equivalent tokens of the step, given what else was counted."""
-    once = jnp.sum(batch.prompt_len) + jnp.sum(rolled.valid)  # a pass over what is learnt from, as the reference makes
+    """Tokens trained on, instructions too, and the forward-equivalent tokens of the step, given what was counted."""
     sampled = shared + sum(counts.get(f"tokens/{name}", 0) for name in ("prompt", "rolled", "refilled", "replayed"))
-    scored = 0 if cfg.objective.kl == "none" else shared + once
-    trained = (once + shared * cfg.minibatches) * cfg.epochs
+    scored = 0 if cfg.objective.kl == "none" else shared + jnp.sum(batch.prompt_len) + jnp.sum(rolled.valid)
+    trained = counts["tokens/trained"] + shared * cfg.minibatches * cfg.epochs
     return {"tokens/trained": trained, "budget/tokens": sampled + scored + 3 * trained}
