@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from agrl_jax.types import Array, Cache, Instructed, Instructions, Params, Policy, Prefix
 
@@ -157,3 +159,83 @@ def first_hidden(prefix: Prefix, group_size: int) -> Array:
     """[B, G, D]: the hidden state after the prompt, the same for every sample of its group."""
     b, d = prefix.last_hidden.shape
     return jnp.broadcast_to(prefix.last_hidden[:, None], (b, group_size, d))
+
+
+# Texts that compete, such as the values of a part of the response
+
+
+def score_parts(
+    policy: Policy, params: Params, prefix: Prefix, tokens: np.ndarray, length: np.ndarray,
+    choose: Callable[[int, Array], Array],
+) -> list[tuple[Array, Array]]:
+    """Goes through P parts without a decoding loop: all texts of a part are scored at once after those chosen before.
+
+    Args:
+      policy: of the scores, with `params`.
+      params: its parameters.
+      prefix: the prompts.
+      tokens: [P, n, W], the texts of each part; no text of a part is the start of another.
+      length: [P, n] tokens of each text that count; 0 past the texts of a part.
+      choose: (index of the part, log-probabilities [B, n of the part]) -> which text [B] is gone on with.
+
+    Returns:
+      For each part the log-probabilities, as of `text_logprobs`, and the choice.
+    """
+    scored = []
+    for part in range(len(tokens)):
+        texts, sizes = tokens[part, length[part] > 0], length[part, length[part] > 0]
+        logp, prefix = text_logprobs(policy, params, prefix, texts, sizes)
+        chosen = choose(part, logp)
+        scored.append((logp, chosen))
+        shared = _shared_start(texts, sizes)
+        if part + 1 < len(tokens):
+            own = jnp.asarray(texts[:, shared : sizes.max()])[chosen]
+            prefix = cut(*run_on(policy, params, prefix, own), jnp.asarray(sizes - shared)[chosen])
+    return scored
+
+
+def text_logprobs(
+    policy: Policy, params: Params, prefix: Prefix, tokens: np.ndarray, length: np.ndarray
+) -> tuple[Array, Prefix]:
+    """Log-probabilities [B, n] of n texts right after a prefix, given the tokens that all of them begin with; and the
+    prefix that ends after these. Texts are tokens [n, W], of which `length` [n] count; none is the start of another.
+    """
+    shared, b = _shared_start(tokens, length), prefix.length.shape[0]
+    if shared:
+        together = jnp.broadcast_to(tokens[0, :shared], (b, shared))
+        prefix = cut(*run_on(policy, params, prefix, together), jnp.full(b, shared))
+    own, size = jnp.asarray(tokens[:, shared : length.max()]), jnp.asarray(length - shared)
+    # The first token of each text is read off one row of logits.
+    total = jax.nn.log_softmax(policy.unembed(params, prefix.last_hidden))[:, own[:, 0]]
+    if own.shape[1] > 1:
+        texts = jnp.broadcast_to(own, (b, *own.shape))
+        hidden, _ = policy.apply(params, texts[:, :, :-1], prefix=prefix)
+        logp, _ = token_logprobs(partial(policy.unembed, params), hidden, texts[:, :, 1:], 1.0, 0)
+        total += jnp.sum(jnp.where(jnp.arange(1, own.shape[1]) < size[:, None], logp, 0.0), axis=-1)
+    return total, prefix
+
+
+def _shared_start(tokens: np.ndarray, length: np.ndarray) -> int:
+    """How many tokens all texts begin with."""
+    same = (tokens == tokens[0]).all(axis=0) & (np.arange(tokens.shape[1]) < length.min())
+    return int(np.argmin(np.append(same, False)))
+
+
+def run_on(policy: Policy, params: Params, prefix: Prefix, tokens: Array) -> tuple[Prefix, Array]:
+    """Runs tokens [B, n] after a prefix. Returns the prefix, of the same length as before, with the keys and values of
+    the tokens behind its own; and the hidden states [B, n + 1, D] after 0 to n of the tokens. See `cut`."""
+    hidden, cache = policy.apply(params, tokens[:, None], prefix=prefix)
+
+    def append(old: Array, new: Array) -> Array:
+        room = jnp.pad(old, ((0, 0),) * (old.ndim - 2) + ((0, tokens.shape[1]), (0, 0)))
+        write = partial(jax.lax.dynamic_update_slice_in_dim, axis=-2)
+        return jax.vmap(write, in_axes=(-4, -4, 0), out_axes=-4)(room, jnp.squeeze(new, -4), prefix.length)
+
+    k, v = jax.tree.map(append, (prefix.k, prefix.v), (cache.k, cache.v))
+    return prefix.replace(k=k, v=v), jnp.concatenate([prefix.last_hidden[:, None], hidden[:, 0]], axis=1)
+
+
+def cut(prefix: Prefix, hidden: Array, size: Array) -> Prefix:
+    """What `run_on` returned, as the prefix that ends after the first `size` [B] of the tokens."""
+    last = jnp.take_along_axis(hidden, size[:, None, None], axis=1)[:, 0]
+    return prefix.replace(length=prefix.length + size, last_hidden=last)

@@ -6,12 +6,12 @@ policy's own likeliest value is taken, among those that the table still allows w
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 
 from agrl_jax.data.pipeline import PartTexts
-from agrl_jax.policy.scoring import predicting_hidden, token_logprobs
+from agrl_jax.policy.scoring import score_parts
 from agrl_jax.types import UNKNOWN, Array, Batch, Params, Policy, Prefix, RuleTables
 
 
@@ -22,30 +22,41 @@ def filled_responses(
 
     The end token counts as known. T must have room for the longest canonical response.
     """
+    possible = _possible(tables, batch.steps, batch.tier)
+
+    def choose(place: int, logp: Array) -> Array:
+        nonlocal possible
+        part = tables.order[place]
+        if part == tables.num_steps:
+            return batch.tier
+        others = tuple(axis + 1 for axis in range(tables.num_steps) if axis != part)
+        allowed = jnp.any(possible, axis=others)  # [B, values]
+        truth = batch.steps[:, part]
+        value = jnp.where(truth == UNKNOWN, jnp.argmax(jnp.where(allowed, logp, -jnp.inf), axis=1), truth)
+        possible &= _one_value(value, part, tables)
+        return value
+
+    values = [value for _, value in score_parts(policy, params, prefix, texts.tokens, texts.length, choose)]
+    return _written(tables, texts, batch, values)
+
+
+def _written(tables: RuleTables, texts: PartTexts, batch: Batch, values: Sequence[Array]) -> tuple[Array, Array]:
+    """The response [B, T] that states `values` [B] part by part, and which of its tokens state what is known."""
     sizes, all_texts = jnp.asarray(texts.length), jnp.asarray(texts.tokens)
-    length = batch.gold.shape[1]
+    place_of = jnp.arange(batch.gold.shape[1])
     tokens = jnp.full(batch.gold.shape, tables.end_token, jnp.int32)
     known = jnp.zeros(batch.gold.shape, bool)
     at = jnp.zeros_like(batch.tier)  # tokens so far
-    possible = _possible(tables, batch.steps, batch.tier)
-    for place, part in enumerate(tables.order):
-        is_step = part < tables.num_steps
-        truth = batch.steps[:, part] if is_step else batch.tier
-        value = truth
-        if is_step:
-            others = tuple(axis + 1 for axis in range(tables.num_steps) if axis != part)
-            allowed = jnp.any(possible, axis=others)  # [B, values]
-            logp = _text_logprobs(policy, params, prefix, tokens, at, texts, place)[:, : allowed.shape[1]]
-            value = jnp.where(truth == UNKNOWN, jnp.argmax(jnp.where(allowed, logp, -jnp.inf), axis=1), truth)
-            possible &= _one_value(value, part, tables)
-        inside = jnp.arange(length) - at[:, None]  # [B, T] place within the text of this part
+    for place, (part, value) in enumerate(zip(tables.order, values, strict=True)):
+        truth = batch.steps[:, part] if part < tables.num_steps else batch.tier
+        inside = place_of - at[:, None]  # [B, T] place within the text of this part
         size = sizes[place, value]
         here = (inside >= 0) & (inside < size[:, None])
         text = jnp.take_along_axis(all_texts[place, value], jnp.clip(inside, 0, all_texts.shape[2] - 1), axis=1)
         tokens = jnp.where(here, text, tokens)
         known |= here & (truth != UNKNOWN)[:, None]
         at += size
-    return tokens, known | (jnp.arange(length) == at[:, None])
+    return tokens, known | (place_of == at[:, None])
 
 
 def tokens_scored(tables: RuleTables, texts: PartTexts, batch: Batch) -> Array:
@@ -69,19 +80,3 @@ def _one_value(value: Array, part: int, tables: RuleTables) -> Array:
     size = tables.num_values[part]
     mask = (jnp.arange(size) == value[:, None]) | (value == UNKNOWN)[:, None]
     return mask.reshape(-1, *(size if axis == part else 1 for axis in range(tables.num_steps)))
-
-
-def _text_logprobs(
-    policy: Policy, params: Params, prefix: Prefix, tokens: Array, at: Array, texts: PartTexts, place: int
-) -> Array:
-    """[B, values] log-probability of each value's text after the first `at` [B] of `tokens` [B, T]."""
-    width = texts.tokens.shape[2]
-    # What lies beyond the texts of this part need not be computed. (One more token, so that there always is input.)
-    tokens = tokens[:, : 1 + int(texts.length[: place + 1].max(axis=1).sum())]
-    inside = jnp.arange(tokens.shape[1]) - at[:, None]
-    text = jnp.asarray(texts.tokens[place])[:, jnp.clip(inside, 0, width - 1)].swapaxes(0, 1)  # [B, values, T]
-    candidates = jnp.where((inside < 0)[:, None], tokens[:, None], text)
-    hidden = predicting_hidden(policy, params, prefix, candidates)
-    logp, _ = token_logprobs(partial(policy.unembed, params), hidden, candidates, 1.0, 0)
-    counts = (inside[:, None] >= 0) & (inside[:, None] < texts.length[place][:, None])
-    return jnp.sum(jnp.where(counts, logp, 0.0), axis=-1)
