@@ -47,19 +47,23 @@ def evaluate(workdir: str, stages: list[str], splits: list[str], pairs: int) -> 
         say(f"pairs that have changed since training: {', '.join(changed)}; scored is what they are now")
     mesh = sharding.make_mesh(*(config.mesh[axis] for axis in sharding.AXES))
     model = assemble.load_model(config, folder, rules, mesh=mesh)
-    encoded = assemble.encode(config, model, data, splits or data.eval_splits)
+    splits = splits or list(data.eval_splits)
+    encoded = assemble.encode(config, model, data, dict.fromkeys([*splits, "validation"]))
+    validation = encoded["validation"] if "validation" in splits else encoded.pop("validation")
+    known = pipeline.stratified(validation, config.eval.validation_pairs, config.data.seed)
     rows = {name: pipeline.stratified(split, pairs or len(split), config.data.seed) for name, split in encoded.items()}
     evaluator = assemble.make_evaluator(config, model, mesh)
     for_decoding = assemble.for_decoding(config, model, mesh)
     cards: metrics.Scorecards = {}
-    judged_pairs = sum(len(some) + evaluator.sampled(len(some)) for some in rows.values())
+    judged_pairs = len(known) + sum(len(some) + evaluator.sampled(len(some)) for some in rows.values())
     with progress("evaluate", len(stages) * judged_pairs) as bar:
         for stage in stages:
             params = for_decoding(assemble.load_params(folder, config, model, mesh, *found[stage]), None)
             settings = {"settings": assemble.card_settings(config, found[stage].step, pairs)}
+            temperature = evaluator.calibrate(params, validation, known, bar.advance).temperature
             card = cards.setdefault({SFT_END: "sft", "rl": config.method}.get(stage, stage), {})
             for name, split in encoded.items():
-                judged = evaluator.judge(params, split, rows[name], advance=bar.advance)
+                judged = evaluator.judge(params, split, rows[name], temperature=temperature, advance=bar.advance)
                 scores = intervals.score(judged, rules, bootstrap=config.eval.bootstrap, seed=config.seed)
                 card[name] = scores | settings
     return cards

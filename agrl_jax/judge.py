@@ -8,14 +8,23 @@ Face folder, or a GGUF file. Input and output are CSV, TSV, JSON lines or Parque
 keeps its place and all its columns, and gets
 
     judge_tier          the tier
-    judge_prob_TIER     the probability of each tier: of its canonical text after the policy's own steps
+    judge_tier_from     where it comes from: `answer`, `probabilities` or `cuts`
+    judge_prob_TIER     the probability of each tier, through the rule book's table (see `evaluation.probabilities`)
+    judge_stated        the tier that the answer states
+    judge_likeliest     the likeliest tier by the probabilities
+    judge_disagree      whether these two differ
     judge_step_STEP     the value of each step of the rule book
     judge_consistent    whether these steps imply this tier
     judge_response      what the policy wrote
     judge_error         why the row could not be judged; then the others are empty
 
-Answers are greedy, and only tokens are taken that lead to a well-formed response, so every answer can be read,
-even an untrained policy's. A command that was stopped, however, goes on where it was when it is given again.
+Every answer can be read, even an untrained policy's. Without free text in the rule book, the values of each part of
+the answer are scored at once and the likeliest is taken; with it, answers are sampled greedily from the tokens that
+lead to a well-formed response. A command that was stopped, however, goes on where it was when it is given again.
+
+Training fits a temperature of the probabilities on its validation pairs, and finds whether the stated or the
+likeliest tier is the better there: `judge_tier` is that one. For any other model, `--fit_temperature=labelled.csv`
+does so, and keeps it with the checkpoint; until then probabilities are as they are, and the tier is the stated one.
 
 In Python:
 
@@ -31,12 +40,16 @@ checkpoint; `--use_cuts` then chooses the tier by them, in place of the one in t
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from agrl_jax.judging import PREFIX, STAGES
 from agrl_jax.runtime.config import RULES, ConfigError, exit_with, parse_flags
 from agrl_jax.runtime.memory import with_huge_pages
+
+if TYPE_CHECKING:
+    from agrl_jax.judging.engine import Judge
 
 
 def _define_flags() -> None:
@@ -47,11 +60,12 @@ def _define_flags() -> None:
     flags.DEFINE_string("prefix", PREFIX, "Of the columns that are added.")
     flags.DEFINE_integer("batch_size", 64, "Pairs judged at once.", lower_bound=1)
     flags.DEFINE_enum("stage", "best", STAGES, "Of a workdir: the best of RL, its end, or its start.")
+    flags.DEFINE_string("fit_temperature", None, "Labelled pairs: fit the temperature of the probabilities likewise.")
     flags.DEFINE_string("fit_cuts", None, "Labelled pairs: fit cut points on them, and keep them with the checkpoint.")
     flags.DEFINE_bool("use_cuts", False, "Choose the tier by the cut points that were kept.")
     flags.DEFINE_string("columns", "", "The files' names of our columns, where they differ: '{title: product_title}'.")
-    flags.DEFINE_string("labels", "", "Of --fit_cuts: the tier of each label, by name or grade: '{E: 4, S: 3}'.")
-    flags.DEFINE_string("bins", "", "Of --fit_cuts: the lowest rating of each tier but the worst: '[1.5, 2.5, 3.5]'.")
+    flags.DEFINE_string("labels", "", "Of --fit_cuts and --fit_temperature: the tier of each label, by name or grade: '{E: 4, S: 3}'.")
+    flags.DEFINE_string("bins", "", "Of --fit_cuts and --fit_temperature: the lowest rating of each tier but the worst: '[1.5, 2.5, 3.5]'.")
     flags.DEFINE_string("rulebook", None, "Rule book of a model that is not ours; else where to find the trained one.")
     orders, styles = RULES["rulebook.order"].choices, RULES["data.style"].choices
     flags.DEFINE_enum("order", None, orders, "Order of the response of a model that is not ours.")
@@ -79,15 +93,30 @@ def run(values: flags.FlagValues) -> None:
     )
     judge = Judge.from_checkpoint(
         values.checkpoint, stage=values.stage, settings=settings, batch_size=values.batch_size,
-        use_cuts=values.use_cuts and not values.fit_cuts,
+        use_cuts=values.use_cuts and not (values.fit_cuts or values.fit_temperature),
     )  # fmt: skip
+    if values.fit_temperature:
+        judge.fit_temperature(values.fit_temperature, form)
     if values.fit_cuts:
         fitted = judge.fit_cuts(values.fit_cuts, form)
         say(f"cut points {fitted.cuts}: macro-F1 {fitted.macro_f1:.3f} on {values.fit_cuts}, "
             f"{fitted.macro_f1_before:.3f} without")  # fmt: skip
+    say(_how(judge))
     if values.input:
         say(str(judge_file(judge, values.input, values.output, values.prefix, values.overwrite, form.columns)))
         say(f"written to {values.output}")
+
+
+def _how(judge: Judge) -> str:
+    """How the judge comes to its tiers and probabilities."""
+    fitted = judge.calibration
+    if fitted is None:
+        return "no temperature is kept for this checkpoint: probabilities are as they are (see --fit_temperature)"
+    return (
+        f"probabilities at temperature {fitted.temperature:.2f}, tiers from {judge.tier_from}; on {fitted.pairs:,} "
+        f"validation pairs macro-F1 {fitted.macro_f1_answer:.3f} from answer, {fitted.macro_f1_probabilities:.3f} "
+        f"from probabilities, NLL {fitted.nll:.3f} ({fitted.nll_before:.3f} at temperature 1)"
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -95,8 +124,8 @@ def main(argv: list[str]) -> None:
     _define_flags()
     parse_flags(argv)
     values = flags.FLAGS
-    if bool(values.input) != bool(values.output) or not (values.input or values.fit_cuts):
-        exit_with(ConfigError("--input and --output are both needed, or --fit_cuts alone"))
+    if bool(values.input) != bool(values.output) or not (values.input or values.fit_cuts or values.fit_temperature):
+        exit_with(ConfigError("--input and --output are both needed, or --fit_cuts or --fit_temperature alone"))
     from agrl_jax.judging.files import USER_ERRORS
 
     try:

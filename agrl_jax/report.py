@@ -78,7 +78,7 @@ def _run(workdir: epath.Path) -> dict[str, Any]:
     return {
         "name": str(workdir), "stage": stage, "curves": curves, "parts": parts, "samples": samples, "missing": missing,
         "sheets": list(tables.sheets(cards)), "confusions": [] if frame is None else confusions(frame),
-        "alarms": alarms(curves, parts),
+        "alarms": alarms(curves, parts), "reliabilities": [] if frame is None else reliabilities(frame),
     }  # fmt: skip
 
 
@@ -159,6 +159,30 @@ def _matrix(part: str, truth: pl.Series, stated: pl.Series, names: Sequence[str]
         for name, row in zip(names, counts, strict=True)
     ]
     return {"part": part, "columns": [*names, "none stated"], "rows": rows, "n": int(counts.sum())}
+
+
+# ------------------------------------------------------------------------------------------- reliability
+
+
+def reliabilities(frame: pl.DataFrame) -> list[dict[str, Any]]:
+    """For each stage and split, and each bin of the calibration error that holds pairs: the mean probability of the
+    likeliest tier, the share of pairs of which it is the true one (never where malformed), and their number."""
+    from agrl_jax.evaluation.metrics import confidence_bin
+
+    tiers = [name for name in frame.columns if name.startswith("prob_")]
+    found = []
+    for (stage, split), judged in frame.group_by("stage", "split", maintain_order=True):
+        probs = judged.select(tiers).to_numpy().astype(np.float64)
+        likeliest, confidence = probs.argmax(axis=1), probs.max(axis=1)
+        truth = np.array([tiers.index(f"prob_{name}") for name in judged["tier"]])
+        right, of = (likeliest == truth) & judged["well_formed"].to_numpy(), confidence_bin(confidence)
+        bins = [
+            {"confidence": confidence[of == i].mean(), "right": right[of == i].mean(), "n": int((of == i).sum())}
+            for i in np.unique(of)
+        ]
+        error = sum(abs(one["confidence"] - one["right"]) * one["n"] for one in bins) / len(judged)
+        found.append({"stage": stage, "split": split, "bins": bins, "n": len(judged), "error": error})
+    return found
 
 
 def _define_flags() -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from workdirs import make_workdir
 
-from agrl_jax.evaluation import tables
+from agrl_jax.evaluation import probabilities, tables
+from agrl_jax.evaluation.probabilities import Calibration
 from agrl_jax.judging import cuts, trained
 from agrl_jax.judging.cuts import Fit
 from agrl_jax.judging.engine import Judge
@@ -123,13 +124,26 @@ def test_a_chat_template_goes_along(workdir: Path, tmp_path: Path) -> None:
 def test_cut_points_of_the_same_parameters_go_along(workdir: Path, tmp_path: Path) -> None:
     loaded = trained.load(str(workdir))
     tiers = [tier.name for tier in loaded.book.tiers]
-    cuts.save(loaded.cuts_file, tiers, Fit((0.2, 0.4, 0.6), 0.9, 0.8), trained.identity(loaded.book, loaded.params))
+    made_for = trained.identity(loaded.book, loaded.params) | {"temperature": "1.0"}
+    cuts.save(loaded.cuts_file, tiers, Fit((0.2, 0.4, 0.6), 0.9, 0.8), made_for)
     export(str(workdir), str(tmp_path / "best"))
     export(str(workdir), str(tmp_path / "other"), stage="sft_end")
     (workdir / "cuts.json").unlink()
     using = Judge.from_checkpoint(str(tmp_path / "best"), batch_size=2, use_cuts=True)
     assert using.identity["cuts"] == [0.2, 0.4, 0.6]
     assert not (tmp_path / "other" / "cuts.json").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_temperature_goes_along(workdir: Path, tmp_path: Path, dtype: str) -> None:
+    rules = trained.load(str(workdir)).book
+    fitted = Calibration(2.5, "probabilities", 256, 0.9, 5.0, 0.58, 0.6)
+    probabilities.keep(workdir / "calibration.json", "step 3 of RL", fitted, rules)
+    export(str(workdir), str(tmp_path / "best"), dtype=dtype)
+    export(str(workdir), str(tmp_path / "other"), stage="sft_end")
+    (workdir / "calibration.json").unlink()
+    assert Judge.from_checkpoint(str(tmp_path / "best"), batch_size=2).calibration == fitted
+    assert Judge.from_checkpoint(str(tmp_path / "other"), batch_size=2).calibration is None
 
 
 def test_weights_in_half_precision(workdir: Path, exported: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import subprocess
@@ -96,28 +97,35 @@ def test_a_judgement_does_not_depend_on_its_neighbours(judge: Judge) -> None:
         assert alone.probs == pytest.approx(one.probs, abs=1e-5)
 
 
-def test_probabilities_are_those_of_the_tiers_texts(judge: Judge, workdir: Path) -> None:
-    """Against a plain sum of log-probabilities over each text, one by one."""
+def test_probabilities_are_those_of_the_values_texts(judge: Judge, workdir: Path) -> None:
+    """Against a plain sum of log-probabilities over each text, one by one, and of all combinations of steps."""
     loaded = trained.load(str(workdir))
-    row = {"query": "red shoes", "title": "Nike running shoes"}
-    (one,) = judge.judge([row])
-    encode, decode = loaded.tokenizer.encode, loaded.tokenizer.decode
-    prompt = encode("Query:") + encode(" red shoes\nItem:") + encode(" Nike running shoes") + encode("\n")
-    answer = judge._start([prompt])
-    own = answer["tokens"][0][answer["text"][0]].tolist()
-    assert decode(own) == one.response
-    stated = one.response[: one.response.rindex("\n")]
-    steps = next(own[:k] for k in range(len(own)) if decode(own[:k]) == stated)
-    segments = [encode(f"\nTier: {tier.name}") for tier in loaded.book.tiers]
-    start, width = len(prompt + steps), max(map(len, segments))
-    tokens = np.array([[prompt + steps + segment + [0] * (width - len(segment))] for segment in segments])
-    logits = jax.jit(lambda: loaded.policy.unembed(loaded.params, loaded.policy.apply(loaded.params, tokens)[0]))()
-    logp = [
-        sum(jax.nn.log_softmax(row)[start + k - 1, token] for k, token in enumerate(segment))
-        for row, segment in zip(np.asarray(logits)[:, 0], segments, strict=True)
-    ]
-    expected = np.exp(logp) / np.sum(np.exp(logp))
-    np.testing.assert_allclose(list(one.probs.values()), expected, atol=1e-5)
+    (one,) = judge.judge([{"query": "red shoes", "title": "Nike running shoes"}])
+    encode = loaded.tokenizer.encode
+    before = encode("Query:") + encode(" red shoes\nItem:") + encode(" Nike running shoes") + encode("\n")
+    run = jax.jit(lambda tokens: loaded.policy.unembed(loaded.params, loaded.policy.apply(loaded.params, tokens)[0]))
+    probs = []
+    for step in loaded.book.steps:
+        lead = "" if step is loaded.book.steps[0] else "\n"
+        texts = [encode(f"{lead}{step.label}: {value}") for value in step.values]
+        tokens = np.zeros((len(texts), 1, 96), np.int32)  # of one length, to compile once
+        for row, text in zip(tokens, texts, strict=True):
+            row[0, : len(before + text)] = before + text
+        logp = np.asarray(jax.nn.log_softmax(run(np.pad(tokens, ((0, 5 - len(texts)), (0, 0), (0, 0))))))[:, 0]
+        scores = [
+            sum(logp[i, len(before) + k - 1, token] for k, token in enumerate(text)) for i, text in enumerate(texts)
+        ]
+        probs.append(np.exp(scores) / np.exp(scores).sum())
+        chosen = int(np.argmax(scores))
+        assert one.steps[step.name] == step.values[chosen]
+        before += texts[chosen]
+    expected = dict.fromkeys(one.probs, 0.0)
+    for values in itertools.product(*(range(len(step.values)) for step in loaded.book.steps)):
+        tier = loaded.book.tiers[loaded.book.tier_for(values)].name
+        expected[tier] += np.prod([of[value] for of, value in zip(probs, values, strict=True)])
+    assert one.probs == pytest.approx(expected, abs=1e-5)
+    assert one.likeliest == max(one.probs, key=one.probs.get) and one.stated in one.response
+    assert one.tier == one.stated and one.tier_from == "answer"
 
 
 @pytest.mark.parametrize(
@@ -176,6 +184,10 @@ def test_a_file_keeps_its_rows_and_gains_columns(judge: Judge, tmp_path: Path) -
         assert one["judge_response"] == judged.response
         assert one["judge_prob_4-Excellent"] == judged.probs.get("4-Excellent")
         assert one["judge_step_brand"] == judged.steps.get("brand")
+        assert (one["judge_stated"], one["judge_likeliest"]) == (judged.stated, judged.likeliest)
+        assert one["judge_tier_from"] == judged.tier_from
+        if not judged.error:
+            assert one["judge_disagree"] == (judged.stated != judged.likeliest)
         assert one["judge_consistent"] == judged.consistent
     assert not (tmp_path / "out.parquet.partial").exists()
 
@@ -286,7 +298,7 @@ def test_cut_points_are_fitted_kept_and_used(workdir: Path, judge: Judge, tmp_pa
     other = Judge.from_checkpoint(str(workdir), batch_size=BATCH, settings=SHORT)
     fitted = other.fit_cuts(str(labelled))
     kept = Judge.from_checkpoint(str(workdir), batch_size=BATCH, settings=SHORT, use_cuts=True)
-    assert kept.identity == other.identity == judge.identity | {"cuts": list(fitted.cuts)}
+    assert kept.identity == other.identity == judge.identity | {"cuts": list(fitted.cuts), "tier_from": "cuts"}
     judged = other.judge(rows)
     tiers = [tier.name for tier in judge.book.tiers]
     truth, chosen = np.arange(12) % 4, np.array([tiers.index(one.tier) for one in judged])
@@ -350,6 +362,36 @@ def test_a_model_that_was_never_trained_here_judges_too(tmp_path: Path) -> None:
         assert wording.well_formed(judge.book, one.response)
 
 
+# The temperature
+
+
+def test_a_temperature_is_fitted_kept_and_used(judge: Judge, tmp_path: Path) -> None:
+    folder = make_workdir(tmp_path)
+    rows = [{"query": f"shoes {i}", "title": "red " * (i % 3 + 1), "label": str(4 - i % 4)} for i in range(24)]
+    labelled = str(write_csv(tmp_path / "labelled.csv", rows))
+    other = Judge.from_checkpoint(str(folder), batch_size=BATCH, settings=SHORT)
+    plain = other.judge(rows)
+    fitted = other.fit_temperature(labelled)
+    assert fitted.pairs == 24 and fitted.nll < fitted.nll_before  # labels are drawn without a look at the policy
+    kept = Judge.from_checkpoint(str(folder), batch_size=BATCH, settings=SHORT)
+    assert kept.calibration == fitted and kept.identity == other.identity != judge.identity
+    judged = kept.judge(rows)
+    for before, after in zip(plain, judged, strict=True):
+        assert (after.stated, after.steps, after.response) == (before.stated, before.steps, before.response)
+        assert after.tier_from == fitted.tier_from
+        assert after.tier == (after.likeliest if fitted.tier_from == "probabilities" else after.stated)
+    tiers = [tier.name for tier in judge.book.tiers]
+    nll = -np.mean([np.log(one.probs[tiers[i % 4]]) for i, one in enumerate(judged)])
+    assert nll == pytest.approx(fitted.nll, abs=1e-4)
+    # Another checkpoint of the same workdir has none of its own; cut points belong to a temperature.
+    assert Judge.from_checkpoint(str(folder), stage="rl", settings=SHORT).calibration is None
+    kept.fit_cuts(labelled)
+    Judge.from_checkpoint(str(folder), settings=SHORT, use_cuts=True)
+    (folder / "calibration.json").unlink()
+    with pytest.raises(CutsError, match="another temperature"):
+        Judge.from_checkpoint(str(folder), settings=SHORT, use_cuts=True)
+
+
 # The command
 
 
@@ -373,4 +415,5 @@ def test_the_command_judges_a_file(workdir: Path, tmp_path: Path) -> None:
 def test_the_command_refuses_in_one_message(workdir: Path) -> None:
     done = command(f"--checkpoint={workdir}", "--input=no_such.csv")
     assert done.returncode == 2
-    assert done.stderr.strip() == "error: --input and --output are both needed, or --fit_cuts alone"
+    said = "--input and --output are both needed, or --fit_cuts or --fit_temperature alone"
+    assert done.stderr.strip() == f"error: {said}"

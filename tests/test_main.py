@@ -17,6 +17,7 @@ import quick
 import tiny
 
 from agrl_jax.evaluation import judgements
+from agrl_jax.judging import trained
 from agrl_jax.runtime.logs import read_jsonl
 from agrl_jax.training import run
 
@@ -69,6 +70,10 @@ def test_writes_everything_it_promises(whole: tuple[Path, str]) -> None:
     mine = frame.filter(stage="agrl", split="b_eval")
     assert (mine["tier"] == mine["judged_tier"]).sum() / 24 == card["agrl"]["b_eval"]["accuracy"]["value"]
     assert frame.group_by("stage", "split").len()["len"].to_list() == [24] * 4
+    # A temperature for each checkpoint that was validated, by the name that the judge knows it by.
+    kept = json.loads((workdir / "calibration.json").read_text())
+    assert set(kept) == {"the end of the warm start", "step 6 of RL", "step 12 of RL"}
+    assert trained.load(str(workdir)).checkpoint in kept
     assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "macro" in output and str(workdir / "scorecard.json") in output
 

@@ -71,6 +71,25 @@ def test_confusion_counts_known_truths_by_what_was_stated() -> None:
     assert step == [[0, 1, 0], [0, 0, 0]] and group["matrices"][1]["n"] == 1
 
 
+def test_reliability_by_hand() -> None:
+    """Two answers at 0.8, one right; one at 0.6, right; one malformed, whose equal probabilities are never right."""
+    frame = pl.DataFrame(
+        {"stage": "rl", "split": "b_eval", "tier": ["x", "y", "y", "x"], "well_formed": [True, True, True, False],
+         "prob_x": [0.8, 0.8, 0.4, 0.5], "prob_y": [0.2, 0.2, 0.6, 0.5]}
+    )  # fmt: skip
+    (found,) = report.reliabilities(frame)
+    bins = [(bin["confidence"], bin["right"], bin["n"]) for bin in found["bins"]]
+    assert bins == [pytest.approx((0.5, 0, 1)), pytest.approx((0.6, 1, 1)), pytest.approx((0.8, 0.5, 2))]
+    assert found["error"] == pytest.approx((0.5 + 0.4 + 2 * 0.3) / 4)
+
+
+def test_reliability_is_that_of_the_scorecard() -> None:
+    judged = random_judgements(1)
+    frame = judgements._frame("rl", "b_eval", judged, BOOK)
+    expected = intervals.score(judged, BOOK, bootstrap=0)["ece"]["value"]
+    assert report.reliabilities(frame)[0]["error"] == pytest.approx(expected, abs=1e-6)
+
+
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"stage": "sft", "step": 1, "policy/loss": 2.0}\n')
     written = report.page([tmp_path])
@@ -101,6 +120,7 @@ def test_the_page_in_a_browser(browser, tmp_path: Path) -> None:
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
     assert browser.title == str(run) and not [log for log in browser.get_log("browser") if log["level"] == "SEVERE"]
     assert len(find("#legend li")) == 2 and len(find("[data-metric='reward/format'] path.raw")) == 2
+    assert len(find(".reliability circle")) > 2
     assert find("#alarms td") and find("#scorecards td") and len(find(".matrix")) == 2 * 5
 
     def choose(name: str, value: str) -> str:

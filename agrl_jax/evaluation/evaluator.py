@@ -14,7 +14,15 @@ import numpy as np
 from agrl_jax.data import pipeline
 from agrl_jax.data.pipeline import EncodedSplit
 from agrl_jax.evaluation.metrics import Judgements
-from agrl_jax.policy.scoring import instructed, predicting_hidden, prefill, token_logprobs
+from agrl_jax.evaluation.probabilities import (
+    Calibration,
+    Statements,
+    fit,
+    stated_logprobs,
+    statements,
+    tier_probabilities,
+)
+from agrl_jax.policy.scoring import instructed, prefill
 from agrl_jax.policy.tokenizer import Tokenizer
 from agrl_jax.rl import reader
 from agrl_jax.rl.reward import is_consistent
@@ -47,12 +55,11 @@ class Evaluator:
         """`whole` is the sharding of results that every process can read; `instructions` [I] are the tokens before all
         prompts."""
         self._cfg, self._put, self._tables = cfg, put, tables
+        self._book = book
         policy, instruct = instructed(policy, instructions)
         self._instruct = jax.jit(instruct)
-        segments = tier_segments(book, tokenizer)
-        self._greedy = jax.jit(
-            partial(judge_batch, policy, tables, segments, cfg.response_len), out_shardings=whole
-        )
+        texts = statements(book, tokenizer, len(tables.token_class))
+        self._greedy = jax.jit(partial(judge_batch, policy, tables, texts, cfg.response_len), out_shardings=whole)
         self._sample = jax.jit(partial(sample_tiers, policy, tables, cfg), out_shardings=whole)
 
     def sampled(self, pairs: int) -> int:
@@ -61,11 +68,12 @@ class Evaluator:
 
     def judge(
         self, params: Params, split: EncodedSplit, rows: np.ndarray | None = None, sample: bool = True,
-        advance: Callable[[int], None] = lambda pairs: None,
+        temperature: float = 1.0, advance: Callable[[int], None] = lambda pairs: None,
     ) -> Judgements:
         """Judges the pairs of a split, or those at `rows`, greedily; samples some of them for pass@k.
 
-        `advance` is told after each batch how many more pairs are judged or sampled.
+        `temperature` is that of the tier probabilities, as `probabilities.fit` has fitted it. `advance` is told after
+        each batch how many more pairs are judged or sampled.
         """
         rows, params = np.arange(len(split)) if rows is None else rows, self._instruct(params)
         greedy = self._run(lambda batch: self._greedy(params, batch), split, rows, advance)
@@ -76,17 +84,23 @@ class Evaluator:
             sampling = self._run(lambda batch: {"tier": self._sample(params, batch)}, split, sampled_rows, advance)
             tiers = sampling["tier"]
         pairs = [split.pairs[i] for i in rows]
-        truth = split.batch.tier[rows]
         return Judgements(
             query=[pair.query for pair in pairs],
             family=[pair.family for pair in pairs],
             seen=np.array([pair.seen for pair in pairs]),
-            tier=truth,
+            tier=split.batch.tier[rows],
             steps=split.batch.steps[rows],
             sample_index=None if tiers is None else chosen,
             sample_tier=tiers,
+            probs=tier_probabilities(greedy["part_logprobs"], self._book, temperature, greedy["well_formed"]),
             **greedy,
         )
+
+    def calibrate(
+        self, params: Params, split: EncodedSplit, rows: np.ndarray, advance: Callable[[int], None]
+    ) -> Calibration:
+        """Judges the pairs at `rows` of a validation split, and fits the temperature of the tier probabilities."""
+        return fit(self.judge(params, split, rows, sample=False, advance=advance), self._book)
 
     def _run(
         self, function: Callable[[Batch], dict[str, Array]], split: EncodedSplit, rows: np.ndarray,
@@ -101,38 +115,21 @@ class Evaluator:
         return {name: np.concatenate([r[name] for r in results]) for name in results[0]}
 
 
-@dataclass(frozen=True)
-class TierSegments:
-    """The canonical text that states each tier, as tokens."""
-
-    tokens: np.ndarray  # [tiers, W] int32
-    length: np.ndarray  # [tiers] int32
-    first: bool  # the tier opens the response
-
-
-def tier_segments(book: RuleBook, tokenizer: Tokenizer) -> TierSegments:
-    """Tokenises the tier's segment as gold responses do."""
-    place = book.part_order.index(len(book.steps))
-    texts, tiers = pipeline.part_texts(book, tokenizer), len(book.tiers)
-    return TierSegments(texts.tokens[place, :tiers], texts.length[place, :tiers], first=place == 0)
-
-
 def judge_batch(
-    policy: Policy, tables: RuleTables, segments: TierSegments, length: int, params: Params, batch: Batch
+    policy: Policy, tables: RuleTables, texts: Statements, length: int, params: Params, batch: Batch
 ) -> dict[str, Array]:
     """Greedy judgements of a batch: the fields of `Judgements` that come from the policy, [B, ...] each."""
-    return judge_prompts(policy, tables, segments, length, params, batch.prompt, batch.prompt_len)[0]
+    return judge_prompts(policy, tables, texts, length, params, batch.prompt, batch.prompt_len)[0]
 
 
 def judge_prompts(
-    policy: Policy, tables: RuleTables, segments: TierSegments, length: int, params: Params, prompt: Array,
+    policy: Policy, tables: RuleTables, texts: Statements, length: int, params: Params, prompt: Array,
     prompt_len: Array, constrained: bool = False,
 ) -> tuple[dict[str, Array], Rollout]:
     """Greedy judgements of the prompts [B, S], and the responses that they were read from, one each.
 
-    `probs` [B, tiers] are those of the canonical tier strings after the policy's own steps, normalised
-    over the tiers; all equal where the answer is malformed. A malformed answer predicts no tier; with
-    `constrained` there is none, since only tokens that lead to a well-formed response are taken.
+    `part_logprobs` are as of `stated_logprobs`, of no meaning where the answer is malformed. A malformed answer
+    predicts no tier; with `constrained` there is none, since only tokens that lead to a well-formed response are taken.
     """
     prefix = prefill(policy, params, prompt, prompt_len)
     # Greedy: the keys are never drawn from.
@@ -144,37 +141,16 @@ def judge_prompts(
     reading = reader.read(tables, rolled.tokens, rolled.valid)
     value, formed = reading.value[:, 0], reading.well_formed[:, 0]
     steps, tier = value[:, :-1], value[:, -1]
-
-    start = jnp.zeros_like(tier) if segments.first else jnp.max(reading.position[:, 0, :-1], axis=-1) + 1
-    start = jnp.where(formed, start, 0)
-    logp = _tier_logprobs(policy, params, prefix, rolled.tokens[:, 0], start, segments)
-    probs = jnp.where(formed[:, None], jax.nn.softmax(logp), 1 / tables.num_tiers)
     judged = {
         "predicted": jnp.where(formed, tier, UNKNOWN),
         "predicted_steps": steps,
-        "probs": probs,
+        "part_logprobs": stated_logprobs(policy, params, prefix, rolled.tokens[:, 0], reading, texts),
         "well_formed": formed,
         "truncated": ~rolled.finished[:, 0],
         "consistent": is_consistent(steps, tier, tables),
         "response_tokens": jnp.sum(rolled.valid[:, 0], axis=-1),
     }
     return judged, rolled
-
-
-def _tier_logprobs(
-    policy: Policy, params: Params, prefix: Any, own: Array, start: Array, segments: TierSegments
-) -> Array:
-    """[B, tiers] log-probability of each tier's segment after the first `start` [B] of the tokens `own` [B, T]."""
-    width = segments.tokens.shape[1]
-    inside = jnp.arange(own.shape[1] + width) - start[:, None]  # [B, T + W] index into the segment
-    stated = jnp.asarray(segments.tokens)[:, jnp.clip(inside, 0, width - 1)].swapaxes(0, 1)  # [B, tiers, T + W]
-    before = jnp.pad(own, ((0, 0), (0, width)))[:, None]
-    hidden = predicting_hidden(policy, params, prefix, jnp.where((inside < 0)[:, None], before, stated))
-    place = start[:, None] + jnp.arange(width)  # logits of the segment alone: a vocabulary can be large
-    hidden = jnp.take_along_axis(hidden, place[:, None, :, None], axis=2)  # [B, tiers, W, D]
-    tokens = jnp.broadcast_to(segments.tokens, hidden.shape[:-1])
-    logp, _ = token_logprobs(partial(policy.unembed, params), hidden, tokens, 1.0, 0)
-    return jnp.sum(jnp.where(jnp.arange(width) < segments.length[:, None], logp, 0.0), axis=-1)
 
 
 def sample_tiers(policy: Policy, tables: RuleTables, cfg: EvalConfig, params: Params, batch: Batch) -> Array:

@@ -30,6 +30,9 @@ def score(judged: Judgements, book: RuleBook, bootstrap: int = 1000, seed: int =
       format, truncated              shares; response_tokens is a mean
       pass@K, majority@K             of K samples one is right; the most frequent stated tier is right
                                      (tied tiers share the credit). Absent where nothing was sampled.
+      likeliest_accuracy, likeliest_macro_f1, disagreement
+                                     of the likeliest tier by the probabilities, in place of the stated one; and the
+                                     share of answers that state another
       ece, brier, nll                of the tier probabilities: calibration error of the likeliest tier in 15
                                      bins of equal width, squared error summed over tiers, -log p(truth) [nats]
 

@@ -39,7 +39,7 @@ Scorecards = dict[str, dict[str, Scores]]  # {stage: {split: scores}}
 
 CUT_METRICS = ("accuracy", "macro_f1", "good_f1", "step_accuracy", "adherence")  # of each family; of seen and unseen
 _BINS = 15  # of the calibration error
-_LEAST_PROB = 1e-12  # so that nll stays finite
+LEAST_PROB = 1e-12  # so that nll stays finite
 
 
 class ScorecardError(ValueError):
@@ -65,6 +65,7 @@ class Judgements:
     truncated: np.ndarray  # [N] bool
     consistent: np.ndarray  # [N] bool: the stated steps imply the stated tier; False where not all are stated
     response_tokens: np.ndarray  # [N] int
+    part_logprobs: np.ndarray | None = None  # [N, places, values] what `probs` are made of, as of `stated_logprobs`
     sample_index: np.ndarray | None = None  # [M] int: which pairs were sampled too, each once
     sample_tier: np.ndarray | None = None  # [M, K] int: the tiers of K samples of each, UNKNOWN where malformed
 
@@ -110,6 +111,7 @@ class Judgements:
         for name in _per_pair():
             value = getattr(self, name)
             taken[name] = value[rows] if isinstance(value, np.ndarray) else [value[i] for i in rows]
+        taken["part_logprobs"] = None if self.part_logprobs is None else self.part_logprobs[rows]
         if self.sample_index is not None:
             sample_of = np.full(len(self), -1)
             sample_of[self.sample_index] = np.arange(len(self.sample_index))
@@ -120,8 +122,8 @@ class Judgements:
 
 
 def _per_pair() -> list[str]:
-    """Fields of `Judgements` with a row for each pair."""
-    return [field.name for field in dataclasses.fields(Judgements) if not field.name.startswith("sample_")]
+    """Fields of `Judgements` with a row for each pair; `part_logprobs` are not always there."""
+    return [field.name for field in dataclasses.fields(Judgements) if field.default is dataclasses.MISSING]
 
 
 def _check(name: str, values: np.ndarray, fine: np.ndarray, wanted: str) -> None:
@@ -182,6 +184,10 @@ class Estimator:
             **self._tier_metrics(totals["confusion"], self._auc(weights)),
             **self._step_metrics(totals["right"], totals["known"]),
         }
+        likeliest = self._tier_metrics(totals["likeliest"], estimates["auc"].value)
+        for metric in ("accuracy", "macro_f1"):
+            estimates[f"likeliest_{metric}"] = likeliest[metric]
+        estimates["disagreement"] = _mean(totals["disagreement"], pairs)
         estimates["all_right"] = _mean(totals["all_right"], totals["explained"])
         for metric in ("adherence", "format", "truncated", "response_tokens"):
             estimates[metric] = _mean(totals[metric], pairs)
@@ -254,15 +260,17 @@ def _tallies(judged: Judgements) -> dict[str, np.ndarray]:
     n, tiers = judged.probs.shape
     rows, truth = np.arange(n), np.eye(tiers)[judged.tier]  # [N, tiers]
     said = np.eye(tiers + 1)[judged.predicted]  # UNKNOWN, -1, falls into the last column
-    likeliest, confidence = judged.probs.argmax(axis=1), judged.probs.max(axis=1)
-    # Bins are closed above, as is usual. Below, a malformed answer is wrong even where argmax happens on the truth.
-    bins = np.eye(_BINS)[np.clip(np.ceil(confidence * _BINS).astype(int) - 1, 0, _BINS - 1)]
+    confidence = judged.probs.max(axis=1)
+    likeliest = np.where(judged.well_formed, judged.probs.argmax(axis=1), UNKNOWN)
+    bins = np.eye(_BINS)[confidence_bin(confidence)]
     known = judged.steps != UNKNOWN
     right = judged.predicted_steps == judged.steps
     explained = known.any(axis=1)
     return {
         "pairs": np.ones(n),
         "confusion": truth[:, :, None] * said[:, None, :],
+        "likeliest": truth[:, :, None] * np.eye(tiers + 1)[likeliest][:, None, :],
+        "disagreement": likeliest != judged.predicted,
         "known": known,
         "right": known & right,
         "explained": explained,
@@ -272,11 +280,16 @@ def _tallies(judged: Judgements) -> dict[str, np.ndarray]:
         "truncated": judged.truncated,
         "response_tokens": judged.response_tokens,
         "bin_confidence": bins * confidence[:, None],
-        "bin_right": bins * ((likeliest == judged.tier) & judged.well_formed)[:, None],
+        "bin_right": bins * (likeliest == judged.tier)[:, None],
         "brier": ((judged.probs - truth) ** 2).sum(axis=1),
-        "nll": -np.log(np.maximum(judged.probs[rows, judged.tier], _LEAST_PROB)),
+        "nll": -np.log(np.maximum(judged.probs[rows, judged.tier], LEAST_PROB)),
         **_sample_tallies(judged),
     }
+
+
+def confidence_bin(confidence: np.ndarray) -> np.ndarray:
+    """[N] int: which of 15 bins of equal width a probability [N] falls into. Bins are closed above, as is usual."""
+    return np.clip(np.ceil(confidence * _BINS).astype(int) - 1, 0, _BINS - 1)
 
 
 def _sample_tallies(judged: Judgements) -> dict[str, np.ndarray]:

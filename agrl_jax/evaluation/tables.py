@@ -68,12 +68,14 @@ _SECTIONS = (  # of the table; a name that ends in / or @ stands for all that st
     ("step_accuracy", "step_accuracy/", "all_right", "adherence"),
     ("format", "truncated", "response_tokens", "pass@", "majority@"),
     ("ece", "brier", "nll"),
+    ("likeliest_accuracy", "likeliest_macro_f1", "disagreement"),
 )
 _LABELS = {
     "macro_f1": "macro-F1", "good_f1": "Good-F1", "auc": "AUC Good/Bad", "kappa": "kappa (quadr.)",
     "mae": "MAE [grades]", "step_accuracy": "step accuracy", "all_right": "all right",
     "adherence": "rule adherence", "format": "well-formed", "response_tokens": "answer [tokens]",
-    "ece": "ECE", "brier": "Brier", "nll": "NLL [nats]",
+    "ece": "ECE", "brier": "Brier", "nll": "NLL [nats]", "likeliest_accuracy": "likeliest accuracy",
+    "likeliest_macro_f1": "likeliest macro-F1",
 }  # fmt: skip
 
 

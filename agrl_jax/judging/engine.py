@@ -15,17 +15,22 @@ from agrl_jax.data import cells, pipeline
 from agrl_jax.data.format import PairsFormat
 from agrl_jax.data.pairs import AS_DESCRIBED, Pair, read_labelled
 from agrl_jax.data.rows import NOT_UNICODE, Source, records_of
-from agrl_jax.evaluation.evaluator import TierSegments, judge_prompts, tier_segments
+from agrl_jax.evaluation import probabilities
+from agrl_jax.evaluation.evaluator import judge_prompts
+from agrl_jax.evaluation.metrics import Judgements
+from agrl_jax.evaluation.probabilities import Statements, likeliest_parts, tier_probabilities
 from agrl_jax.judging import cuts, trained
 from agrl_jax.judging.cuts import CutsError
 from agrl_jax.judging.trained import Settings, Trained, TrainedError
-from agrl_jax.policy.scoring import instructed
+from agrl_jax.policy.scoring import instructed, prefill
+from agrl_jax.rulebook import wording
 from agrl_jax.runtime import sharding
 from agrl_jax.runtime.console import progress
-from agrl_jax.types import Array, Params, Policy, RuleTables
+from agrl_jax.types import UNKNOWN, Array, Params, Policy, RuleTables
 
 _LENGTHS = 8  # that prompts are padded to, at most: each is compiled once
 _SHORTEST_UNIT = 16  # of which those lengths are multiples, at least
+_DECIMALS = 6  # of probabilities
 _CHUNK_BATCHES = 4  # batches that are judged and kept together
 
 
@@ -38,6 +43,9 @@ class Judgement:
     steps: dict[str, str] = field(default_factory=dict)  # the value of each step
     consistent: bool | None = None  # the steps imply the tier
     response: str | None = None  # what the policy wrote
+    tier_from: str | None = None  # `answer`, `probabilities` or `cuts`
+    stated: str | None = None  # the tier in the answer
+    likeliest: str | None = None  # the tier by the probabilities
     error: str = ""
 
 
@@ -50,7 +58,8 @@ class Judge:
         mesh = mesh or sharding.make_mesh()
         self._loaded, self.book = loaded, loaded.book
         self._made_for = trained.identity(loaded.book, loaded.params)
-        self._cuts = cuts.load(loaded.cuts_file, self._tiers, self._made_for) if use_cuts else None
+        self.calibration = probabilities.load(loaded.calibration_file, loaded.checkpoint, loaded.book)
+        self._cuts = cuts.load(loaded.cuts_file, self._tiers, self._cuts_made_for) if use_cuts else None
         self.batch_size = -(-batch_size // sharding.data_shards(mesh)) * sharding.data_shards(mesh)
         self._put = partial(sharding.put, shardings=sharding.batch_sharding(mesh))
         shortest = loaded.tables.grammar_distance[0]
@@ -58,9 +67,10 @@ class Judge:
             raise TrainedError(f"response_len is {loaded.response_len}, but a response has at least {shortest} tokens")
         policy, instruct = instructed(loaded.policy, loaded.instructions)
         self._params = jax.jit(instruct)(loaded.params)
-        self._answer = jax.jit(
-            partial(_answer, policy, loaded.tables, tier_segments(loaded.book, loaded.tokenizer), loaded.response_len)
-        )
+        texts = probabilities.statements(loaded.book, loaded.tokenizer, len(loaded.tables.token_class))
+        self._closed = loaded.book.response.free_text == "none"
+        answer = _closed_answer if self._closed else partial(_free_answer, loaded.tables, loaded.response_len)
+        self._answer = jax.jit(partial(answer, policy, texts))
 
     @classmethod
     def from_checkpoint(
@@ -90,7 +100,24 @@ class Judge:
     def identity(self) -> dict[str, Any]:
         """All that judgements depend on."""
         settings = {name: getattr(self._loaded, name) for name in ("style", "prompt_len", "response_len")}
-        return self._made_for | settings | {"batch_size": self.batch_size, "cuts": list(self._cuts or ())}
+        chosen = {"temperature": self._temperature, "tier_from": self.tier_from, "cuts": list(self._cuts or ())}
+        return self._made_for | settings | {"batch_size": self.batch_size} | chosen
+
+    @property
+    def tier_from(self) -> str:
+        """Where the tier comes from: cut points if they are used, else what was better on validation pairs."""
+        if self._cuts is not None:
+            return "cuts"
+        return probabilities.ANSWER if self.calibration is None else self.calibration.tier_from
+
+    @property
+    def _temperature(self) -> float:
+        return 1.0 if self.calibration is None else self.calibration.temperature
+
+    @property
+    def _cuts_made_for(self) -> dict[str, str]:
+        """What cut points follow from: the probabilities, and so their temperature."""
+        return self._made_for | {"temperature": repr(self._temperature)}
 
     @property
     def chunk(self) -> int:
@@ -103,44 +130,66 @@ class Judge:
         A row that cannot be judged has an `error`; the others do not depend on it. `advance` is told after each batch
         how many more rows are done.
         """
-        rows = records_of(rows)
-        pairs = [_pair(row) for row in rows]
-        loaded = self._loaded
-        prompts = list(pipeline.prompts(pairs, self.book, loaded.tokenizer, loaded.prompt_len, loaded.style))
-        errors = [_error(*each, loaded.prompt_len) for each in zip(rows, pairs, prompts, strict=True)]
-        judged = [Judgement(error=error) for error in errors]
-        advance(sum(map(bool, errors)))
-        good = sorted((i for i, error in enumerate(errors) if not error), key=lambda i: len(prompts[i].tokens))
-        batches = [good[first : first + self.batch_size] for first in range(0, len(good), self.batch_size)]
-        # All are started before the first is awaited.
-        answers = [self._start([prompts[i].tokens for i in batch]) for batch in batches]
-        for batch, answer in zip(batches, answers, strict=True):
-            answer = jax.device_get(answer)
-            for place, i in enumerate(batch):
-                judged[i] = self._judgement({name: value[place] for name, value in answer.items()})
-            advance(len(batch))
-        return judged
+        answers = self._answers(records_of(rows), advance)
+        return [Judgement(error=one) if isinstance(one, str) else self._judgement(one) for one in answers]
+
+    def judgements(self, pairs: Sequence[Pair]) -> tuple[Judgements, list[tuple[int, str]]]:
+        """Judges labelled pairs for scoring: the answers beside the truth, and which pairs could not be judged, by
+        index, and why."""
+        rows = [{name: getattr(pair, name) for name in cells.TEXTS} for pair in pairs]
+        answers: list[dict[str, np.ndarray] | str] = []
+        with progress("judge", len(rows)) as bar:
+            for first in range(0, len(rows), self.chunk):
+                answers += self._answers(rows[first : first + self.chunk], bar.advance)
+        errors = [(i, one) for i, one in enumerate(answers) if isinstance(one, str)]
+        judged = [(pair, one) for pair, one in zip(pairs, answers, strict=True) if not isinstance(one, str)]
+        pairs, answers = [pair for pair, _ in judged], [one for _, one in judged]
+        tiers, parts, n = len(self._tiers), len(self.book.steps), len(judged)
+        tier, steps = _stacked(answers, "tier", ()), _stacked(answers, "steps", (parts,))
+        probs = _stacked(answers, "probs", (tiers,))
+        chosen = self._chosen(probs, tier)
+        return Judgements(
+            query=[pair.query for pair in pairs],
+            family=[pair.family for pair in pairs],
+            seen=np.array([pair.seen for pair in pairs], bool),
+            tier=np.array([pair.tier for pair in pairs], int),
+            predicted=chosen,
+            steps=np.array([pair.steps or (UNKNOWN,) * parts for pair in pairs], int).reshape(n, parts),
+            predicted_steps=steps,
+            probs=probs,
+            well_formed=np.ones(n, bool),
+            truncated=np.zeros(n, bool),
+            consistent=np.array([self.book.tier_for(one) for one in steps.tolist()], int) == chosen,
+            response_tokens=np.array([len(self._loaded.tokenizer.encode(self._response(one))) for one in answers], int),
+            part_logprobs=_stacked(answers, "part_logprobs", (0, 0)),
+        ), errors
+
+    def fit_temperature(self, path: str, form: PairsFormat = AS_DESCRIBED) -> probabilities.Calibration:
+        """Fits the temperature of the probabilities on a file of labelled pairs, uses it from now on, and keeps it with
+        the checkpoint; likewise whether the stated or the likeliest tier is the better."""
+        self._cuts = self.calibration = None
+        judged = self._labelled(path, form)
+        self.calibration = probabilities.fit(judged, self.book)
+        probabilities.keep(self._loaded.calibration_file, self._loaded.checkpoint, self.calibration, self.book)
+        return self.calibration
 
     def fit_cuts(self, path: str, form: PairsFormat = AS_DESCRIBED) -> cuts.Fit:
         """Fits cut points on a file of labelled pairs, uses them from now on, and keeps them with the checkpoint.
 
         `form` says how the file differs from what `agrl_jax.data.pairs` describes.
         """
-        pairs = read_labelled(path, self.book, form).pairs
         self._cuts = None
-        rows = [{name: getattr(pair, name) for name in cells.TEXTS} for pair in pairs]
-        with progress("fit cut points", len(rows)) as bar:
-            judgements = self.judge(rows, bar.advance)
-        judged = [(pair.tier, one) for pair, one in zip(pairs, judgements, strict=True) if not one.error]
-        if not judged:
-            raise CutsError(f"{path}: no row could be judged")
-        truth = np.array([tier for tier, _ in judged])
-        probs = np.array([list(one.probs.values()) for _, one in judged])
-        before = np.array([self._tiers.index(one.tier) for _, one in judged])
-        fitted = cuts.fit(probs, truth, before)
-        cuts.save(self._loaded.cuts_file, self._tiers, fitted, self._made_for)
+        judged = self._labelled(path, form)
+        fitted = cuts.fit(np.round(judged.probs, _DECIMALS), judged.tier, judged.predicted)
+        cuts.save(self._loaded.cuts_file, self._tiers, fitted, self._cuts_made_for)
         self._cuts = fitted.cuts
         return fitted
+
+    def _labelled(self, path: str, form: PairsFormat) -> Judgements:
+        judged, _ = self.judgements(read_labelled(path, self.book, form).pairs)
+        if not len(judged):
+            raise CutsError(f"{path}: no row could be judged")
+        return judged
 
     @property
     def _tiers(self) -> list[str]:
@@ -157,37 +206,83 @@ class Judge:
         batch = self._put((tokens, np.array([len(prompt) for prompt in prompts], np.int32)))
         return self._answer(self._params, *batch)
 
+    def _answers(
+        self, rows: Sequence[Mapping[str, Any]], advance: Callable[[int], None]
+    ) -> list[dict[str, np.ndarray] | str]:
+        """The policy's answer to each row: `tier` and `steps` as stated, `part_logprobs`, `probs` of the tiers and, of
+        free text, the `tokens` and which of them are `text`. Or why the row cannot be judged."""
+        pairs = [_pair(row) for row in rows]
+        loaded = self._loaded
+        prompts = list(pipeline.prompts(pairs, self.book, loaded.tokenizer, loaded.prompt_len, loaded.style))
+        found: list[Any] = [_error(*each, loaded.prompt_len) for each in zip(rows, pairs, prompts, strict=True)]
+        advance(sum(map(bool, found)))
+        good = sorted((i for i, error in enumerate(found) if not error), key=lambda i: len(prompts[i].tokens))
+        batches = [good[first : first + self.batch_size] for first in range(0, len(good), self.batch_size)]
+        # All are started before the first is awaited.
+        answers = [self._start([prompts[i].tokens for i in batch]) for batch in batches]
+        for batch, answer in zip(batches, answers, strict=True):
+            answer = jax.device_get(answer)
+            answer["probs"] = tier_probabilities(answer["part_logprobs"], self.book, self._temperature)
+            for place, i in enumerate(batch):
+                found[i] = {name: value[place] for name, value in answer.items()}
+            advance(len(batch))
+        return found
+
     def _judgement(self, answer: Mapping[str, np.ndarray]) -> Judgement:
         steps = [int(value) for value in answer["steps"]]
-        tier = int(answer["tier"])
-        probs = np.array([round(float(p), 6) for p in answer["probs"]])
-        if self._cuts is not None:
-            tier = int(cuts.choose(probs[None], self._cuts)[0])
+        probs = np.round(answer["probs"], _DECIMALS)
+        tier = int(self._chosen(answer["probs"][None], answer["tier"][None])[0])
         return Judgement(
             tier=self._tiers[tier],
+            tier_from=self.tier_from,
             probs=dict(zip(self._tiers, probs.tolist(), strict=True)),
+            stated=self._tiers[int(answer["tier"])],
+            likeliest=self._tiers[int(probs.argmax())],
             steps={step.name: step.values[value] for step, value in zip(self.book.steps, steps, strict=True)},
             consistent=self.book.tier_for(steps) == tier,
-            response=self._loaded.tokenizer.decode(answer["tokens"][answer["text"]].tolist()),
+            response=self._response(answer),
         )
 
+    def _chosen(self, probs: np.ndarray, stated: np.ndarray) -> np.ndarray:
+        """[N] int: the judge's tiers, from the probabilities [N, tiers] and the tiers [N] that the answers state."""
+        probs = np.round(probs, _DECIMALS)  # as they are written
+        if self._cuts is not None:
+            return cuts.choose(probs, self._cuts)
+        return probs.argmax(axis=1) if self.tier_from == probabilities.PROBABILITIES else stated
 
-def _answer(
-    policy: Policy, tables: RuleTables, segments: TierSegments, length: int, params: Params, prompt: Array,
-    prompt_len: Array,
+    def _response(self, answer: Mapping[str, np.ndarray]) -> str:
+        """What the policy wrote. In the closed grammar that follows from what it states."""
+        if self._closed:
+            return "".join(wording.gold_segments(self.book, int(answer["tier"]), answer["steps"].tolist()))
+        return self._loaded.tokenizer.decode(answer["tokens"][answer["text"]].tolist())
+
+
+def _closed_answer(
+    policy: Policy, texts: Statements, params: Params, prompt: Array, prompt_len: Array
 ) -> dict[str, Array]:
-    """Well-formed greedy answers to the prompts [B, S]: tokens, which of them are text, and what they say."""
-    judged, rolled = judge_prompts(
-        policy, tables, segments, length, params, prompt, prompt_len, constrained=True
-    )
+    """The likeliest answers without free text to the prompts [B, S], and what the probabilities are made of."""
+    values, part_logprobs = likeliest_parts(policy, params, prefill(policy, params, prompt, prompt_len), texts)
+    return {"tier": values[:, -1], "steps": values[:, :-1], "part_logprobs": part_logprobs}
+
+
+def _free_answer(
+    tables: RuleTables, length: int, policy: Policy, texts: Statements, params: Params, prompt: Array, prompt_len: Array
+) -> dict[str, Array]:
+    """Well-formed greedy answers to the prompts [B, S]: their tokens, which of them are text, and what they say."""
+    judged, rolled = judge_prompts(policy, tables, texts, length, params, prompt, prompt_len, constrained=True)
     tokens = rolled.tokens[:, 0]
     return {
         "tier": judged["predicted"],
         "steps": judged["predicted_steps"],
-        "probs": judged["probs"],
+        "part_logprobs": judged["part_logprobs"],
         "tokens": tokens,
         "text": rolled.valid[:, 0] & (tokens != tables.end_token),
     }
+
+
+def _stacked(answers: Sequence[Mapping[str, np.ndarray]], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A field of all answers, [N, ...]; `shape` is that of one, where there are none."""
+    return np.stack([answer[name] for answer in answers]) if answers else np.zeros((0, *shape))
 
 
 def _pair(row: Mapping[str, Any]) -> Pair:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 from etils import epath
 from ml_collections import ConfigDict
 
 from agrl_jax.data import pipeline
-from agrl_jax.evaluation import tables
+from agrl_jax.evaluation import probabilities, tables
 from agrl_jax.evaluation.metrics import ScorecardError
 from agrl_jax.judging import cuts, trained
 from agrl_jax.judging.cuts import CutsError
@@ -66,6 +67,7 @@ def export(workdir: str, out: str, stage: str = "best", dtype: str | None = None
     (target / RULEBOOK_FILE).write_bytes(assemble.rules_file(config, folder).read_bytes())
     if dtype == config.policy.param_dtype:
         _copy_cuts(folder, target, model.book, params)
+    _copy_calibration(folder, target, model.book, where, jax.tree.map(lambda x: x.astype(dtype), params))
     write_json(target / trained.RECORD_FILE, record)
     return f"{where} of {workdir}, {count_parameters(params):,} parameters in {dtype}"
 
@@ -78,6 +80,13 @@ def _copy_cuts(folder: epath.Path, target: Path, rules: RuleBook, params: Params
     except CutsError:
         return
     (target / trained.CUTS_FILE).write_bytes(file.read_bytes())
+
+
+def _copy_calibration(folder: epath.Path, target: Path, rules: RuleBook, where: str, params: Params) -> None:
+    """Takes the temperature along that was fitted for a checkpoint, here by the fingerprint of what is exported."""
+    fitted = probabilities.load(folder / probabilities.FILE, where, rules)
+    if fitted is not None:
+        probabilities.keep(target / probabilities.FILE, trained.fingerprint(params), fitted, rules)
 
 
 # ---------------------------------------------------------------------------------------------- the card

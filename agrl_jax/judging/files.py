@@ -35,6 +35,7 @@ class Summary:
     rows: int = 0
     tiers: Counter[str] = field(default_factory=Counter)
     inconsistent: int = 0
+    disagreeing: int = 0
     bad: list[tuple[int, str]] = field(default_factory=list)  # number (the first row is 1) and error; the first few
     bad_rows: int = 0
 
@@ -48,12 +49,15 @@ class Summary:
             return
         self.tiers[judgement["tier"]] += 1
         self.inconsistent += not judgement["consistent"]
+        self.disagreeing += judgement["stated"] != judgement["likeliest"]
 
     def __str__(self) -> str:
         counts = ", ".join(f"{tier} {count:,}" for tier, count in sorted(self.tiers.items(), reverse=True))
         lines = [f"judged {self.rows - self.bad_rows:,} of {self.rows:,} rows: {counts or 'none'}"]
         if self.inconsistent:
             lines.append(f"rows whose steps do not imply their tier: {self.inconsistent:,}")
+        if self.disagreeing:
+            lines.append(f"rows whose likeliest tier is not the one that the answer states: {self.disagreeing:,}")
         if self.bad_rows:
             lines.append(f"rows that could not be judged: {self.bad_rows:,}")
             lines += [f"  row {number}: {error}" for number, error in self.bad]
@@ -130,7 +134,11 @@ def _columns(book: RuleBook, prefix: str) -> pa.Schema:
     text, number = pa.string(), pa.float64()
     return pa.schema([
         (f"{prefix}tier", text),
+        (f"{prefix}tier_from", text),
         *((f"{prefix}prob_{tier.name}", number) for tier in book.tiers),
+        (f"{prefix}stated", text),
+        (f"{prefix}likeliest", text),
+        (f"{prefix}disagree", pa.bool_()),
         *((f"{prefix}step_{step.name}", text) for step in book.steps),
         (f"{prefix}consistent", pa.bool_()),
         (f"{prefix}response", text),
@@ -142,8 +150,9 @@ def _cells(journal: Journal, summary: Summary, added: pa.Schema) -> Iterator[Rec
     """The journal's judgements as cells of the added columns, each counted in the summary."""
     for judged in journal.records():
         summary.add(judged)
-        cells = [judged["tier"], *judged["probs"].values(), *judged["steps"].values(), judged["consistent"]]
-        cells += [judged["response"], judged["error"]]
+        stated, likeliest = judged["stated"], judged["likeliest"]
+        cells = [judged["tier"], judged["tier_from"], *judged["probs"].values(), stated, likeliest, stated != likeliest]
+        cells += [*judged["steps"].values(), judged["consistent"], judged["response"], judged["error"]]
         if judged["error"]:
             cells = [None] * (len(added) - 1) + [judged["error"]]
         yield dict(zip(added.names, cells, strict=True))

@@ -17,6 +17,8 @@ from ml_collections import ConfigDict
 
 from agrl_jax.data import chat, pipeline
 from agrl_jax.data.pairs import Pair
+from agrl_jax.evaluation import probabilities
+from agrl_jax.evaluation.probabilities import CalibrationError
 from agrl_jax.judging import STAGES
 from agrl_jax.policy import loading, transformer
 from agrl_jax.policy.families import LoadingError
@@ -42,7 +44,9 @@ class TrainedError(ValueError):
 
 
 # What can be wrong with a checkpoint, and what a user can put right.
-LOAD_ERRORS = (TrainedError, ConfigError, RuleBookError, LoadingError, TokenizerError, CheckpointError, OSError)
+LOAD_ERRORS = (
+    TrainedError, ConfigError, RuleBookError, LoadingError, TokenizerError, CheckpointError, CalibrationError, OSError
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class Trained:
     prompt_len: int
     response_len: int
     cuts_file: epath.Path  # where its cut points are kept
+    calibration_file: epath.Path  # and the temperature of its probabilities
+    checkpoint: str  # by which name; of a workdir that of the checkpoint, else the fingerprint
 
 
 def load(
@@ -110,7 +116,7 @@ class Stage(NamedTuple):
     step: int
 
     def __str__(self) -> str:
-        return "the end of the warm start" if self.name == SFT_END else f"step {self.step} of RL"
+        return assemble.checkpoint_name(self.name, self.step)
 
 
 def find_stage(folder: epath.Path, config: ConfigDict, rules: RuleBook, stage: str) -> Stage:
@@ -187,7 +193,7 @@ def _load_workdir(folder: epath.Path, stage: str, settings: Settings, mesh: jax.
     config.update_from_flattened_dict({name: value for name, value in given.items() if value is not None})
     rules = book.load(settings.rulebook, config.rulebook.order) if settings.rulebook else None
     model = assemble.load_model(config, folder, rules, mesh=mesh)
-    params, _ = load_stage(folder, config, model, mesh, stage)
+    params, found = load_stage(folder, config, model, mesh, stage)
     style = settings.style or config.data.style
     return Trained(
         model.book, model.tokenizer, model.tables, model.policy, params,
@@ -196,6 +202,8 @@ def _load_workdir(folder: epath.Path, stage: str, settings: Settings, mesh: jax.
         prompt_len=settings.prompt_len or config.data.prompt_len,
         response_len=settings.response_len or config.data.response_len,
         cuts_file=folder / CUTS_FILE,
+        calibration_file=folder / probabilities.FILE,
+        checkpoint=str(found),
     )
 
 
@@ -218,13 +226,19 @@ def _load_model(path: epath.Path, settings: Settings, mesh: jax.sharding.Mesh) -
     padding = [None] * (shape.vocab_size - tokenizer.vocab_size)  # some models pad their vocabulary
     tables = automaton.compile_tables(rules, [*tokenizer.token_bytes(), *padding], tokenizer.end_token)
     lengths = _default_lengths(rules, tokenizer, style) | record
+
+    def beside(name: str) -> epath.Path:
+        return path / name if path.is_dir() else path.with_suffix(f".{name}")
+
     return Trained(
         rules, tokenizer, jax.tree.map(np.asarray, tables), policy, params,
         style=style,
         instructions=pipeline.instructions(rules, tokenizer, style),
         prompt_len=settings.prompt_len or lengths["prompt_len"],
         response_len=settings.response_len or lengths["response_len"],
-        cuts_file=path / CUTS_FILE if path.is_dir() else path.with_suffix("." + CUTS_FILE),
+        cuts_file=beside(CUTS_FILE),
+        calibration_file=beside(probabilities.FILE),
+        checkpoint=fingerprint(params),
     )
 
 

@@ -168,6 +168,11 @@ def load_params(
     return jax.jit(lora.merge, static_argnums=2, donate_argnums=0)(base, params, adapters)
 
 
+def checkpoint_name(stage: str, step: int) -> str:
+    """A checkpoint of a workdir in words."""
+    return "the end of the warm start" if stage == SFT_END else f"step {step} of RL"
+
+
 def adapters_of(config: ConfigDict, stage: str) -> LoraConfig | None:
     """The low-rank adapters that a stage trains; None where it trains all weights. Raises ConfigError."""
     settings = config.lora

@@ -26,9 +26,10 @@ from agrl_jax import recipes
 from agrl_jax.data import pipeline
 from agrl_jax.data.pairs import PairsError
 from agrl_jax.data.pipeline import EncodedSplit
-from agrl_jax.evaluation import intervals, judgements, tables
+from agrl_jax.evaluation import intervals, judgements, probabilities, tables
 from agrl_jax.evaluation.evaluator import Evaluator
 from agrl_jax.evaluation.plots import learning_curves
+from agrl_jax.evaluation.probabilities import Calibration
 from agrl_jax.evaluation.samples import decode, render
 from agrl_jax.policy.families import LoadingError
 from agrl_jax.policy.scoring import instructed
@@ -38,7 +39,7 @@ from agrl_jax.policy.transformer import count_parameters
 from agrl_jax.rl import step as rl_step
 from agrl_jax.rulebook.book import RuleBook, RuleBookError
 from agrl_jax.runtime import processes, sharding
-from agrl_jax.runtime.checkpoint import Checkpointer, CheckpointError
+from agrl_jax.runtime.checkpoint import SFT_END, Checkpointer, CheckpointError
 from agrl_jax.runtime.config import ConfigError, check_guidance, resolve, validate, validate_together
 from agrl_jax.runtime.console import Progress, progress, say
 from agrl_jax.runtime.logs import MetricsWriter
@@ -370,6 +371,7 @@ def _validation(run: Run, base: Params | None) -> After:
             bar.note(f"validation {next(counted) * size + pairs}/{len(rows)}")
 
         judged = run.evaluator.judge(for_decoding(state.params, base), split, rows, sample=False, advance=advance)
+        _keep_calibration(run, "rl", done, probabilities.fit(judged, run.model.book))
         scores = intervals.score(judged, run.model.book, bootstrap=0)
         shown = ("accuracy", "macro_f1", "step_accuracy", "adherence", "format")
         return {f"validation/{name}": scores[name]["value"] for name in shown if scores[name]["value"] is not None}
@@ -384,6 +386,13 @@ def _restored(run: Run, stage: str, program: Program) -> tuple[TrainState, int]:
     """The newest state of a stage and the tokens spent on it, or a fresh one and none."""
     found = run.checkpoints.restore(program.template, stage=stage)
     return (program.fresh(), 0) if found is None else (found.state, found.spent)
+
+
+def _keep_calibration(run: Run, stage: str, step: int, fitted: Calibration) -> None:
+    """Keeps what was fitted for a checkpoint beside the checkpoints."""
+    if jax.process_index() == 0:
+        name = assemble.checkpoint_name(stage, step)
+        probabilities.keep(run.workdir / probabilities.FILE, name, fitted, run.model.book)
 
 
 def _run_stage(
@@ -497,9 +506,16 @@ def _scorecard(run: Run, name: str, stage: str, weights: Weights) -> dict[str, A
         part: pipeline.stratified(run.splits[part], config.eval.pairs or len(run.splits[part]), config.data.seed)
         for part in names
     }
-    with progress(f"evaluate {name}", sum(len(r) + run.evaluator.sampled(len(r)) for r in rows.values())) as bar:
+    known = pipeline.stratified(run.splits["validation"], config.eval.validation_pairs, config.data.seed)
+    pairs = len(known) + sum(len(r) + run.evaluator.sampled(len(r)) for r in rows.values())
+    with progress(f"evaluate {name}", pairs) as bar:
+        calibration = run.evaluator.calibrate(params, run.splits["validation"], known, bar.advance)
+        if stage == "sft":  # the other stage has kept it as it was validated
+            _keep_calibration(run, SFT_END, 0, calibration)
         for part in names:
-            judged = run.evaluator.judge(params, run.splits[part], rows[part], advance=bar.advance)
+            judged = run.evaluator.judge(
+                params, run.splits[part], rows[part], temperature=calibration.temperature, advance=bar.advance
+            )
             scores = intervals.score(judged, run.model.book, bootstrap=config.eval.bootstrap, seed=config.seed)
             kept[part], cards[part] = judged, scores | {"settings": settings}
     if jax.process_index() == 0:
@@ -543,6 +559,7 @@ def _say_where(run: Run) -> None:
         ("metrics.jsonl", "one row per step; the same in tensorboard/"),
         ("samples.jsonl", "decoded rollouts"),
         ("curves.png", "learning curves"),
+        (probabilities.FILE, "the temperature of the tier probabilities, for each checkpoint that was validated"),
         ("checkpoints", "parameters and all that resuming needs"),
     ):
         if (run.workdir / name).exists():
