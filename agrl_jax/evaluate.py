@@ -1,10 +1,17 @@
-"""Scores a workdir's policy, on whole splits or any number of pairs.
+"""Scores a workdir's policy, on whole splits or any number of pairs; and any judge on any labelled file.
 
     python -m agrl_jax.evaluate --workdir=runs/quickstart --pairs=0
+    python -m agrl_jax.evaluate --checkpoint=my_judge --pairs=human.csv
+    python -m agrl_jax.evaluate --judged=gpt.csv --columns="{judge_tier: gpt, label: human}"
 
 Training evaluates fixed subsets; here `--pairs=0` takes every pair. Prints the scorecard and writes it,
 as `scorecard.json` is written, to `--out` (default: WORKDIR/scorecard_full.json), where other stages stay,
 and other splits that were scored at the same step.
+
+`--checkpoint` is anything that `agrl_jax.judge` takes, scored as it judges. `--judged` is a file of labelled pairs in
+which anyone's judgements stand beside the labels, by default in the columns that `agrl_jax.judge` writes; an empty
+`judge_tier` is wrong. Both write FILE.scorecard.json and, worst first, the pairs that were judged wrongly to
+FILE.errors.csv (`--errors`): the most grades off, then the least probability of the label.
 """
 
 from __future__ import annotations
@@ -15,7 +22,8 @@ from typing import TYPE_CHECKING
 from absl import flags
 from etils import epath
 
-from agrl_jax.runtime.config import define_distributed_flag, exit_with, parse_flags
+from agrl_jax.judging import STAGES
+from agrl_jax.runtime.config import RULES, define_distributed_flag, exit_with, parse_flags
 from agrl_jax.runtime.memory import with_huge_pages
 
 if TYPE_CHECKING:  # JAX takes seconds to start: functions import what needs it, so that flags are answered at once
@@ -69,11 +77,60 @@ def evaluate(workdir: str, stages: list[str], splits: list[str], pairs: int) -> 
     return cards
 
 
+def score_file(values: flags.FlagValues) -> None:
+    """Scores a checkpoint, or judgements, on the labelled pairs of a file. Exit code 2 for bad input."""
+    from agrl_jax.data.format import PairsFormat
+    from agrl_jax.evaluation import tables
+    from agrl_jax.judging import labelled
+    from agrl_jax.judging.engine import Judge
+    from agrl_jax.judging.files import USER_ERRORS
+    from agrl_jax.judging.trained import Settings
+    from agrl_jax.rulebook import book
+    from agrl_jax.runtime.console import say
+    from agrl_jax.runtime.files import check_writable
+
+    file = epath.Path(values.judged or values.pairs)
+    out = epath.Path(values.out or file.with_suffix(".scorecard.json"))
+    listed = epath.Path(values.errors or file.with_suffix(".errors.csv"))
+    try:
+        form = PairsFormat.parse(values.columns, values.labels)
+        check_writable(out, "--out")
+        check_writable(listed, "--errors")
+        if values.checkpoint:
+            judge = Judge.from_checkpoint(
+                values.checkpoint, stage=values.stage, settings=Settings(values.rulebook, values.order),
+                batch_size=values.batch_size, use_cuts=values.use_cuts,
+            )  # fmt: skip
+            rules, scored = judge.book, labelled.judge_pairs(judge, file, form)
+        else:
+            rules = book.load(values.rulebook or "four_tier", values.order)
+            scored = labelled.read_judged(file, rules, form)
+        cards = {values.checkpoint or "judged": {file.stem: scored.scores(rules)}}
+        errors = labelled.worst_first(scored, rules)
+        tables.write(out, cards)
+        labelled.write_errors(listed, errors)
+    except (*USER_ERRORS, ValueError) as error:
+        exit_with(error)
+    say(tables.table(cards))
+    say(labelled.summary(scored, errors))
+    say(f"written to {out} and {listed}")
+
+
 def _define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
+    flags.DEFINE_string("workdir", None, "The workdir of a training run, to score on its splits.")
+    flags.DEFINE_string("checkpoint", None, "A judge to score on the file --pairs.")
+    flags.DEFINE_string("judged", None, "A file of labelled pairs with judgements.")
+    flags.DEFINE_string("columns", "", "With a file: where its columns have other names: {label: human}.")
+    flags.DEFINE_string("labels", "", "With a file: where its labels have: {E: 4, S: 3}.")
+    flags.DEFINE_string("errors", None, "With a file: where to write the pairs that were judged wrongly, as CSV.")
+    flags.DEFINE_string("rulebook", None, "Of --judged, or of a model that is not ours.")
+    flags.DEFINE_enum("order", None, RULES["rulebook.order"].choices, "Of the response, likewise.")
+    flags.DEFINE_enum("stage", "best", STAGES, "Of a workdir as --checkpoint.")
+    flags.DEFINE_bool("use_cuts", False, "Choose tiers by the cut points that were kept with the checkpoint.")
+    flags.DEFINE_integer("batch_size", 64, "Pairs of a file judged at once.", lower_bound=1)
     flags.DEFINE_list("stages", ["sft_end", "rl"], "What to score: sft_end, rl (its end), best (of rl, by validation).")
     flags.DEFINE_list("splits", [], "Splits to score on; by default all that the scorecard has.")
-    flags.DEFINE_integer("pairs", 0, "Pairs of each split, stratified; 0: all.", lower_bound=0)
+    flags.DEFINE_string("pairs", "0", "How many of each split, stratified, 0 being all; with --checkpoint, a file.")
     flags.DEFINE_string("out", None, "Where to write the scorecard.")
     define_distributed_flag()
 
@@ -83,6 +140,14 @@ def main(argv: list[str]) -> None:
     _define_flags()
     parse_flags(argv)
     values = flags.FLAGS
+    if sum(map(bool, (values.workdir, values.checkpoint, values.judged))) != 1:
+        exit_with(ValueError("one of --workdir, --checkpoint and --judged is needed"))
+    if values.workdir and not values.pairs.isdecimal():
+        exit_with(ValueError(f"--pairs={values.pairs} should be a whole number >= 0; a file goes with --checkpoint"))
+    if values.checkpoint and values.pairs.isdecimal():
+        exit_with(ValueError("--checkpoint is scored on a file: --pairs=human.csv"))
+    if not values.workdir:
+        return score_file(values)
     import jax
 
     from agrl_jax.evaluation import tables
@@ -96,7 +161,7 @@ def main(argv: list[str]) -> None:
         if out.exists():
             tables.read(out)  # refuses what is no scorecard
         processes.connect(values.distributed)
-        cards = evaluate(values.workdir, values.stages, values.splits, values.pairs)
+        cards = evaluate(values.workdir, values.stages, values.splits, int(values.pairs))
     except ValueError as error:
         exit_with(error)
     except Exception as error:

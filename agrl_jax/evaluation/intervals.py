@@ -85,8 +85,8 @@ def paired_difference(
 
     queries = estimators[0].queries
     value = difference(np.ones((1, queries)))[0]
-    resampled = [difference(weights) for weights in _resamples(queries, len(start), bootstrap, seed)]
-    low, high = _interval(value, np.concatenate([[], *resampled]))
+    resampled = [difference(weights) for weights in resamples(queries, len(start), bootstrap, seed)]
+    low, high = interval(value, np.concatenate([[], *resampled]))
     return {"value": _number(value), "low": low, "high": high}
 
 
@@ -110,7 +110,7 @@ def over_seeds(
     drawn = np.random.default_rng(seed).integers(runs, size=(bootstrap, runs))
     times = (drawn[:, :, None] == np.arange(runs)).sum(axis=1)  # [bootstrap, runs]
     share = np.concatenate([np.ones((1, runs)), times]) / runs
-    weights = [np.ones((1, queries)), *_resamples(queries, len(first), bootstrap, seed)]
+    weights = [np.ones((1, queries)), *resamples(queries, len(first), bootstrap, seed)]
     values = [[estimator(some) for some in weights] for estimator in estimators]  # by run, then by piece
     return {
         metric: sum(
@@ -129,26 +129,27 @@ def _measure(
     scores = estimator(np.ones((1, estimator.queries)))
     metrics = list(scores) if metrics is None else metrics
     resampled: dict[str, list[np.ndarray]] = {metric: [] for metric in metrics}
-    for weights in _resamples(estimator.queries, len(judged), bootstrap, seed):
+    for weights in resamples(estimator.queries, len(judged), bootstrap, seed):
         estimates = estimator(weights)
         for metric in metrics:
             resampled[metric].append(estimates[metric].value)
     tiers = {tier.name: round(scores[f"f1/{tier.name}"].n[0]) for tier in book.tiers}
     present = {name: n for name, n in tiers.items() if n}
     too_few = {f"f1/{name}" for name, n in present.items() if n < FEW}
-    too_few |= {"macro_f1"} if too_few else set()
+    too_few |= {"macro_f1", "likeliest_macro_f1"} if too_few else set()
     measured = {}
     for metric in metrics:
         value, n = scores[metric].value[0], scores[metric].n[0]
-        interval = _interval(value, np.concatenate([[], *resampled[metric]]))
-        low, high = (None, None) if metric in too_few else interval
+        low, high = interval(value, np.concatenate([[], *resampled[metric]]))
+        if metric in too_few:
+            low = high = None
         measured[metric] = {"value": _number(value), "low": low, "high": high, "n": 0 if np.isnan(value) else round(n)}
     if "macro_f1" in measured:
         measured["macro_f1"]["tiers"] = present
     return measured
 
 
-def _resamples(queries: int, pairs: int, count: int, seed: int) -> Iterator[np.ndarray]:
+def resamples(queries: int, pairs: int, count: int, seed: int) -> Iterator[np.ndarray]:
     """How often each query is drawn in each of `count` resamples, [some, queries] at a time; none below two queries."""
     if queries < 2:
         return
@@ -160,7 +161,7 @@ def _resamples(queries: int, pairs: int, count: int, seed: int) -> Iterator[np.n
         yield np.bincount(drawn.ravel(), minlength=some * queries).reshape(some, queries).astype(np.float64)
 
 
-def _interval(value: float, resampled: np.ndarray) -> tuple[float | None, float | None]:
+def interval(value: float, resampled: np.ndarray) -> tuple[float | None, float | None]:
     resampled = resampled[~np.isnan(resampled)]
     if np.isnan(value) or not len(resampled):
         return None, None
