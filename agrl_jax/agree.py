@@ -51,7 +51,7 @@ def run(values: flags.FlagValues) -> dict[str, Any]:
     form = PairsFormat.parse(values.columns, values.labels)
     ratings = raters.read_ratings(values.judged, rules, values.raters, values.rater, form)
     found = raters.report(ratings, rules, values.wanted, values.bootstrap)
-    write_text(out, render("agreement", {}, name=str(values.judged), found=found))
+    write_text(out, render("agreement", {}, title=str(values.judged), found=found))
     write_json(out.with_suffix(".json"), found)
     return found
 

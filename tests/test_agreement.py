@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 
@@ -44,6 +44,7 @@ def test_alpha_is_that_of_the_published_example(distance, value):
     assert agreement.alpha(turned, [5, 4, 3, 2, 1], distance) == pytest.approx(value, abs=5e-4)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_kappa_is_that_of_scikit_learn(seed):
     rng = np.random.default_rng(seed)
@@ -189,5 +190,5 @@ def test_the_command_writes_a_page_and_its_figures(tmp_path):
 def test_the_page_shows_what_is_won_by_abstaining(tmp_path):
     probs = dict(zip((f"judge_prob_{tier.name}" for tier in BOOK.tiers), (0.7, 0.1, 0.1, 0.1), strict=True))
     ratings = raters.read_ratings(write(tmp_path / "wide.csv", [row | probs for row in WIDE]), BOOK, ["ann", "ben"])
-    page = render("agreement", {}, name="<x>", found=raters.report(ratings, BOOK, 0.9, bootstrap=10))
+    page = render("agreement", {}, title="<x>", found=raters.report(ratings, BOOK, 0.9, bootstrap=10))
     assert "What is won by abstaining" in page and "0.7000" in page and "<x>" not in page
