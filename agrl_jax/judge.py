@@ -64,8 +64,8 @@ def _define_flags() -> None:
     flags.DEFINE_string("fit_cuts", None, "Labelled pairs: fit cut points on them, and keep them with the checkpoint.")
     flags.DEFINE_bool("use_cuts", False, "Choose the tier by the cut points that were kept.")
     flags.DEFINE_string("columns", "", "The files' names of our columns, where they differ: '{title: product_title}'.")
-    flags.DEFINE_string("labels", "", "Of --fit_cuts and --fit_temperature: the tier of each label, by name or grade: '{E: 4, S: 3}'.")
-    flags.DEFINE_string("bins", "", "Of --fit_cuts and --fit_temperature: the lowest rating of each tier but the worst: '[1.5, 2.5, 3.5]'.")
+    flags.DEFINE_string("labels", "", "Of what is fitted on: the tier of each label, by name or grade: '{E: 4, S: 3}'.")
+    flags.DEFINE_string("bins", "", "Of what is fitted on: the lowest rating of each tier but one: '[1.5, 2.5, 3.5]'.")
     flags.DEFINE_string("rulebook", None, "Rule book of a model that is not ours; else where to find the trained one.")
     orders, styles = RULES["rulebook.order"].choices, RULES["data.style"].choices
     flags.DEFINE_enum("order", None, orders, "Order of the response of a model that is not ours.")
