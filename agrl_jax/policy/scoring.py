@@ -129,11 +129,17 @@ def prefill(policy: Policy, params: Params, prompt: Array, prompt_len: Array) ->
 
 
 def extend_prefix(policy: Policy, params: Params, prefix: Prefix, tokens: Array, number: Array) -> Prefix:
-    """The prefix after the first `number` [B] of the tokens [B, T] too, which go through the network together."""
+    """The prefix after the first `number` [B] of the tokens [B, n] too, which go through the network together."""
+    return cut(*run_on(policy, params, prefix, tokens), number)
+
+
+def run_on(policy: Policy, params: Params, prefix: Prefix, tokens: Array) -> tuple[Prefix, Array]:
+    """Runs tokens [B, n] after a prefix. Returns the prefix, of the same length as before, with the keys and values of
+    the tokens behind its own; and the hidden states [B, n + 1, D] after 0 to n of the tokens. See `cut`."""
     hidden, cache = policy.apply(params, tokens[:, None], prefix=prefix)
     size, more = jax.tree.leaves(prefix.k)[0].shape[-2], tokens.shape[1]
     slot = jnp.arange(size + more)
-    after = slot - prefix.length[:, None]  # [B, S + T] place among the tokens
+    after = slot - prefix.length[:, None]  # [B, S + n] place among the tokens
     source = jnp.where(after < 0, slot, size + jnp.clip(after, 0, more - 1))
 
     def joined(prompt: Array, own: Array) -> Array:
@@ -141,12 +147,14 @@ def extend_prefix(policy: Policy, params: Params, prefix: Prefix, tokens: Array,
         index = source.reshape(*(1,) * (both.ndim - 4), len(source), 1, -1, 1)
         return jnp.take_along_axis(both, index, axis=-2)
 
-    last = jnp.take_along_axis(hidden[:, 0], jnp.maximum(number - 1, 0)[:, None, None], axis=1)[:, 0]
-    return Prefix(
-        *(jax.tree.map(joined, *pair) for pair in ((prefix.k, cache.k), (prefix.v, cache.v))),
-        length=prefix.length + number,
-        last_hidden=jnp.where((number > 0)[:, None], last, prefix.last_hidden),
-    )
+    k, v = (jax.tree.map(joined, *pair) for pair in ((prefix.k, cache.k), (prefix.v, cache.v)))
+    return prefix.replace(k=k, v=v), jnp.concatenate([prefix.last_hidden[:, None], hidden[:, 0]], axis=1)
+
+
+def cut(prefix: Prefix, hidden: Array, size: Array) -> Prefix:
+    """What `run_on` returned, as the prefix that ends after the first `size` [B] of the tokens."""
+    last = jnp.take_along_axis(hidden, size[:, None, None], axis=1)[:, 0]
+    return prefix.replace(length=prefix.length + size, last_hidden=last)
 
 
 def predicting_hidden(policy: Policy, params: Params, prefix: Prefix, tokens: Array) -> Array:
@@ -161,7 +169,7 @@ def first_hidden(prefix: Prefix, group_size: int) -> Array:
     return jnp.broadcast_to(prefix.last_hidden[:, None], (b, group_size, d))
 
 
-# Texts that compete, such as the values of a part of the response
+# ------------------------------------------------- texts that compete, such as the values of a part of the response
 
 
 def score_parts(
@@ -190,7 +198,7 @@ def score_parts(
         shared = _shared_start(texts, sizes)
         if part + 1 < len(tokens):
             own = jnp.asarray(texts[:, shared : sizes.max()])[chosen]
-            prefix = cut(*run_on(policy, params, prefix, own), jnp.asarray(sizes - shared)[chosen])
+            prefix = extend_prefix(policy, params, prefix, own, jnp.asarray(sizes - shared)[chosen])
     return scored
 
 
@@ -203,7 +211,7 @@ def text_logprobs(
     shared, b = _shared_start(tokens, length), prefix.length.shape[0]
     if shared:
         together = jnp.broadcast_to(tokens[0, :shared], (b, shared))
-        prefix = cut(*run_on(policy, params, prefix, together), jnp.full(b, shared))
+        prefix = extend_prefix(policy, params, prefix, together, jnp.full(b, shared))
     own, size = jnp.asarray(tokens[:, shared : length.max()]), jnp.asarray(length - shared)
     # The first token of each text is read off one row of logits.
     total = jax.nn.log_softmax(policy.unembed(params, prefix.last_hidden))[:, own[:, 0]]
@@ -219,23 +227,3 @@ def _shared_start(tokens: np.ndarray, length: np.ndarray) -> int:
     """How many tokens all texts begin with."""
     same = (tokens == tokens[0]).all(axis=0) & (np.arange(tokens.shape[1]) < length.min())
     return int(np.argmin(np.append(same, False)))
-
-
-def run_on(policy: Policy, params: Params, prefix: Prefix, tokens: Array) -> tuple[Prefix, Array]:
-    """Runs tokens [B, n] after a prefix. Returns the prefix, of the same length as before, with the keys and values of
-    the tokens behind its own; and the hidden states [B, n + 1, D] after 0 to n of the tokens. See `cut`."""
-    hidden, cache = policy.apply(params, tokens[:, None], prefix=prefix)
-
-    def append(old: Array, new: Array) -> Array:
-        room = jnp.pad(old, ((0, 0),) * (old.ndim - 2) + ((0, tokens.shape[1]), (0, 0)))
-        write = partial(jax.lax.dynamic_update_slice_in_dim, axis=-2)
-        return jax.vmap(write, in_axes=(-4, -4, 0), out_axes=-4)(room, jnp.squeeze(new, -4), prefix.length)
-
-    k, v = jax.tree.map(append, (prefix.k, prefix.v), (cache.k, cache.v))
-    return prefix.replace(k=k, v=v), jnp.concatenate([prefix.last_hidden[:, None], hidden[:, 0]], axis=1)
-
-
-def cut(prefix: Prefix, hidden: Array, size: Array) -> Prefix:
-    """What `run_on` returned, as the prefix that ends after the first `size` [B] of the tokens."""
-    last = jnp.take_along_axis(hidden, size[:, None, None], axis=1)[:, 0]
-    return prefix.replace(length=prefix.length + size, last_hidden=last)
