@@ -232,15 +232,16 @@ def test_matrix_operations_of_the_step_worked_out_by_hand(monkeypatch, layers, l
 
     prefill = b * s * layers * (linear + attending(s))
     assert found["prefill"] == prefill
-    assert found["decode"] == b * g * t * (layers * (linear + attending(s + t)) + head)
+    assert found["decode"] == b * g * ((t - 1) * layers * (linear + attending(s + t)) + t * head)
     answers = b * g * (t - 1)
     forward = prefill + answers * layers * (linear + attending(s + t - 1))
     again = b * s * layers * attending(s) + answers * layers * attending(s + t - 1)
     # Attention of scanned layers, and logits in chunks, are made again in the backward pass.
     assert found["loss"] == 3 * forward + again + (4 if chunk else 3) * b * g * t * head
     slots, replace = b // 2, 2
-    parallel = slots * replace * t * layers * (linear + attending(s + t))  # the forced prefix, over the cache
-    assert found["replay"] == parallel + slots * replace * t * (layers * (linear + attending(s + t)) + head)
+    parallel = slots * t * layers * (linear + attending(s + t))  # the forced prefix, once for its group
+    again = (t - 1) * layers * (linear + attending(s + t + t)) + t * head  # with room for the whole prefix
+    assert found["replay"] == parallel + slots * replace * again
 
 
 def test_guided_share_weighs_the_replay_alone(monkeypatch):

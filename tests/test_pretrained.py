@@ -134,7 +134,7 @@ def test_dtypes_are_by_config_and_another_model_in_the_workdir_is_noticed(tmp_pa
     scratch = assemble.Data({"train": []}, [])
     with pytest.raises(ValueError, match="not found"):
         assemble.load_model(config, workdir)
-    assert assemble.load_model(config, workdir, scratch).shape.width == config.policy.width
+    assert assemble.load_model(config, workdir, data=scratch).shape.width == config.policy.width
 
 
 @pytest.mark.parametrize(

@@ -211,8 +211,8 @@ def _trained_on(config: ConfigDict, stage: str) -> str:
 
 def _needed(config: ConfigDict, data: Data) -> list[str]:
     """All splits that the run will come to."""
-    after = [_trained_on(config, "rl"), "validation"] if config[branch_of(config, "rl")].steps else []
-    return list(dict.fromkeys([*after, *data.eval_splits, assemble.SFT]))
+    after = [_trained_on(config, "rl")] if config[branch_of(config, "rl")].steps else []
+    return list(dict.fromkeys([*after, "validation", *data.eval_splits, assemble.SFT]))
 
 
 def _say_set_up(say: Callable[..., None], mesh: jax.sharding.Mesh, rules: RuleBook, data: Data) -> None:
