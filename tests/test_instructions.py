@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import test_step
 from conftest import lenient
+from test_probabilities import TEXTS
 from test_transformer import BASE, PROMPT_LEN, drawn, tokens, variants
 
 from agrl_jax.data.pipeline import PartTexts
-from agrl_jax.evaluation.evaluator import TierSegments, judge_batch
+from agrl_jax.evaluation.evaluator import judge_batch
 from agrl_jax.policy import lora
 from agrl_jax.policy.decoding import for_decoding
 from agrl_jax.policy.lora import LoraConfig
@@ -132,6 +133,7 @@ def test_a_step_on_preferences_is_that_of_whole_prompts(small, close):
     assert metrics["tokens/trained"] == figures["tokens/trained"] - 2 * len(SHARED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cfg", [test_step.CONFIG, test_step.UPDATES], ids=["one piece", "pieces"])
 def test_a_step_of_rl_is_that_of_whole_prompts(small, close, cfg):
     """Rollout, replay, reference and loss: the same tokens, log-probabilities and gradient."""
@@ -157,13 +159,12 @@ def test_a_step_of_rl_is_that_of_whole_prompts(small, close, cfg):
 
 def test_judgements_are_those_of_whole_prompts(small, close):
     batch = small.batch([(0, 0), (1, 0), (2, 1), (2, 0)])
-    segments = TierSegments(np.array([[5], [6], [7]]), np.array([1, 1, 1]), first=False)
 
     @partial(jax.jit, static_argnums=(0, 1))
     def judge(policy, instruct, batch):
-        return judge_batch(policy, small.tables, segments, 6, instruct(small.params), batch)
+        return judge_batch(policy, small.tables, TEXTS, 6, instruct(small.params), batch)
 
     found = judge(*instructed(small.policy, SHARED), batch)
     expected = judge(*instructed(small.policy, None), long(batch))
-    close(found.pop("probs"), expected.pop("probs"))
+    close(*(np.exp(judged.pop("part_logprobs")) for judged in (found, expected)))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
