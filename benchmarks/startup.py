@@ -37,6 +37,7 @@ from agrl_jax.rulebook import book, wording
 from agrl_jax.runtime.logs import MetricsWriter, read_jsonl
 from agrl_jax.runtime.memory import with_huge_pages
 from agrl_jax.training import run
+from agrl_jax.training.programs import Program
 from benchmarks import machine, results, table
 from benchmarks.machine import ROOT
 from benchmarks.options import OUT
@@ -95,15 +96,16 @@ def host_share(config: ConfigDict, steps: int, folder: str) -> dict[str, float]:
         if stage == "rl":
             written.append(time.perf_counter())
 
-    def timing(run: Any, stage: str, state: Any, step: Any, *args: Any, **more: Any) -> Any:
+    def timing(run: Any, stage: str, program: Program, *args: Any) -> Any:
         def timed(*given: Any) -> Any:
             began = time.perf_counter()
-            state, metrics, *rest = step(*given)
+            state, metrics, *rest = program.step(*given)
             if stage == "rl":
                 compiled.append(watcher.submit(lambda: _now(metrics) - began))
             return state, metrics, *rest
 
-        return run_stage(run, stage, state, timed, *args, **more)
+        timed._cache_size = program.step._cache_size
+        return run_stage(run, stage, program._replace(step=timed), *args)
 
     with (
         ThreadPoolExecutor(1) as watcher,
