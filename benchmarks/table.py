@@ -203,7 +203,20 @@ def _startup(found: dict[str, Any]) -> str:
     return "\n\n".join((steps, host, rates))
 
 
-_TABLES = {"peers": _peers, "limits": _limits, "guidance": _guidance, "growth": _growth, "startup": _startup}
+def _instructions(found: dict[str, Any]) -> str:
+    """What each layout takes, over instructions that run once."""
+    columns = ["", "layout", "seconds", "over once", "processor time, over once"]
+    return _markdown(columns, [
+        [name, layout, figure["seconds"][layout], figure["seconds_over_once"][layout],
+         figure["processor_seconds_over_once"][layout]]
+        for name, figure in found["figures"].items() for layout in figure["seconds"]
+    ])  # fmt: skip
+
+
+_TABLES = {
+    "peers": _peers, "limits": _limits, "guidance": _guidance, "growth": _growth, "startup": _startup,
+    "instructions": _instructions,
+}  # fmt: skip
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -154,6 +154,7 @@ def test_the_training_loop_is_set_against_its_compiled_step(tmp_path: Path, monk
         ("peers", "--work=tiny", "--model=tiny", "--only=ours"),
         ("limits", "--work=tiny", "--model=tiny", "--batches=4"),
         ("guidance", "--works=tiny", "--models=tiny"),
+        ("instructions", "--model=tiny", "--rows=2"),
         ("growth", "--base_work=tiny", "--base=tiny", "--factors=1"),
     ],
     ids=lambda command: command[0],
