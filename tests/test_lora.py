@@ -130,7 +130,7 @@ def test_adapters_alone_are_trained_kept_resumed_and_merged_on_export(tmp_path: 
     model, workdir = save_model(tmp_path / "model", "qwen3"), tmp_path / "run"
     config = make_config(model)
     config.lora.update(rank=2, modules="q, v,down")
-    config.objective.kl = "k3"
+    config.objective.update(kl="k3", kl_weight=0.01)
     config.sft.learning_rate = config.rl.learning_rate = 0.01
     config.rl.update(steps=1, matrix_rate=0.0)
     run(config, workdir)
@@ -166,7 +166,7 @@ def test_adapters_over_the_end_of_the_warm_start(tmp_path: Path) -> None:
     config.lora.update(rank=2, stages="rl")
     config.sft.update(steps=2)
     config.rl.update(steps=2, matrix_rate=0.0, learning_rate=0.01, minibatches=1)
-    config.objective.kl = "k3"
+    config.objective.update(kl="k3", kl_weight=0.01)
     config.eval.update(pairs=4, validation_pairs=4, pass_pairs=0, bootstrap=2)
     run(config, tmp_path)
     rl = [row for row in read_jsonl(tmp_path / "metrics.jsonl") if row["stage"] == "rl"]
