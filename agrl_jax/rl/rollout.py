@@ -161,9 +161,10 @@ def rollout(
         hidden, cache = policy.apply(params, s.token[:, :, None], offset=last, prefix=prefix, cache=s.cache)
         return take(s.replace(cache=cache), hidden[:, :, 0])
 
-    def unfinished(s: _State) -> Array:  # at most T - 1 passes: `bounds` counts them by this comparison
+    def unfinished(s: _State) -> Array:
         last = s.t - 1
-        return jnp.any(~s.ended & (start + last < length - 1)[:, None])
+        some = jnp.any(~s.ended & (start + last < length - 1)[:, None])
+        return (last < length - 1) & some  # at most T - 1 passes: `bounds` counts them by this comparison
 
     state = jax.lax.while_loop(unfinished, body, take(state, first_hidden(prefix, g)))
     return _assembled(state, forced, forced_len, start)
