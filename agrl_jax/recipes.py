@@ -67,13 +67,16 @@ def base() -> ConfigDict:
     # folder of the public release.
     c.data.source = "benchmark"
     c.data.path = ""  # the file (CSV, TSV, JSON lines, perhaps compressed, or Parquet) or the folder
-    c.data.test_path = ""  # of pairs: a file that holds the test pairs; empty: they are split off, or stand in `split`
+    # Of pairs: a file that holds the test pairs; empty: they are split off, or stand in `split`. Of the benchmark: a
+    # file of pairs that are judged too, as the split `test`.
+    c.data.test_path = ""
     c.data.columns = ""  # of files of pairs: the file's names of our columns, "{title: product_title}"
     c.data.labels = ""  # the tier of each label, by name or grade, "{E: 4, S: 3, C: 2, I: 1}"
     c.data.bins = ""  # or the lowest rating of each tier but the worst, "[1.5, 2.5, 3.5]": 2.33 is the second lowest
     c.data.on_bad_rows = "refuse"  # a row that cannot be used refuses the file; skip: it is left out, counted and said
     c.data.dir = ""  # where the benchmark is kept; empty: WORKDIR/data, or ~/.cache/agrl_jax of a bucket
     c.data.seed = 0  # of the benchmark, and of the split of a file without a `split` column
+    c.data.steps_known = -1  # training pairs that keep their steps; the others keep the tier alone. -1: all keep them
     c.data.prompt_len = 40  # S, tokens after the instructions that all prompts share; longer item texts are shortened
     c.data.response_len = 17  # T, tokens
     c.data.style = "terse"  # full: with the rule book's instructions; chat: so, through the model's chat template
@@ -106,8 +109,8 @@ def base() -> ConfigDict:
 
     c.sft = ConfigDict()  # the supervised warm start
     # Pairs of the warm start, one or several joined by "+", as "benchmark_train+pairs". benchmark: the `sft` split of
-    # the bundled benchmark; benchmark_train: its `train` split; train: the pairs that RL sees; pairs, esci, wands: the
-    # training pairs at sft.path; both: benchmark+train.
+    # the bundled benchmark; benchmark_train: its `train` split; train: the pairs that RL sees; known: those of them
+    # whose steps are all known; pairs, esci, wands: the training pairs at sft.path; both: benchmark+train.
     c.sft.source = "benchmark"
     c.sft.path = ""  # a file of pairs, as data.* says that they are written, or the folder of the release
     c.sft.steps = 600  # updates
@@ -310,7 +313,7 @@ def _method_problems(config: ConfigDict) -> Iterator[str]:
 # Fields that act only beside certain values of others, and which.
 _ACTS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("data.path", "data.source", lambda source: source != "benchmark"),
-    ("data.test_path", "data.source", lambda source: source == "pairs"),
+    ("data.test_path", "data.source", lambda source: source in ("pairs", "benchmark")),
     ("sft.path", "sft.source", lambda source: bool(FILES.intersection(source.split("+")))),
     ("objective.kl_weight", "objective.kl", lambda kl: kl != "none"),
     ("objective.clip_low", "objective.loss", lambda loss: loss not in ("gspo", "rloo")),
@@ -329,10 +332,11 @@ _ACTS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
 
 def _idle_problems(config: ConfigDict) -> Iterator[str]:
     fields, defaults = flatten(config), flatten(base())
-    if config.data.source != "pairs" and "pairs" not in config.sft.source.split("+"):
+    if config.data.source != "pairs" and "pairs" not in config.sft.source.split("+") and not config.data.test_path:
         for name in ("data.columns", "data.labels", "data.bins", "data.on_bad_rows"):
             if fields[name] != defaults[name]:
-                yield f"{name}={fields[name]} has no effect without a file of pairs in data.source or sft.source"
+                yield (f"{name}={fields[name]} has no effect without a file of pairs in data.source, sft.source or "
+                       "data.test_path")
     for name, other, acts in _ACTS:
         if fields[name] != defaults[name] and not acts(fields[other]):
             yield f"{name}={fields[name]} has no effect with {other}={fields[other]}"

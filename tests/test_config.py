@@ -183,6 +183,7 @@ def test_check_known_names_the_nearest_fields():
         ({"sft.source": "esci+wands", "sft.path": "x"}, 1, "sft.path is one of esci and wands, not both"),
         ({"sft.source": "both+pairs", "sft.path": "x"}, 1, "both is benchmark+train; name what is meant"),
         ({"sft.source": "train+benchmark_train"}, 1, "train and benchmark_train are the same pairs"),
+        ({"sft.source": "known+train"}, 1, "sft.source=known+train: the pairs of known are among those of train"),
         ({"data.response_len": 16}, 1, "reward.overlong_from=16 must be below data.response_len=16"),
     ],
 )

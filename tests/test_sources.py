@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from etils import epath
 from ml_collections import ConfigDict
@@ -15,6 +16,7 @@ from agrl_jax.rulebook import book
 from agrl_jax.runtime.config import ConfigError, validate, validate_together
 from agrl_jax.training import assemble
 from agrl_jax.training.assemble import Data
+from agrl_jax.types import UNKNOWN
 
 BOOK = book.load()
 BUNDLED = {
@@ -129,3 +131,47 @@ def test_a_release_is_a_source_and_warms_up(tmp_path: Path) -> None:
     assert set(data.splits) == {"train", "validation", "test"} and sum(map(len, data.splits.values())) == 50
     warm = load(tmp_path, sft__source="benchmark_train+wands", sft__path=str(tmp_path))
     assert queries(warm.sft) == TRAIN + queries(data.splits["train"])
+
+
+def test_a_file_is_judged_beside_the_splits_of_the_benchmark(tmp_path: Path) -> None:
+    data = load(tmp_path, data__test_path=pairs_file(tmp_path, "abcd"))
+    assert data.eval_splits == ("b_eval", "w_eval", "test")
+    assert queries(data.splits["test"]) == list("abcd")  # all of it, whatever its column `split` says
+    assert queries(data.splits["train"]) == TRAIN and queries(data.sft) == SFT
+    (tmp_path / "bad.csv").write_text("query,title,label\nq,t,4\nq,t,?\n")
+    with pytest.raises(PairsError, match="bad.csv: 1 of 2 rows"):
+        load(tmp_path, data__test_path=str(tmp_path / "bad.csv"))
+
+
+def with_steps(monkeypatch: pytest.MonkeyPatch, count: int = 40) -> list[Pair]:
+    """Training pairs of the benchmark with known steps, in the best tier and the worst."""
+    steps = {BOOK.tier_for(values): values for values in np.ndindex(*BOOK.num_values)}
+    pairs = [Pair(id=str(n), query=f"q{n}", title="t", tier=tier, steps=steps[tier])
+             for n in range(count) for tier in [(0, 3)[n % 2]]]  # fmt: skip
+    monkeypatch.setattr(benchmark, "load_benchmark", lambda *args: BUNDLED | {"train": pairs, "validation": pairs})
+    return pairs
+
+
+@pytest.mark.parametrize("source", ["train", "benchmark_train"])
+def test_few_training_pairs_keep_their_steps_and_the_others_what_their_tier_implies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    pairs = with_steps(monkeypatch)
+    data = load(tmp_path, data__steps_known=10, sft__source="known")
+    train = data.splits["train"]
+    assert [(pair.id, pair.tier) for pair in train] == [(pair.id, pair.tier) for pair in pairs]
+    assert data.splits["validation"] == pairs
+    kept = [pair for pair, whole in zip(train, pairs, strict=True) if pair == whole]
+    hidden = [pair for pair in train if pair not in kept]
+    assert all(pair.steps == BOOK.implied(pair.tier) and UNKNOWN in pair.steps for pair in hidden)
+    assert data.sft == kept and len(kept) == 10
+    assert load(tmp_path, data__steps_known=10, sft__source=source).sft == train  # the same again, in every source
+    other = load(tmp_path, data__steps_known=10, data__seed=1, sft__source="known")
+    assert len(other.sft) == 10 and other.sft != kept
+
+
+def test_all_steps_are_known_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = with_steps(monkeypatch)
+    assert load(tmp_path, sft__source="known").sft == load(tmp_path, data__steps_known=40).splits["train"] == pairs
+    with pytest.raises(ConfigError, match="sft.source=known: no training pair has all its steps known"):
+        load(tmp_path, data__steps_known=0, sft__source="known")

@@ -18,6 +18,8 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+
 from agrl_jax.data.cells import clean
 from agrl_jax.data.format import PairsFormat, label_reader
 from agrl_jax.data.rows import PairsError, Row, RowFile, RowTable, Source, check_columns, name_of, read_rows
@@ -113,6 +115,16 @@ def digest(pairs: Iterable[Pair]) -> str:
         told = [(name, value) for name, value in vars(pair).items() if name != "row" and value != _DEFAULTS[name]]
         total.update(repr(told).encode())
     return total.hexdigest()[:16]
+
+
+def hide_steps(pairs: Sequence[Pair], known: int, book: RuleBook, seed: int) -> list[Pair]:
+    """Pairs of which `known`, drawn by `seed`, keep their steps; of the others those remain that the tier implies, as
+    of real pairs that were labelled with a tier alone. Order and number stay.
+    """
+    kept = set(np.random.default_rng(seed).permutation(len(pairs))[:known].tolist())
+    return [
+        pair if i in kept else dataclasses.replace(pair, steps=book.implied(pair.tier)) for i, pair in enumerate(pairs)
+    ]
 
 
 def item_text(pair: Pair) -> str:

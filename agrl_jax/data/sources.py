@@ -36,6 +36,17 @@ def read_source(
     return read_pairs(path, book, seed, form, test or None)
 
 
+def read_tests(path: epath.PathLike, book: RuleBook, form: PairsFormat) -> PairsFile:
+    """All pairs of a file as the split `test`.
+
+    Raises:
+      PairsError: see `read_labelled`.
+    """
+    labelled = read_labelled(path, book, form)
+    tests = [dataclasses.replace(pair, split="test") for pair in labelled.pairs]
+    return PairsFile({"test": tests}, labelled.contradicting, skipped=labelled.skipped)
+
+
 def read_training(kind: str, path: epath.PathLike, book: RuleBook, seed: int, form: PairsFormat) -> PairsFile:
     """The pairs of a source that are for training, as its split `train`: of a file without a `split` column, all.
 

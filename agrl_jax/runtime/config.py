@@ -191,6 +191,7 @@ RULES: Mapping[str, Rule] = {
     "data.on_bad_rows": _one_of("refuse", "skip"),
     "data.dir": _TEXT,
     "data.seed": _COUNT,
+    "data.steps_known": Rule(int, low=0, also=(-1,)),
     "data.prompt_len": _whole(8, 131_072),
     "data.response_len": _whole(4, 32_768),
     "data.style": _one_of("terse", "full", "chat"),
@@ -217,7 +218,9 @@ RULES: Mapping[str, Rule] = {
     "lora.modules": _TEXT,
     "lora.stages": _one_of("both", "rl"),
     # Supervised warm start.
-    "sft.source": Rule(str, choices=("benchmark", "benchmark_train", "train", "both", *sorted(FILES)), joined="+"),
+    "sft.source": Rule(
+        str, choices=("benchmark", "benchmark_train", "train", "known", "both", *sorted(FILES)), joined="+"
+    ),
     "sft.path": _TEXT,
     "sft.steps": _COUNT,
     "sft.batch_size": _SIZE,
@@ -436,6 +439,8 @@ def _source_problems(config: ConfigDict) -> Iterator[str]:
         yield f"sft.source={sft.source}: both is benchmark+train; name what is meant, such as benchmark+train+pairs"
     if data.source == "benchmark" and {"train", "benchmark_train"} <= set(parts):
         yield f"sft.source={sft.source} with data.source=benchmark: train and benchmark_train are the same pairs"
+    if "known" in parts and {"train", "both"} & set(parts):
+        yield f"sft.source={sft.source}: the pairs of known are among those of train"
 
 
 def check_guidance(config: ConfigDict, pairs: int) -> None:

@@ -22,9 +22,9 @@ from agrl_jax import recipes
 from agrl_jax.data import chat, pipeline
 from agrl_jax.data.bundled import benchmark
 from agrl_jax.data.format import PairsFormat
-from agrl_jax.data.pairs import Pair, PairsError, digest, item_text
+from agrl_jax.data.pairs import Pair, PairsError, digest, hide_steps, item_text
 from agrl_jax.data.pipeline import EncodedSplit, PartTexts
-from agrl_jax.data.sources import read_source, read_training
+from agrl_jax.data.sources import read_source, read_tests, read_training
 from agrl_jax.evaluation.evaluator import EvalConfig, Evaluator
 from agrl_jax.policy import decoding, loading, lora, transformer
 from agrl_jax.policy import tokenizer as tokenizers
@@ -237,11 +237,15 @@ def load_data(config: ConfigDict, rules: RuleBook, workdir: epath.Path) -> Data:
     """The bundled benchmark, where it is needed, and the pairs of the files that the config names."""
     form = pairs_format(config)
     parts = {"both": "benchmark+train"}.get(config.sft.source, config.sft.source).split("+")
-    seed, warm, notes, splits = config.data.seed, {}, [], {}
+    seed, warm, notes, splits, tests = config.data.seed, {}, [], {}, {}
     if config.data.source in FILES:  # files are read first: a bad one is refused at once
         mine = read_source(config.data.source, config.data.path, rules, seed, form, config.data.test_path)
-        splits = mine.splits
+        splits = dict(mine.splits)
         notes += mine.notes
+    elif config.data.test_path:
+        more = read_tests(config.data.test_path, rules, form)
+        tests = more.splits
+        notes += [f"{config.data.test_path}: {note}" for note in more.notes]
     for kind in FILES.intersection(parts):
         extra = read_training(kind, config.sft.path, rules, seed, form)
         warm[kind] = extra.splits["train"]
@@ -250,8 +254,15 @@ def load_data(config: ConfigDict, rules: RuleBook, workdir: epath.Path) -> Data:
         kept = epath.Path("~/.cache/agrl_jax").expanduser() if is_remote(workdir) else workdir / "data"
         bundled = benchmark.load_benchmark(config.data.dir or str(kept), seed, rules)
         warm |= {"benchmark": bundled["sft"], "benchmark_train": bundled["train"]}
-        splits = splits or {name: bundled[name] for name in ("train", "validation", "b_eval", "w_eval")}
+        splits = splits or {name: bundled[name] for name in ("train", "validation", "b_eval", "w_eval")} | tests
+    if config.data.steps_known >= 0:
+        splits["train"] = hide_steps(splits["train"], config.data.steps_known, rules, seed)
+    if config.data.source == "benchmark":
+        warm["benchmark_train"] = splits["train"]
     warm["train"] = splits["train"]
+    warm["known"] = [pair for pair in splits["train"] if pair.steps and UNKNOWN not in pair.steps]
+    if "known" in parts and not warm["known"]:
+        raise ConfigError(f"sft.source={config.sft.source}: no training pair has all its steps known")
     sft = warm[parts[0]] if len(parts) == 1 else [pair for part in parts for pair in warm[part]]
     return Data(splits, sft, tuple(notes))
 
@@ -274,7 +285,8 @@ def encode(config: ConfigDict, model: Model, data: Data, names: Sequence[str]) -
             )  # fmt: skip
         except PairsError as error:
             by_pairs[id(pairs)] = None
-            file = (name == SFT and config.sft.path) or config.data.path or "the bundled benchmark"
+            path = {SFT: config.sft.path, "test": config.data.test_path}.get(name) or config.data.path
+            file = path or "the bundled benchmark"
             problems.append(f"{file}, {'pairs of the warm start' if name == SFT else f'split {name}'}: {error}")
     if problems:
         raise PairsError("\n".join(problems))
