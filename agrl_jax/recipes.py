@@ -106,6 +106,15 @@ def base() -> ConfigDict:
     c.lora.alpha = 16.0  # the adapters' product is scaled by alpha / rank
     c.lora.modules = "q,k,v,out,gate,up,down"  # matrices of each layer that have adapters
     c.lora.stages = "both"  # or rl: the warm start trains all weights, and what it leaves is the base
+    c.lora.base_dtype = "bfloat16"  # of the base, which is not trained; the adapters are float32
+
+    c.optim = ConfigDict()  # the optimiser of every stage
+    c.optim.kind = "adamw"  # or adafactor: no momentum, and the second moments of rows and columns alone
+    c.optim.moments = "float32"  # of AdamW and Muon as they are kept; bfloat16: half the memory
+    c.optim.clip_norm = 1.0  # the gradient's norm is cut to this; 0: it is left
+    c.optim.b1 = 0.9  # decay of AdamW's mean gradient
+    c.optim.b2 = 0.95  # decay of AdamW's mean squared gradient
+    c.optim.eps = 1e-8  # added to the root that AdamW divides by
 
     c.sft = ConfigDict()  # the supervised warm start
     # Pairs of the warm start, one or several joined by "+", as "benchmark_train+pairs". benchmark: the `sft` split of
@@ -323,6 +332,10 @@ _ACTS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("reward.step_weight", "reward.composition", lambda composition: composition != "terminal"),
     ("reward.consistent_weight", "reward.composition", lambda composition: composition != "terminal"),
     ("reward.format_weight", "reward.composition", lambda composition: composition != "terminal"),
+    ("optim.moments", "optim.kind", lambda kind: kind == "adamw"),
+    ("optim.b1", "optim.kind", lambda kind: kind == "adamw"),
+    ("optim.b2", "optim.kind", lambda kind: kind == "adamw"),
+    ("optim.eps", "optim.kind", lambda kind: kind == "adamw"),
     ("guidance.gamma", "guidance.treatment", lambda treatment: treatment == "shaped"),
     ("guidance.imitate_weight", "guidance.treatment", lambda treatment: treatment == "imitate"),
     ("guidance.eta", "guidance.level", lambda level: level == "adaptive"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,7 +18,7 @@ from test_pretrained import make_config, run, save_model, small_benchmark  # noq
 from tiny import get_config
 
 from agrl_jax.judging import export, trained
-from agrl_jax.policy import loading, lora
+from agrl_jax.policy import decoding, loading, lora
 from agrl_jax.policy.layers import PolicyConfig
 from agrl_jax.policy.lora import LoraConfig
 from agrl_jax.policy.transformer import build, count_parameters
@@ -56,7 +57,7 @@ def test_fresh_adapters_change_nothing_bit_for_bit():
 def test_attached_merged_and_over_the_base_are_one_policy(modules):
     cfg = dataclasses.replace(ALL, modules=modules)
     policy, base, adapters = drawn(cfg)
-    merged = lora.merge(base, adapters, cfg)
+    merged = lora.merge(base, adapters, cfg, "float32")
     assert np.abs(logits(policy, merged) - logits(policy, base)).max() > 0.05
     np.testing.assert_allclose(logits(policy, lora.attach(base, adapters, cfg)), logits(policy, merged), atol=1e-4)
     np.testing.assert_allclose(logits(lora.over(base, policy, cfg), adapters), logits(policy, merged), atol=1e-4)
@@ -68,11 +69,21 @@ def test_attached_merged_and_over_the_base_are_one_policy(modules):
 
 def test_the_product_is_scaled_by_alpha_over_rank_by_hand():
     cfg = LoraConfig(rank=2, alpha=3.0, modules=("up",))
-    base = {"up": jnp.ones((1, 2, 2), jnp.bfloat16)}
+    base = {"up": jnp.ones((1, 2, 2), jnp.bfloat16), "norm": jnp.ones(2, jnp.bfloat16)}
     adapters = {"up": {"a": jnp.array([[[1.0, 0], [0, 2]]]), "b": jnp.array([[[1.0, 2], [3, 4]]])}}
-    merged = lora.merge(base, adapters, cfg)["up"]
-    assert merged.dtype == jnp.bfloat16  # 1 + 3 / 2 * [[1, 2], [6, 8]]
-    np.testing.assert_array_equal(merged.astype(jnp.float32), [[[2.5, 4], [10, 13]]])
+    for dtype in ("bfloat16", "float32"):
+        merged = lora.merge(base, adapters, cfg, dtype)
+        assert {x.dtype for x in merged.values()} == {jnp.dtype(dtype)}
+        # 1 + 3 / 2 * [[1, 2], [6, 8]]
+        np.testing.assert_array_equal(merged["up"].astype(jnp.float32), [[[2.5, 4], [10, 13]]])
+
+
+def test_products_too_small_for_the_base_s_dtype_are_kept_in_float32():
+    cfg = LoraConfig(rank=1, alpha=1.0, modules=("up",))
+    base = {"up": jnp.ones((1, 1, 1), jnp.bfloat16)}
+    adapters = {"up": {"a": jnp.full((1, 1, 1), 2.0**-10), "b": jnp.ones((1, 1, 1))}}
+    assert lora.merge(base, adapters, cfg, "float32")["up"].item() == 1 + 2.0**-10
+    assert lora.merge(base, adapters, cfg, "bfloat16")["up"].item() == 1
 
 
 def test_sizes_axes_and_decay_of_adapters():
@@ -94,10 +105,27 @@ def test_sizes_axes_and_decay_of_adapters():
 def test_modules_that_cannot_be_adapted_are_refused():
     with pytest.raises(ValueError, match="lora.modules: 'head' is not one of q, k"):
         LoraConfig(2, 2.0, ("q", "head"))
-    _, init, axes = build(dataclasses.replace(SHAPE, experts=3, experts_per_token=1))
-    with pytest.raises(ValueError, match="experts of a mixture cannot be adapted"):
-        lora.adapter_axes(axes, ALL)
-    assert count_parameters(lora.init(KEY, jax.eval_shape(init, KEY), axes, LoraConfig(2, 2.0, ("q",)))) == 9 * 2 * 44
+
+
+def test_each_expert_has_adapters_of_its_own():
+    policy, init, axes = build(dataclasses.replace(SHAPE, layers=2, experts=3, experts_per_token=2))
+    base = init(KEY)
+    cfg = LoraConfig(2, 3.0, ("gate", "down"))
+    adapters = jax.tree.map(lambda x: x + 0.1, lora.init(KEY, jax.eval_shape(init, KEY), axes, cfg))
+    assert jax.tree.map(jnp.shape, adapters) == {"blocks": {"mlp": {
+        "gate": {"a": (2, 3, 20, 2), "b": (2, 3, 2, 28)}, "down": {"a": (2, 3, 28, 2), "b": (2, 3, 2, 20)}
+    }}}  # fmt: skip
+    assert lora.adapter_axes(axes, cfg)["blocks"]["mlp"]["down"] == {
+        "a": ("layers", "experts", "expert_mlp", "rank"), "b": ("layers", "experts", "rank", "embed")
+    }
+    merged = lora.merge(base, adapters, cfg, "float32")
+    before, after = base["blocks"]["mlp"]["gate"][1, 2], merged["blocks"]["mlp"]["gate"][1, 2]
+    pair = jax.tree.map(lambda x: np.asarray(x[1, 2]), adapters["blocks"]["mlp"]["gate"])
+    np.testing.assert_allclose(after - before, 1.5 * pair["a"] @ pair["b"], atol=1e-6)
+    run, attached = jax.jit(partial(logits, policy)), lora.attach(base, adapters, cfg)
+    assert np.abs(run(merged) - run(base)).max() > 0.01
+    for laid in (attached, decoding.for_decoding(attached, "cpu")):
+        np.testing.assert_allclose(run(laid), run(merged), atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +134,8 @@ def test_modules_that_cannot_be_adapted_are_refused():
         ({}, "lora.stages=both without policy.pretrained"),
         ({"lora.stages": "rl"}, "rl.matrix_rate=0.004 with lora.rank=4: Muon is for whole matrices"),
         ({"policy.pretrained": "DIR", "rl.matrix_rate": 0.0}, "sft.matrix_rate=0.01 with lora.rank=4"),
+        ({"lora.rank": 0, "optim.kind": "adafactor"}, "sft.matrix_rate=0.01 with optim.kind=adafactor"),
+        ({"lora.rank": 0, "optim.moments": "bfloat16", "optim.b2": 0.999}, "optim.b2=0.999 .* use at most 0.98"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(fields, said):
@@ -130,6 +160,7 @@ def test_adapters_alone_are_trained_kept_resumed_and_merged_on_export(tmp_path: 
     model, workdir = save_model(tmp_path / "model", "qwen3"), tmp_path / "run"
     config = make_config(model)
     config.lora.update(rank=2, modules="q, v,down")
+    config.optim.update(moments="bfloat16", clip_norm=0.0)
     config.objective.update(kl="k3", kl_weight=0.01)
     config.sft.learning_rate = config.rl.learning_rate = 0.01
     config.rl.update(steps=1, matrix_rate=0.0)
@@ -147,6 +178,7 @@ def test_adapters_alone_are_trained_kept_resumed_and_merged_on_export(tmp_path: 
     assert len(weights) == 3 * 6 and all(path.endswith(("['a']", "['b']")) for path in weights)  # and their moments
 
     _, base, _ = loading.load_pretrained(model)
+    base = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), base)  # as it lay below the adapters
     whole = params_of(config, workdir, "rl")
     changed = jax.tree.map(lambda x, y: not np.array_equal(x, y), base["blocks"], whole["blocks"])
     assert [name for name, yes in changed["attention"].items() if yes] == ["q", "v"]
@@ -172,6 +204,8 @@ def test_adapters_over_the_end_of_the_warm_start(tmp_path: Path) -> None:
     rl = [row for row in read_jsonl(tmp_path / "metrics.jsonl") if row["stage"] == "rl"]
     assert rl[0]["policy/kl"] < 1e-6 < rl[1]["policy/kl"] and {row["compiles"] for row in rl} == {1}
     start, end = (params_of(config, tmp_path, stage) for stage in ("sft_end", "rl"))
+    assert {x.dtype for x in jax.tree.leaves(end)} == {jnp.dtype("float32")}
+    start = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), start)
     assert jax.tree.structure(start) == jax.tree.structure(end)
     np.testing.assert_array_equal(start["embedding"], end["embedding"])
     assert not np.array_equal(start["blocks"]["mlp"]["up"], end["blocks"]["mlp"]["up"])

@@ -53,6 +53,41 @@ def test_two_adam_steps_with_clipping_by_hand():
     np.testing.assert_allclose(updates["w"], -m / np.sqrt(v), rtol=1e-5)
 
 
+def test_no_clipping_and_an_eps_by_hand():
+    tx = optim.make(1.0, warmup=0, steps=1, schedule="constant", clip_norm=0.0, eps=2.0)
+    params = {"w": jnp.zeros((1,))}
+    updates, _ = tx.update({"w": jnp.array([6.0])}, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], [-6 / (6 + 2)], rtol=1e-6)
+
+
+def test_bfloat16_moments_follow_those_of_float32():
+    params, gradients = {"w": jnp.zeros((64,))}, np.random.default_rng(0).normal(size=(30, 64))
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        tx = optim.make(1.0, warmup=0, steps=1, schedule="constant", clip_norm=0.0, moments=dtype)
+        state = tx.init(params)
+        for gradient in gradients:
+            updates, state = tx.update({"w": jnp.asarray(gradient, jnp.float32)}, state, params)
+        assert {x.dtype for x in jax.tree.leaves(state) if x.ndim} == {jnp.dtype(dtype)}
+        assert updates["w"].dtype == jnp.float32
+        found[dtype] = np.asarray(updates["w"])
+    assert 0 < np.abs(found["bfloat16"] - found["float32"]).max() < 0.02
+
+
+def test_adafactor_scales_by_means_of_rows_and_columns():
+    """Gradients of rank 1 are then known exactly: each step is their sign. Only rows and columns are kept."""
+    tx = optim.make(0.5, warmup=0, steps=1, schedule="constant", clip_norm=0.0, kind="adafactor")
+    rng = np.random.default_rng(0)
+    rows, columns = rng.normal(size=(130, 1)), rng.normal(size=(1, 128))
+    params = {"w": jnp.zeros((130, 128)), "norm": jnp.zeros((3,))}
+    grads = {"w": jnp.asarray(rows * columns, jnp.float32), "norm": jnp.array([3.0, -0.5, 2.0])}
+    state = tx.init(params)
+    updates, _ = tx.update(grads, state, params)
+    np.testing.assert_allclose(updates["w"], -0.5 * np.sign(grads["w"]), rtol=1e-4)
+    np.testing.assert_allclose(updates["norm"], [-0.5, 0.5, -0.5], rtol=1e-4)
+    assert sum(x.size for x in jax.tree.leaves(state)) < 130 + 128 + 3 + 10
+
+
 def test_only_matrices_decay_by_logical_axes():
     axes = {
         "embedding": ("vocab", "embed"),

@@ -115,6 +115,18 @@ def test_the_state_follows_its_parameters_where_two_optimisers_share_them():
     assert sorted(large) == [((2, 4), P(None, "fsdp"))] * 2 + [((2, 4, 4), P(None, "fsdp", "tensor"))]
 
 
+def test_adafactors_rows_columns_and_stand_ins_are_replicated():
+    mesh = abstract()
+    axes = {"w": ("layers", "embed", "mlp"), "norm": ("embed",)}
+    shapes = {"w": jax.ShapeDtypeStruct((2, 128, 256), jnp.float32), "norm": jax.ShapeDtypeStruct((4,), jnp.float32)}
+    params = sharding.param_shardings(mesh, axes, shapes)
+    state = jax.eval_shape(optim.make(1e-3, 0, 1, kind="adafactor").init, shapes)
+    places = sharding.state_shardings(mesh, state, params)
+    jax.tree.map(lambda leaf, place: place.shard_shape(leaf.shape), state, places)  # raises where it does not divide
+    split = [leaf.shape for leaf, place in zip(*map(jax.tree.leaves, (state, places)), strict=True) if any(place.spec)]
+    assert split == [(4,)]  # the norm's mean squares, which are kept whole
+
+
 ON_EIGHT = """
 import sys
 from dataclasses import dataclass

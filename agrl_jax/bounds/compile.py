@@ -166,8 +166,10 @@ def _compile(
 
 def _warm_started(config: ConfigDict, model: assemble.Model, mesh: jax.sharding.Mesh) -> programs.Weights:
     """The shapes of what the warm start leaves."""
-    base = assemble.param_shapes(model.init, model.axes, mesh) if assemble.adapters_of(config, "sft") else None
-    return programs.Weights(assemble.param_shapes(*assemble.trained_part(config, model, "sft"), mesh), base)
+    whole = assemble.as_base(config, assemble.param_shapes(model.init, model.axes, mesh))
+    base = whole if assemble.adapters_of(config, assemble.SFT) else None
+    trained = assemble.param_shapes(*assemble.trained_part(config, model, assemble.SFT), mesh)
+    return programs.left_to(config, programs.Weights(trained, base))
 
 
 def _batch(config: ConfigDict, model: assemble.Model, mesh: jax.sharding.Mesh) -> Batch:

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from agrl_jax.policy.layers import HIDDEN, PolicyConfig, param
+from agrl_jax.policy.layers import HIDDEN, PolicyConfig, cast, param
+from agrl_jax.policy.lora import Adapted
 from agrl_jax.types import Array, Placement
 
 
@@ -38,14 +39,19 @@ class MixtureOfExperts(nnx.Module):
 
     def __call__(self, x: Array, placement: Placement) -> Array:
         """Each device has its own experts answer its own tokens; what they say of a token is added up."""
-        experts = jnp.arange(self.cfg.experts)
-        whole = ("experts", None, None)
-        answer = placement.split(self._answer, (HIDDEN, (None, None), whole, whole, whole, ("experts",)),
-                              ("experts", *HIDDEN))  # fmt: skip
-        weights = (weight[...].astype(x.dtype) for weight in (self.gate, self.up, self.down))
-        return answer(x, self.router[...], *weights, experts).sum(axis=0)
+        experts, whole = jnp.arange(self.cfg.experts), ("experts", None, None)
+        weights, structure = jax.tree.flatten([cast(weight, x.dtype) for weight in (self.gate, self.up, self.down)])
 
-    def _answer(self, x: Array, router: Array, gate: Array, up: Array, down: Array, experts: Array) -> Array:
+        def answered(x: Array, router: Array, experts: Array, *weights: Array) -> Array:
+            return self._answer(x, router, experts, *jax.tree.unflatten(structure, weights))
+
+        inputs = (HIDDEN, (None, None), ("experts",), *(whole for _ in weights))
+        answer = placement.split(answered, inputs, ("experts", *HIDDEN))
+        return answer(x, self.router[...], experts, *weights).sum(axis=0)
+
+    def _answer(
+        self, x: Array, router: Array, experts: Array, gate: Array | Adapted, up: Array | Adapted, down: Array | Adapted
+    ) -> Array:
         """[1, B, G, n, D]: the weighted answers of these consecutive `experts`; 0 of a token that chose others."""
         rows, k = x.reshape(-1, x.shape[-1]), self.cfg.experts_per_token
         _, weight, chosen = self.route(rows, router)
@@ -54,7 +60,9 @@ class MixtureOfExperts(nnx.Module):
         sizes = jnp.bincount(chosen.reshape(-1), length=len(experts)).astype(jnp.int32)
         ours = (jnp.arange(len(order)) < sizes.sum())[:, None]  # others come last, where a product is not defined
 
-        def product(rows: Array, weights: Array) -> Array:
+        def product(rows: Array, weights: Array | Adapted) -> Array:
+            if isinstance(weights, Adapted):
+                return product(rows, weights.weight) + product(product(rows, weights.a), weights.b)
             return jnp.where(ours, jax.lax.ragged_dot(jnp.where(ours, rows, 0), weights, sizes), 0)
 
         ordered = rows[order // k]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -52,7 +53,7 @@ def init(key: Array, shapes: Params, axes: Params, cfg: LoraConfig) -> Params:
     """
     adapted, flat, out = _adapted(axes, cfg), flatten_dict(shapes), {}
     for path, each in zip(sorted(adapted), jax.random.split(key, len(adapted)), strict=True):
-        stacked, into, onto = _sides(flat[path].shape, _inputs(adapted[path]))
+        stacked, into, onto = _sides(flat[path].shape, adapted[path])
         out[*path, "a"] = jax.random.normal(each, (*stacked, *into, cfg.rank)) / math.sqrt(math.prod(into))
         out[*path, "b"] = jnp.zeros((*stacked, cfg.rank, *onto))
     return unflatten_dict(out)
@@ -62,7 +63,7 @@ def adapter_axes(axes: Params, cfg: LoraConfig) -> Params:
     """The logical axes of the adapters, from those of the base."""
     out = {}
     for path, names in _adapted(axes, cfg).items():
-        stacked, into, onto = _sides(names, _inputs(names))
+        stacked, into, onto = _sides(names, names)
         out[*path, "a"], out[*path, "b"] = (*stacked, *into, "rank"), (*stacked, "rank", *onto)
     return unflatten_dict(out)
 
@@ -75,14 +76,16 @@ def attach(base: Params, adapters: Params, cfg: LoraConfig) -> Params:
     return unflatten_dict(flat)
 
 
-def merge(base: Params, adapters: Params, cfg: LoraConfig) -> Params:
-    """The base with the adapters' products added to its matrices, in the base's dtype."""
+def merge(base: Params, adapters: Params, cfg: LoraConfig, dtype: str) -> Params:
+    """The base with the adapters' products added to its matrices, in `dtype`: in bfloat16 small products are lost."""
 
     def added(leaf: Array | Adapted) -> Array:
         if not isinstance(leaf, Adapted):
-            return leaf
-        product = jax.vmap(lambda a, b: jnp.tensordot(a, b, axes=1))(leaf.a, leaf.b)
-        return (leaf.weight.astype(jnp.float32) + product).astype(leaf.weight.dtype)
+            return leaf.astype(dtype)
+        product = partial(jnp.tensordot, axes=1)
+        for _ in range(leaf.a.ndim + leaf.b.ndim - 2 - leaf.weight.ndim):  # stacked axes: the layer, and the expert
+            product = jax.vmap(product)
+        return (leaf.weight.astype(jnp.float32) + product(leaf.a, leaf.b)).astype(dtype)
 
     return jax.tree.map(added, attach(base, adapters, cfg), is_leaf=lambda leaf: isinstance(leaf, Adapted))
 
@@ -100,11 +103,8 @@ def over(base: Params, policy: Policy, cfg: LoraConfig) -> Policy:
 
 
 def _adapted(axes: Params, cfg: LoraConfig) -> dict[tuple[str, ...], tuple[str, ...]]:
-    """The paths of the matrices to adapt, with their logical axes. Raises ValueError where the policy lacks one."""
-    found = {path: names for path, names in flatten_dict(axes).items() if path[-1] in cfg.modules}
-    if any("experts" in names for names in found.values()):
-        raise ValueError("lora.modules: the experts of a mixture cannot be adapted; leave out gate, up and down")
-    return found
+    """The paths of the matrices to adapt, with their logical axes."""
+    return {path: names for path, names in flatten_dict(axes).items() if path[-1] in cfg.modules}
 
 
 def _pairs(adapters: Params) -> dict[tuple[str, ...], tuple[Array, Array]]:
@@ -112,11 +112,11 @@ def _pairs(adapters: Params) -> dict[tuple[str, ...], tuple[Array, Array]]:
     return {path[:-1]: (a, flat[*path[:-1], "b"]) for path, a in flat.items() if path[-1] == "a"}
 
 
-def _inputs(names: Sequence[str]) -> int:
-    """How many of a matrix's axes, its layer aside, are its inputs: `embed` stands alone on one of the two sides."""
-    return 1 if names[1] == "embed" else len(names) - 2
+def _sides(of: Sequence[Any], names: Sequence[str]) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+    """Sizes or names of a stacked matrix with these axes, split into those of layer (and expert), inputs and outputs.
 
-
-def _sides(of: Sequence[Any], inputs: int) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
-    """Sizes or names of a stacked matrix, split into those of layer, inputs and outputs."""
-    return tuple(of[:1]), tuple(of[1 : 1 + inputs]), tuple(of[1 + inputs :])
+    `embed` stands alone on one of the two sides.
+    """
+    stacked = sum(name in ("layers", "experts") for name in names)
+    inputs = stacked + 1 if names[stacked] == "embed" else len(names) - 1
+    return tuple(of[:stacked]), tuple(of[stacked:inputs]), tuple(of[inputs:])

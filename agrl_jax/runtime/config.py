@@ -171,6 +171,7 @@ def _whole(low: int, high: int | None = None) -> Rule:
 _TEXT, _FLAG = Rule(str), Rule(bool)
 _COUNT, _SIZE = _whole(0), _whole(1)  # may be none at all; at least one
 _WEIGHT, _POSITIVE, _SHARE = Rule(low=0), Rule(above=0), Rule(low=0, high=1)
+_DECAY = Rule(low=0, high=0.9999)
 _DTYPE = _one_of("float32", "bfloat16")
 _AXIS = Rule(int, low=1, also=(-1,))  # -1: all devices that the other axes leave
 
@@ -217,6 +218,14 @@ RULES: Mapping[str, Rule] = {
     "lora.alpha": _POSITIVE,
     "lora.modules": _TEXT,
     "lora.stages": _one_of("both", "rl"),
+    "lora.base_dtype": _DTYPE,
+    # The optimiser.
+    "optim.kind": _one_of("adamw", "adafactor"),
+    "optim.moments": _DTYPE,
+    "optim.clip_norm": _WEIGHT,
+    "optim.b1": _DECAY,
+    "optim.b2": _DECAY,
+    "optim.eps": _POSITIVE,
     # Supervised warm start.
     "sft.source": Rule(
         str, choices=("benchmark", "benchmark_train", "train", "known", "both", *sorted(FILES)), joined="+"
@@ -357,8 +366,8 @@ def validate_together(config: ConfigDict, data_shards: int = 1) -> None:
     The batch is split over the mesh axes `data` and `fsdp`, so `data_shards` is the product of their
     sizes. Raises ConfigError with all problems in one message.
     """
-    checks = (_policy_problems(config), _lora_problems(config), _batch_problems(config, data_shards),
-              _objective_problems(config))  # fmt: skip
+    checks = (_policy_problems(config), _lora_problems(config), _optim_problems(config),
+              _batch_problems(config, data_shards), _objective_problems(config))  # fmt: skip
     raise_problems([problem for check in checks for problem in check])
 
 
@@ -386,6 +395,18 @@ def _lora_problems(config: ConfigDict) -> Iterator[str]:
         if config[stage].matrix_rate:
             yield (f"{stage}.matrix_rate={config[stage].matrix_rate} with lora.rank={lora.rank}: Muon is for whole "
                    f"matrices; use {stage}.matrix_rate=0")
+
+
+def _optim_problems(config: ConfigDict) -> Iterator[str]:
+    optim = config.optim
+    for stage in ("sft", last_branch(config.method)):
+        if optim.kind == "adafactor" and config[stage].matrix_rate:
+            yield (f"{stage}.matrix_rate={config[stage].matrix_rate} with optim.kind=adafactor: Muon keeps a momentum, "
+                   f"and AdamW goes with it; use {stage}.matrix_rate=0")
+    for name in ("b1", "b2"):
+        if optim.moments == "bfloat16" and optim[name] > 0.98:
+            yield (f"optim.{name}={optim[name]} with optim.moments=bfloat16: steps of {1 - optim[name]:.2g} of the way "
+                   f"are lost in rounding to 8 bits; use at most 0.98")
 
 
 def _batch_problems(config: ConfigDict, data_shards: int) -> Iterator[str]:

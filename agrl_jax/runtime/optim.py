@@ -1,5 +1,5 @@
-"""The optimiser: AdamW, or Muon for the layers' matrices, with warm-up and clipping by norm; updates skip what is not
-finite."""
+"""The optimiser: AdamW, Adafactor, or Muon for the layers' matrices, with warm-up and clipping by norm; updates skip
+what is not finite."""
 
 from __future__ import annotations
 
@@ -43,40 +43,49 @@ def make(
     clip_norm: float = 1.0,
     b1: float = 0.9,
     b2: float = 0.95,
+    eps: float = 1e-8,
+    kind: str = "adamw",
+    moments: str = "float32",
     decay: Any = None,
     matrix_rate: float = 0.0,
     axes: Any = None,
 ) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) after clipping by global norm; its state is float32 whatever the parameters.
+    """AdamW (arXiv 1711.05101) or Adafactor (arXiv 1804.04235) after clipping by global norm, if `clip_norm` is not 0.
 
     `steps` counts updates: RL steps times epochs times minibatches. `decay` is a tree of booleans saying
     which parameters decay (`decay_mask`); by default those of two or more dimensions. Parameters kept in
     bfloat16 lose updates below about 1/256 of their size: keep them in float32 for small learning rates.
+
+    All is computed in float32. `moments` is the dtype in which the state is kept between updates. Adafactor keeps the
+    mean squares of each matrix's rows and columns alone, and no momentum; `b1`, `b2` and `eps` are AdamW's.
 
     With a `matrix_rate`, the matrices of the layers are updated by Muon (Jordan et al., 2024: the
     momentum, orthogonalised) with that peak learning rate, and the other parameters by AdamW with Nesterov's
     momentum. `axes`, the logical axis names of each parameter, then tell which they are and how they multiply.
     """
     rate = learning_rate_schedule(learning_rate, warmup, steps, schedule)
-    adam = optax.chain(
-        optax.scale_by_adam(b1=b1, b2=b2, eps=1e-8),
-        optax.add_decayed_weights(weight_decay, mask=_two_dimensional if decay is None else decay),
-        optax.scale_by_learning_rate(rate),
-    )
     if matrix_rate:
-        adam = optax.contrib.muon(
+        rule = optax.contrib.muon(
             learning_rate_schedule(matrix_rate, warmup, steps, schedule),
-            weight_decay=weight_decay,
+            weight_decay=weight_decay, eps=eps,
             adam_b1=b1, adam_b2=b2, adam_weight_decay=weight_decay, adam_learning_rate=rate,
             muon_weight_dimension_numbers=matrix_dimensions(axes),
         )
-    inner = optax.chain(optax.clip_by_global_norm(clip_norm), adam)
+    else:
+        adafactor = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+        rule = optax.chain(
+            adafactor if kind == "adafactor" else optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+            optax.add_decayed_weights(weight_decay, mask=_two_dimensional if decay is None else decay),
+            optax.scale_by_learning_rate(rate),
+        )
+    inner = optax.chain(optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(), rule)
 
     def init(params: Params) -> Any:
-        return inner.init(_float32(params))
+        return _floats(inner.init(_float32(params)), moments)
 
     def update(grads: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
-        return inner.update(_float32(grads), state, _float32(params))
+        updates, state = inner.update(_float32(grads), _floats(state, "float32"), _float32(params))
+        return updates, _floats(state, moments)
 
     return optax.GradientTransformation(init, update)
 
@@ -146,6 +155,11 @@ def guarded_update(
 
 def _float32(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def _floats(tree: Any, dtype: str) -> Any:
+    """A tree with its floating-point arrays in `dtype`; counts stay as they are."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
 def _two_dimensional(params: Params) -> Any:

@@ -143,8 +143,8 @@ def state_shardings(mesh: Mesh, state: Any, params: Any) -> Any:
     """Shardings for a whole training state, given those of its parameters.
 
     An array of `state` takes the sharding of the parameter whose path its own path ends in, if it has
-    as many dimensions: the parameters themselves, and the moments of an optimiser. All else is
-    replicated. `params` is the result of `param_shardings`.
+    as many dimensions: the parameters themselves, and the moments of an optimiser. All else, such as Adafactor's
+    rows and columns, is replicated. `params` is the result of `param_shardings`.
     """
     of_path = {path: place for path, place in jax.tree_util.tree_leaves_with_path(params)}
     longest = max(len(path) for path in of_path)
@@ -152,7 +152,7 @@ def state_shardings(mesh: Mesh, state: Any, params: Any) -> Any:
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         ends = (path[start:] for start in range(max(0, len(path) - longest), len(path)))
         found = next((of_path[end] for end in ends if end in of_path), None)
-        if found is None or len(found.spec) != leaf.ndim:
+        if found is None or len(found.spec) != leaf.ndim or leaf.size <= 1:  # one number: no moment is kept of it
             return replicated(mesh)
         return found
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -49,6 +50,7 @@ _STAND_IN_VOCABULARY = 300  # the size of a tokenizer that preflight makes up: t
 _TOKEN_CHARACTERS = 3.4  # of the instructions that a language model's token spells, measured with SmolLM2
 _BUNDLED = frozenset(("benchmark", "benchmark_train"))  # values of `sft.source` that need the bundled benchmark
 SFT = "sft"  # in place of a split: the pairs of the warm start
+_FORMERLY = {"lora": {"base_dtype": "float32"}}  # what workdirs without these fields were trained with
 _NO_SETTING = ("every", "validation_pairs", "batch_size")  # fields of `eval` that no scorecard depends on
 
 
@@ -131,7 +133,7 @@ def read_config(workdir: epath.Path) -> ConfigDict:
     path = workdir / CONFIG_FILE
     if not path.exists():
         raise ConfigError(f"{path}: not found; is {workdir} the workdir of a training run?")
-    return ConfigDict(_overlaid(resolve(recipes.base()), json.loads(path.read_text())))
+    return ConfigDict(_overlaid(_overlaid(resolve(recipes.base()), _FORMERLY), json.loads(path.read_text())))
 
 
 def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,7 +150,7 @@ def load_params(
 ) -> Params:
     """Parameters of a workdir's checkpoint: of `stage` "rl", "sft" or "sft_end", the latest or the given step.
 
-    Adapters come merged into their base.
+    Adapters come merged into their base, in the dtype of parameters that are trained.
     """
     with Checkpointer(workdir) as checkpoints:
 
@@ -164,8 +166,8 @@ def load_params(
         params, adapters = restored(stage), adapters_of(config, stage)
         if adapters is None:
             return params
-        base = load_pretrained(config, model, mesh) if adapters_of(config, SFT_END) else restored(SFT_END)
-    return jax.jit(lora.merge, static_argnums=2, donate_argnums=0)(base, params, adapters)
+        base = load_base(config, model, mesh) or as_base(config, restored(SFT_END))
+    return jax.jit(lora.merge, static_argnums=(2, 3))(base, params, adapters, config.policy.param_dtype)
 
 
 def checkpoint_name(stage: str, step: int) -> str:
@@ -355,13 +357,33 @@ def _model(
     return Model(rules, tokenizer, jax.tree.map(np.asarray, tables), shape, policy, init, axes, instructions)
 
 
-def load_pretrained(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh) -> Params:
-    """The weights of the pretrained model that a config names, straight onto the mesh."""
+def load_base(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh) -> Params | None:
+    """The weights below the adapters of the warm start; None where it has none."""
+    if adapters_of(config, SFT) is None:
+        return None
+    return load_pretrained(config, model, mesh, config.lora.base_dtype)
+
+
+def as_base(config: ConfigDict, params: Params) -> Params:
+    """Parameters, or their shapes, in the dtype of what lies below adapters."""
+    dtype = jnp.dtype(config.lora.base_dtype)
+
+    def cast(leaf: Any) -> Any:
+        if leaf.dtype == dtype:
+            return leaf
+        return leaf.update(dtype=dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf.astype(dtype)
+
+    return jax.tree.map(cast, params)
+
+
+def load_pretrained(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh, dtype: str = "") -> Params:
+    """The weights of the pretrained model that a config names, straight onto the mesh; in `policy.param_dtype`, or in
+    `dtype` if it is given."""
     path = pretrained_path(config.policy.pretrained)
     shape, params, _ = loading.load_pretrained(
-        path, config.policy.param_dtype, config.policy.compute_dtype, partial(sharding.param_shardings, mesh)
+        path, dtype or config.policy.param_dtype, config.policy.compute_dtype, partial(sharding.param_shardings, mesh)
     )
-    if shape != dataclasses.replace(model.shape, remat=shape.remat):
+    if shape != dataclasses.replace(model.shape, remat=shape.remat, param_dtype=shape.param_dtype):
         raise ConfigError(f"{path}: is another model than the one whose shape {POLICY_FILE} holds; use a new workdir")
     return params
 

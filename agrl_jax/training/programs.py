@@ -109,12 +109,7 @@ def _supervised_program(
     blanks: Any,
 ) -> Program:
     """Over `base` where the stage trains adapters, from `start` if it is given."""
-    _, axes = assemble.trained_part(config, model, stage)
-    rates = config[branch_of(config, stage)]
-    tx = optim.make(
-        rates.learning_rate, rates.warmup, rates.steps,
-        weight_decay=config.sft.weight_decay, decay=optim.decay_mask(axes), matrix_rate=rates.matrix_rate, axes=axes,
-    )
+    tx = _optimiser(config, model, stage, weight_decay=config.sft.weight_decay)
 
     def make(policy: Policy, sampler: Any) -> Callable[..., Any]:
         return sft.make_step(
@@ -133,12 +128,9 @@ def rl_program(
     base, start = _from_reference(config, reference)
     # The reference of adapters that begin here is the base alone, which has none.
     kl_reference = None if config.objective.kl == "none" else {} if start is None else start
-    _, axes = assemble.trained_part(config, model, "rl")
-    updates = config.rl.steps * config.rl.epochs * config.rl.minibatches
-    tx = optim.make(
-        config.rl.learning_rate, config.rl.warmup, updates, config.rl.schedule,
-        weight_decay=config.rl.weight_decay, decay=optim.decay_mask(axes),
-        matrix_rate=config.rl.matrix_rate, axes=axes,
+    tx = _optimiser(
+        config, model, "rl", config.rl.epochs * config.rl.minibatches,
+        schedule=config.rl.schedule, weight_decay=config.rl.weight_decay,
     )
     cfg, names = step_config(config, mesh), tuple(step.name for step in model.book.steps)
 
@@ -156,10 +148,7 @@ def rl_program(
 def dpo_program(config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, reference: Weights) -> Program:
     """The program of preference optimisation from the end of the warm start."""
     base, start = _from_reference(config, reference)
-    _, axes = assemble.trained_part(config, model, "rl")
-    tx = optim.make(
-        config.dpo.learning_rate, config.dpo.warmup, config.dpo.steps, matrix_rate=config.dpo.matrix_rate, axes=axes
-    )
+    tx = _optimiser(config, model, "rl")
 
     def make(policy: Policy, sampler: Any) -> Callable[..., Any]:
         return dpo.make_step(
@@ -168,6 +157,23 @@ def dpo_program(config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, refer
 
     fresh, template = _fresh_state(config, mesh, model, "rl", tx, start)
     return Program(_jit(config, mesh, model, "rl", make, template, base), template, (base,), fresh)
+
+
+def _optimiser(config: ConfigDict, model: Model, stage: str, updates: int = 1, **more: Any) -> Any:
+    """The optimiser of a stage that makes so many updates in each step; `more` as `optim.make` takes it."""
+    _, axes = assemble.trained_part(config, model, stage)
+    rates = config[branch_of(config, stage)]
+    return optim.make(
+        rates.learning_rate, rates.warmup, rates.steps * updates, matrix_rate=rates.matrix_rate, axes=axes,
+        decay=optim.decay_mask(axes), **config.optim.to_dict(), **more,
+    )
+
+
+def left_to(config: ConfigDict, reference: Weights) -> Weights:
+    """The end of the warm start for the stage after it: in the dtype of a base, where that stage begins adapters."""
+    if reference.base is None and assemble.adapters_of(config, "rl") is not None:
+        return Weights(assemble.as_base(config, reference.trained))
+    return reference
 
 
 def _from_reference(config: ConfigDict, reference: Weights) -> tuple[Params | None, Params | None]:

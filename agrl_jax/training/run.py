@@ -54,6 +54,7 @@ from agrl_jax.training.programs import (
     branch_of,
     continued_sft_program,
     dpo_program,
+    left_to,
     rl_program,
     sft_program,
 )
@@ -146,6 +147,7 @@ def _train(
         branch = branch_of(config, "rl")
         if config[branch].steps:
             learn = {"rl": _reinforce, "dpo": _prefer, "more": _continue_sft}[branch]
+            reference = left_to(config, reference)
             weights = _timed(run, config.method, lambda: learn(run, reference))
             del reference  # this stage owns the parameters now
             name = config.method
@@ -249,7 +251,7 @@ class _signals:
 def _warm_start(run: Run) -> Weights:
     """Supervised training; its end is kept for good as the reference policy."""
     config, split = run.config, run.splits[assemble.SFT]
-    base = assemble.load_pretrained(config, run.model, run.mesh) if assemble.adapters_of(config, "sft") else None
+    base = assemble.load_base(config, run.model, run.mesh)
     program = sft_program(config, run.mesh, run.model, base, assemble.blanks(config, run.model, split))
     ended = run.checkpoints.restore_sft(program.template.params)
     if ended is not None:
