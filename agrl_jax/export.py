@@ -2,8 +2,9 @@
 
     python -m agrl_jax.export --workdir=runs/quickstart --out=my_judge
 
-The folder holds weights, tokenizer (with the chat template, if there is one) and generation config; the rule book;
-`agrl_jax.json`, by which the judge asks the policy as it was trained to be asked; and a model card, README.md.
+The folder holds weights, tokenizer (with the chat template, if there is one) and generation config; the rule book,
+and its grammar as EBNF and as a regular expression, for structured decoding; `agrl_jax.json`, by which the judge asks
+the policy as it was trained to be asked; and a model card, README.md.
 """
 
 from __future__ import annotations

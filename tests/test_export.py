@@ -18,7 +18,7 @@ from agrl_jax.judging.engine import Judge
 from agrl_jax.judging.export import export
 from agrl_jax.judging.trained import TrainedError
 from agrl_jax.policy.families import LoadingError
-from agrl_jax.rulebook import book
+from agrl_jax.rulebook import book, grammar
 from agrl_jax.runtime.config import ConfigError
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -62,13 +62,16 @@ def test_the_export_judges_as_the_workdir_does(workdir: Path, exported: Path) ->
 def test_the_folder_says_what_it_is(workdir: Path, exported: Path) -> None:
     names = {file.name for file in exported.iterdir()}
     assert names == {
-        "README.md", "agrl_jax.json", "config.json", "generation_config.json", "model.safetensors", "rulebook.yaml",
-        "tokenizer.json", "tokenizer_config.json",
+        "README.md", "agrl_jax.json", "config.json", "generation_config.json", "grammar.ebnf", "grammar.regex",
+        "model.safetensors", "rulebook.yaml", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     record = json.loads((exported / "agrl_jax.json").read_text())
     assert record["order"] == "respond_then_think" and record["stage"] == "step 3 of RL"
     assert record["config"] == json.loads((workdir / "config.json").read_text())
     assert (exported / "rulebook.yaml").read_text() == (workdir.parent / "mine.yaml").read_text()
+    rules = book.load(exported / "rulebook.yaml", "respond_then_think")
+    assert (exported / "grammar.ebnf").read_text() == grammar.ebnf(rules)
+    assert (exported / "grammar.regex").read_text() == grammar.regex(rules)
     generation = json.loads((exported / "generation_config.json").read_text())
     assert (generation["do_sample"], generation["max_new_tokens"]) == (False, record["response_len"])
     card = (exported / "README.md").read_text()

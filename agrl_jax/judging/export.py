@@ -15,15 +15,16 @@ from agrl_jax.judging import cuts, trained
 from agrl_jax.judging.cuts import CutsError
 from agrl_jax.policy import huggingface
 from agrl_jax.policy.transformer import count_parameters
-from agrl_jax.rulebook import wording
+from agrl_jax.rulebook import grammar, wording
 from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.runtime import sharding
 from agrl_jax.runtime.config import resolve
-from agrl_jax.runtime.files import write_json
+from agrl_jax.runtime.files import write_json, write_text
 from agrl_jax.training import assemble
 from agrl_jax.types import Params
 
 RULEBOOK_FILE = "rulebook.yaml"
+EBNF_FILE, REGEX_FILE = "grammar.ebnf", "grammar.regex"
 USER_ERRORS = (*trained.LOAD_ERRORS, ScorecardError)  # shown as one message
 
 
@@ -65,11 +66,21 @@ def export(workdir: str, out: str, stage: str = "best", dtype: str | None = None
         card=_card(target.name, folder, config, model, count_parameters(params), where),
     )  # fmt: skip
     (target / RULEBOOK_FILE).write_bytes(assemble.rules_file(config, folder).read_bytes())
+    _write_grammar(target, model.book)
     if dtype == config.policy.param_dtype:
         _copy_cuts(folder, target, model.book, params)
     _copy_calibration(folder, target, model.book, where, jax.tree.map(lambda x: x.astype(dtype), params))
     write_json(target / trained.RECORD_FILE, record)
     return f"{where} of {workdir}, {count_parameters(params):,} parameters in {dtype}"
+
+
+def _write_grammar(target: Path, rules: RuleBook) -> None:
+    """Writes what other engines decode under; no regular expression where that would be too long."""
+    write_text(target / EBNF_FILE, grammar.ebnf(rules))
+    try:
+        write_text(target / REGEX_FILE, grammar.regex(rules))
+    except grammar.GrammarError:
+        pass
 
 
 def _copy_cuts(folder: epath.Path, target: Path, rules: RuleBook, params: Params) -> None:
@@ -128,6 +139,10 @@ With `agrl_jax`, which lets it take only tokens that lead to a well-formed answe
 With `transformers` or any server of such folders, greedily, on this prompt:
 
 {_fenced(prompt)}
+
+Servers that decode under a grammar then write well-formed answers only: `{EBNF_FILE}` holds all of them as EBNF, which
+is vLLM's `structured_outputs={{"grammar": ...}}` and SGLang's `ebnf`, and `{REGEX_FILE}` as a regular expression, there
+`regex`. With free text in the rule book, the regular expression may be missing for its length.
 
 An answer looks like this:
 
