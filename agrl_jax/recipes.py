@@ -119,7 +119,8 @@ def base() -> ConfigDict:
     c.sft = ConfigDict()  # the supervised warm start
     # Pairs of the warm start, one or several joined by "+", as "benchmark_train+pairs". benchmark: the `sft` split of
     # the bundled benchmark; benchmark_train: its `train` split; train: the pairs that RL sees; known: those of them
-    # whose steps are all known; pairs, esci, wands: the training pairs at sft.path; both: benchmark+train.
+    # whose steps are all known; pairs, esci, wands: the training pairs at sft.path; both: benchmark+train; mixture: of
+    # benchmark_train and train, as the fields of `mixture` say.
     c.sft.source = "benchmark"
     c.sft.path = ""  # a file of pairs, as data.* says that they are written, or the folder of the release
     c.sft.steps = 600  # updates
@@ -129,6 +130,16 @@ def base() -> ConfigDict:
     c.sft.warmup = 30  # steps in which the learning rate rises from 0
     c.sft.weight_decay = 0.01  # decoupled, of matrices alone
     c.sft.prompt_weight = 0.1  # of the prompts' own tokens in the loss: a policy from scratch learns from them too
+    # What pairs with unknown steps teach. fill: what is known, beside the policy's own choice of what is not; sum: the
+    # probability of the label, summed over all steps that agree with it.
+    c.sft.unknown_steps = "fill"
+    c.sft.by_length = False  # batches of pairs of like length, their prompts cut to the longest of them
+
+    c.mixture = ConfigDict()  # what sft.source=mixture is made of; see agrl_jax/data/mixture.py
+    c.mixture.rows = 24_000  # pairs in all
+    c.mixture.real = 0.3  # share of the pairs that RL sees, which are of real shops
+    c.mixture.strangers = 0.05  # share of their queries with items of other queries, of the worst tier
+    c.mixture.disguised = 0.7  # share of the benchmark's pairs that are written as a marketplace would
 
     c.rl = ConfigDict()  # reinforcement learning
     c.rl.steps = 400  # rollouts, each with rl.epochs x rl.minibatches updates; 0: no RL
@@ -324,6 +335,8 @@ _ACTS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("data.path", "data.source", lambda source: source != "benchmark"),
     ("data.test_path", "data.source", lambda source: source in ("pairs", "benchmark")),
     ("sft.path", "sft.source", lambda source: bool(FILES.intersection(source.split("+")))),
+    *((f"mixture.{name}", "sft.source", lambda source: "mixture" in source.split("+"))
+      for name in ("rows", "real", "strangers", "disguised")),
     ("objective.kl_weight", "objective.kl", lambda kl: kl != "none"),
     ("objective.clip_low", "objective.loss", lambda loss: loss not in ("gspo", "rloo")),
     ("objective.clip_high", "objective.loss", lambda loss: loss not in ("gspo", "rloo")),

@@ -11,9 +11,10 @@ import pytest
 from conftest import END, RESPONSE_LEN, WORDS
 
 from agrl_jax.data.pipeline import PartTexts
-from agrl_jax.policy.scoring import prefill
+from agrl_jax.policy.scoring import predicting_hidden, prefill
 from agrl_jax.supervised import sft
-from agrl_jax.supervised.fill import filled_responses, tokens_scored
+from agrl_jax.supervised.fill import Blanks, filled_responses, tokens_scored
+from agrl_jax.supervised.marginal import forks
 from agrl_jax.types import UNKNOWN
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -68,7 +69,7 @@ def own_choice(small, batch, row):
 
 
 def test_the_policy_fills_in_its_likeliest_values_that_agree_with_the_label(small, batch, filled):
-    tokens, _ = filled
+    tokens, _, _ = filled
     for row in range(len(tokens)):
         assert tokens[row].tolist() == own_choice(small, batch, row) + [END] * (RESPONSE_LEN - 3), WORDS
         fit, brand, tier = tokens[row, :3] - [0, 3, 5]
@@ -81,13 +82,17 @@ def test_what_is_known_counts_and_nothing_else(batch, filled):
     np.testing.assert_array_equal(filled[1], expected)
 
 
+def test_where_each_part_begins(filled):
+    np.testing.assert_array_equal(filled[2], [[0, 1, 2]] * len(filled[2]))
+
+
 def test_the_loss_falls_on_what_is_known(small, batch, filled):
-    tokens, known = filled
+    tokens, known, _ = filled
     whole = batch.replace(gold=tokens, gold_len=np.full(len(tokens), 4, np.int32))
 
     @jax.jit
     def losses(params):
-        loss, _ = sft.gold_loss(small.policy, params, batch, blanks=(small.tables, TEXTS))
+        loss, _ = sft.gold_loss(small.policy, params, batch, blanks=Blanks(small.tables, TEXTS))
         hidden = [small.policy.apply(params, jnp.asarray(row)[None, None])[0][0, 0] for row in sequences]
         logp = [jax.nn.log_softmax(small.policy.unembed(params, h)) for h in hidden]
         return loss, logp
@@ -103,9 +108,48 @@ def test_the_loss_falls_on_what_is_known(small, batch, filled):
     np.testing.assert_allclose(loss, np.mean(parts), rtol=1e-5)
 
 
+def test_the_label_of_a_pair_with_unknown_steps_has_the_sum_over_all_that_agree_with_it(small, batch, filled):
+    """By hand: each combination's product; beside it the tier's tokens count, and none of the steps' own."""
+    tokens, known, _ = (jnp.asarray(x) for x in filled)
+    unknown = np.any(batch.steps == UNKNOWN, axis=1)
+
+    @jax.jit
+    def losses(params):
+        loss, metrics = sft.gold_loss(small.policy, params, batch, blanks=Blanks(small.tables, TEXTS, forks(TEXTS)))
+        prefix = prefill(small.policy, params, batch.prompt, batch.prompt_len)
+        logp = jax.nn.log_softmax(small.policy.unembed(params, predicting_hidden(
+            small.policy, params, prefix, tokens[:, None])[:, 0]))  # fmt: skip
+        return loss, metrics["policy/label_loss"], logp
+
+    loss, of_labels, logp = losses(small.params)
+    counted = known & (~unknown[:, None] | (jnp.arange(tokens.shape[1]) >= 2))
+    stated = jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]
+    labels = []
+    for row in np.flatnonzero(unknown):
+        fit, brand = jax.nn.softmax(logp[row, 0, :3]), jax.nn.softmax(logp[row, 1, 3:5])
+        agree = [
+            fit[i] * brand[j]
+            for i, j in itertools.product(range(3), range(2))
+            if small.book.tier_for((i, j)) == batch.tier[row]
+            and batch.steps[row, 0] in (i, UNKNOWN) and batch.steps[row, 1] in (j, UNKNOWN)
+        ]  # fmt: skip
+        labels.append(-np.log(sum(agree)))
+    np.testing.assert_allclose(of_labels, np.mean(labels), rtol=1e-5)
+    expected = (sum(labels) - np.sum(stated * counted)) / np.sum(counted)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_values_that_no_single_token_tells_apart_have_no_fork():
+    words = np.array([[[1, 2, 3], [1, 2, 4], [1, 5, 0]], [[6, 0, 0], [7, 0, 0], [0, 0, 0]]], np.int32)
+    assert forks(PartTexts(words, np.array([[3, 3, 2], [1, 1, 0]], np.int32))) is None  # 2 stands for two values
+    found = forks(PartTexts(np.stack([words[0, ::2], words[1, :2]]), np.array([[3, 2], [1, 1]], np.int32)))
+    np.testing.assert_array_equal(found.place, [1, 0])
+    np.testing.assert_array_equal(found.token, [[2, 5], [6, 7]])
+
+
 def test_no_gradient_goes_through_the_choice(small, batch, filled, close):
-    tokens, known = filled
-    gradient = jax.jit(jax.grad(lambda p: sft.gold_loss(small.policy, p, batch, blanks=(small.tables, TEXTS))[0]))
+    tokens, known, _ = filled
+    gradient = jax.jit(jax.grad(lambda p: sft.gold_loss(small.policy, p, batch, blanks=Blanks(small.tables, TEXTS))[0]))
     weights = jnp.asarray(known)
 
     @jax.jit

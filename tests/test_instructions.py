@@ -23,6 +23,7 @@ from agrl_jax.policy.scoring import instructed, predicting_hidden, prefill
 from agrl_jax.policy.transformer import build
 from agrl_jax.rl.step import make_step
 from agrl_jax.supervised import dpo, sft
+from agrl_jax.supervised.fill import Blanks
 from agrl_jax.types import UNKNOWN, TrainState
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -112,7 +113,7 @@ def test_a_supervised_step_is_that_of_whole_prompts(small, close, case):
     batch = small.batch([(0, 0), (1, UNKNOWN if unknown else 0), (UNKNOWN if unknown else 2, 1)], tiers=[0, 1, 2])
     texts = PartTexts(np.array([[[0], [1], [2]], [[3], [4], [0]], [[5], [6], [7]]]),
                       np.array([[1, 1, 1], [1, 1, 0], [1, 1, 1]]))  # fmt: skip
-    make = partial(sft.make_step, policy, test_step.descend, blanks=(small.tables, texts) if unknown else None)
+    make = partial(sft.make_step, policy, test_step.descend, blanks=Blanks(small.tables, texts) if unknown else None)
     state = TrainState(params, params, jnp.int32(0), test_step.KEY, None, jnp.int32(0))
     after, metrics = jax.jit(make(instructions=SHARED))(state, batch)
     expected, figures = jax.jit(make())(state, long(batch))

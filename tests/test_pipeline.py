@@ -200,6 +200,16 @@ class TestBatches:
         np.testing.assert_array_equal(rows(encoded, 3, batch_size, seed=seed, start=start), whole[start:])
         assert all(len(set(batch)) == batch_size for batch in whole.tolist())
 
+    def test_rows_of_like_length_share_a_batch_that_is_as_wide_as_they_are(self, encoded):
+        sixteen = list(itertools.islice(pipeline.batches(encoded, 4, seed=1, by_length=True), 16))
+        taken = np.concatenate([batch.row for batch in sixteen])
+        assert sorted(taken) == sorted(rows(encoded, 16, 4, seed=1).ravel())  # the same rows in other company
+        for batch in sixteen:
+            longest = batch.prompt_len.max()
+            assert batch.prompt.shape[1] % 8 == 0 and longest <= batch.prompt.shape[1] < longest + 8
+        resumed = list(itertools.islice(pipeline.batches(encoded, 4, seed=1, start=5, by_length=True), 11))
+        np.testing.assert_array_equal([batch.row for batch in resumed], [batch.row for batch in sixteen[5:]])
+
     def test_refusals(self, encoded):
         with pytest.raises(ValueError, match="batch_size=24 should be from 1 to 23"):
             pipeline.batches(encoded, 24, seed=0)

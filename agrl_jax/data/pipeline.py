@@ -115,7 +115,13 @@ def part_texts(book: RuleBook, tokenizer: Tokenizer) -> PartTexts:
     return PartTexts(tokens, length)
 
 
-def batches(encoded: EncodedSplit, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+_LIKE_SIZED = 16  # batches whose rows are sorted by length among them
+_WIDTH = 8  # prompts of such batches are cut to a multiple of this
+
+
+def batches(
+    encoded: EncodedSplit, batch_size: int, seed: int, start: int = 0, by_length: bool = False
+) -> Iterator[Batch]:
     """Training batches without end, each epoch in a new order and without its last incomplete batch.
 
     Batch k depends on the seed and k alone, so `start=k` goes on as if k batches had been taken. No row stands twice
@@ -126,6 +132,8 @@ def batches(encoded: EncodedSplit, batch_size: int, seed: int, start: int = 0) -
       batch_size: B.
       seed: of the order.
       start: number of the first batch.
+      by_length: puts rows of like length into a batch, and cuts its prompts to the longest: less padding to compute,
+        and one program for each of few widths.
 
     Raises:
       ValueError: the batch is larger than the split.
@@ -133,7 +141,23 @@ def batches(encoded: EncodedSplit, batch_size: int, seed: int, start: int = 0) -
     if not 0 < batch_size <= len(encoded):
         raise ValueError(f"batch_size={batch_size} should be from 1 to {len(encoded)}, the number of pairs")
     rows = grain.MapDataset.range(len(encoded)).shuffle(seed=seed).batch(batch_size, drop_remainder=True).repeat()
+    if by_length:
+        return (_cut(encoded.take(_like_sized(encoded, rows, k, seed))) for k in itertools.count(start))
     return (encoded.take(rows[k]) for k in itertools.count(start))
+
+
+def _like_sized(encoded: EncodedSplit, rows: Any, k: int, seed: int) -> np.ndarray:
+    """The rows of batch k, where each group of batches has its rows sorted by length and comes in a random order."""
+    group, place = divmod(k, _LIKE_SIZED)
+    mine = np.concatenate([rows[group * _LIKE_SIZED + i] for i in range(_LIKE_SIZED)])
+    mine = mine[np.argsort(encoded.batch.prompt_len[mine], kind="stable")].reshape(_LIKE_SIZED, -1)
+    return mine[np.random.default_rng([seed, group]).permutation(_LIKE_SIZED)[place]]
+
+
+def _cut(batch: Batch) -> Batch:
+    """The batch with its prompts cut to the longest of them, in steps of some tokens."""
+    width = -(-int(batch.prompt_len.max()) // _WIDTH) * _WIDTH
+    return batch.replace(prompt=batch.prompt[:, :width])
 
 
 def eval_batches(

@@ -228,7 +228,7 @@ RULES: Mapping[str, Rule] = {
     "optim.eps": _POSITIVE,
     # Supervised warm start.
     "sft.source": Rule(
-        str, choices=("benchmark", "benchmark_train", "train", "known", "both", *sorted(FILES)), joined="+"
+        str, choices=("benchmark", "benchmark_train", "train", "known", "both", "mixture", *sorted(FILES)), joined="+"
     ),
     "sft.path": _TEXT,
     "sft.steps": _COUNT,
@@ -238,6 +238,12 @@ RULES: Mapping[str, Rule] = {
     "sft.warmup": _COUNT,
     "sft.weight_decay": _WEIGHT,
     "sft.prompt_weight": _WEIGHT,
+    "sft.unknown_steps": _one_of("fill", "sum"),
+    "sft.by_length": _FLAG,
+    "mixture.rows": _SIZE,
+    "mixture.real": _SHARE,
+    "mixture.strangers": _SHARE,
+    "mixture.disguised": _SHARE,
     # Reinforcement learning.
     "rl.steps": _COUNT,
     "rl.budget": _COUNT,
@@ -462,6 +468,11 @@ def _source_problems(config: ConfigDict) -> Iterator[str]:
         yield f"sft.source={sft.source} with data.source=benchmark: train and benchmark_train are the same pairs"
     if "known" in parts and {"train", "both"} & set(parts):
         yield f"sft.source={sft.source}: the pairs of known are among those of train"
+    if "mixture" in parts and data.source == "benchmark":
+        yield f"sft.source={sft.source} with data.source=benchmark: a mixture takes real pairs, with data.source=pairs"
+    mixture = config.mixture
+    if mixture.real + mixture.strangers > 1:
+        yield f"mixture.real={mixture.real} and mixture.strangers={mixture.strangers} are more than 1 together"
 
 
 def check_guidance(config: ConfigDict, pairs: int) -> None:

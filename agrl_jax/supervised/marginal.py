@@ -1,0 +1,68 @@
+"""Supervised training on pairs with unknown steps: the probability of what is known, through the rule book.
+
+No step is made up. Where a response states a step, the policy gives a probability to each of its values; the decision
+table, summed over all combinations that agree with the label, turns these into the probability of the label,
+
+    P(tier, known steps) = sum over combinations of prod P(value), where the table gives the tier
+
+and its logarithm is what training raises. What stands before a step in the response is what the policy itself finds
+likeliest among that which the label allows (`fill`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from agrl_jax.data.pipeline import PartTexts
+from agrl_jax.types import UNKNOWN, Array, Params, Policy, RuleTables
+
+
+class Forks(NamedTuple):
+    """Where the values of each part go apart; parts in the order of the response."""
+
+    place: np.ndarray  # [P] tokens that the texts of all values of a part have in common at their start
+    token: np.ndarray  # [P, values] int32 the token after those, another for each value; 0 past the values of a part
+
+
+def forks(texts: PartTexts) -> Forks | None:
+    """The forks of a rule book's texts; None where a part has values that one token does not tell apart."""
+    place = np.zeros(len(texts.length), np.int32)
+    token = np.zeros(texts.length.shape, np.int32)
+    for part, lengths in enumerate(texts.length):
+        values = [texts.tokens[part, value, :size].tolist() for value, size in enumerate(lengths) if size]
+        same = 0
+        while all(len(value) > same for value in values) and len({value[same] for value in values}) == 1:
+            same += 1
+        tails = [value[same] if len(value) > same else UNKNOWN for value in values]
+        if len(set(tails)) < len(tails) or UNKNOWN in tails:
+            return None
+        place[part], token[part, : len(tails)] = same, tails
+    return Forks(place, token)
+
+
+def label_logprob(
+    policy: Policy, params: Params, tables: RuleTables, fork: Forks, hidden: Array, starts: Array, possible: Array
+) -> Array:
+    """[B] log-probability of the labels, summed over all combinations of steps that agree with them.
+
+    Args:
+      policy, params: unembed the hidden states.
+      tables: of the rule book, in the order think_then_respond.
+      fork: where the steps' values go apart.
+      hidden: [B, T, D] that predict the tokens of the responses.
+      starts: [B, P] tokens of the response before each part.
+      possible: [B, values of step 0, ..., values of step R - 1] bool, the combinations that agree with the labels.
+    """
+    steps = tables.num_steps
+    at = starts[:, :steps] + fork.place[:steps]
+    logits = policy.unembed(params, jnp.take_along_axis(hidden, at[..., None], axis=1))  # [B, R, V]
+    total = jnp.where(possible, 0.0, -jnp.inf)
+    for place, part in enumerate(tables.order[:steps]):
+        size = tables.num_values[part]
+        logp = jax.nn.log_softmax(logits[:, place, fork.token[place, :size]])
+        total += logp.reshape(-1, *(size if axis == part else 1 for axis in range(steps)))
+    return jax.nn.logsumexp(total.reshape(len(total), -1), axis=1)
