@@ -8,7 +8,7 @@ from pathlib import Path
 
 import agrl_jax
 
-COMMANDS = ("main", "evaluate", "judge", "export", "report", "side_by_side", "agree", "preflight", "fields")
+COMMANDS = ("main", "evaluate", "judge", "export", "report", "side_by_side", "agree", "lint", "preflight", "fields")
 
 
 def summary(command: str) -> str:

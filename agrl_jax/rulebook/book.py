@@ -10,7 +10,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import numpy as np
@@ -40,6 +40,20 @@ def load(path: epath.PathLike = "four_tier", order: str | None = None) -> RuleBo
       RuleBookError: the file cannot be read, is misspelt, is not total, has a row that can never win, or is
         ambiguous in its wording.
     """
+    book, problems = check(path, order)
+    if problems:
+        raise RuleBookError(problems[0])
+    return book
+
+
+def check(path: epath.PathLike, order: str | None = None) -> tuple[RuleBook, list[str]]:
+    """Reads a rule book as `load` does, and tells all that is wrong with its table and wording instead of raising.
+
+    A combination that no row covers has the tier UNKNOWN.
+
+    Raises:
+      RuleBookError: the file cannot be read, or is misspelt.
+    """
     if order is not None and order not in ORDERS:
         raise RuleBookError(f"rule book order: unknown value {order!r}{_hint(order, ORDERS)}")
     root = _read(path)
@@ -47,11 +61,11 @@ def load(path: epath.PathLike = "four_tier", order: str | None = None) -> RuleBo
         ("name", "order", "response", "prompt", "tiers", "steps", "table"), required=("tiers", "steps", "table")
     )
     book, places = _parse(fields, order)
-    _check_table(book, fields["table"])
+    problems = list(_table_problems(book, fields["table"]))
     if found := wording.ambiguity(book):
         phrase, problem = found
-        places[phrase].fail(problem)
-    return book
+        problems.append(places[phrase].located(problem))
+    return book, problems
 
 
 # Reading the file
@@ -69,8 +83,11 @@ class _Entry:
     def line(self) -> int:
         return self.node.start_mark.line + 1
 
+    def located(self, problem: str) -> str:
+        return f"{self.file}:{self.line}: {self.key or 'rule book'}: {problem}"
+
     def fail(self, problem: str) -> NoReturn:
-        raise RuleBookError(f"{self.file}:{self.line}: {self.key or 'rule book'}: {problem}")
+        raise RuleBookError(self.located(problem))
 
     def text(self, empty: bool = False) -> str:
         """A scalar as it is written: `no` and `4` are text here."""
@@ -306,22 +323,22 @@ def _check_template(entry: _Entry, names: Sequence[str], ordered: bool = True) -
 # The decision table
 
 
-def _check_table(book: RuleBook, table: _Entry) -> None:
-    """Refuses a table with a combination that no row covers, a row that never wins or a tier that never results."""
+def _table_problems(book: RuleBook, table: _Entry) -> Iterator[str]:
+    """Rows that never win, combinations that no row covers, tiers that never result."""
     winner = winners(book.rows, book.num_values)
     for i, entry in enumerate(table.items()):
         if not (winner == i).any():
             block = np.ix_(*(w or range(n) for w, n in zip(book.rows[i].when, book.num_values, strict=True)))
             above = ", ".join(str(book.rows[j].line) for j in np.unique(winner[block]))
-            entry.fail(f"this row can never win: the rows on lines {above} match first")
+            yield entry.located(f"this row can never win: the rows on lines {above} match first")
     uncovered = np.argwhere(winner == -1)
     if len(uncovered):
         example = ", ".join(
             f"{step.name}: {step.values[value]}" for step, value in zip(book.steps, uncovered[0], strict=True)
         )
-        table.fail(
+        yield table.located(
             f"not total: no row gives a tier for {{{example}}} ({len(uncovered)} combinations in all); "
             "add a row, or end the table with `when: otherwise`"
         )
     for tier in sorted(set(range(len(book.tiers))) - {row.tier for row in book.rows}):
-        table.fail(f"no row gives the tier {book.tiers[tier].name!r}")
+        yield table.located(f"no row gives the tier {book.tiers[tier].name!r}")

@@ -1,0 +1,91 @@
+"""Checks a rule book: its table, what labelled pairs meet of it, and what an edit changes.
+
+    python -m agrl_jax.lint rules.yaml --pairs=mine.csv
+    python -m agrl_jax.lint rules.yaml --against=old.yaml --pairs=mine.csv --changed=changed.csv
+
+Says all for which training would refuse the book: rows of the table that earlier rows cover, combinations without a
+tier, tiers that no row gives, ambiguous wording. Of labelled pairs, with step columns or without, it says which rows of
+the table none of them meets, which values and tiers none is labelled with, and which labels the table contradicts.
+
+`--against` is another version of the book, by which the pairs are labelled. It lists every text that differs, and the
+pairs whose tier does; steps and values are the same where their names are. `--changed` writes these pairs to a file.
+`--out` writes all findings as JSON.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from absl import flags
+from etils import epath
+
+from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("pairs", None, "A file of labelled pairs.")
+    flags.DEFINE_string("against", None, "Another version of the rule book, by which the pairs are labelled.")
+    flags.DEFINE_string("columns", "", "Where the file's columns have other names: {label: human}.")
+    flags.DEFINE_string("labels", "", "Where its labels have: {E: 4, S: 3}.")
+    flags.DEFINE_string("bins", "", "Of ratings, the lowest one of each tier but the worst: [1.5, 2.5, 3.5].")
+    flags.DEFINE_string("changed", None, "Where to write the pairs whose tier changes, as CSV.")
+    flags.DEFINE_string("out", None, "Where to write the findings, as JSON.")
+
+
+def run(path: str, values: flags.FlagValues) -> dict[str, Any]:
+    """The findings, JSON-able; `lines` says them in words."""
+    from agrl_jax.data import coverage
+    from agrl_jax.data.format import PairsFormat
+    from agrl_jax.rulebook import book, versions
+    from agrl_jax.runtime.files import check_writable, write_json
+
+    for name in ("changed", "out"):
+        if values[name].value:
+            check_writable(values[name].value, f"--{name}")
+    rules, problems = book.check(path)
+    old = book.load(values.against) if values.against else None
+    form = PairsFormat.parse(values.columns, values.labels, values.bins)
+    found: dict[str, Any] = {"problems": problems}
+    lines = [f"{path}: {len(rules.rows)} rows, {len(rules.steps)} steps, {len(rules.tiers)} tiers", *problems]
+    if old:
+        found["changes"] = [change._asdict() for change in versions.changes(old, rules)]
+        lines += [f"texts that differ from {values.against}: {len(found['changes'])}"]
+        lines += [f"  {change}" for change in versions.changes(old, rules)]
+        lines += ["judges of the old book fit this one" if old.digest == rules.digest else
+                  "judges of the old book have to be trained anew: prompts, answers or tiers differ"]  # fmt: skip
+    if values.pairs:
+        groups, unreadable = coverage.read_stated(values.pairs, [rules, *([old] if old else [])], form)
+        found |= coverage.meet(groups, rules, form) | {"unreadable": unreadable}
+        lines += [f"{values.pairs}:", *coverage.describe(found)]
+    if old and values.pairs and not problems:
+        found["changed"] = coverage.changed(groups, old, rules, form)
+        lines += coverage.describe_changed(found["changed"])
+        if values.changed:
+            coverage.write_changed(values.changed, found["changed"])
+    if values.out:
+        write_json(epath.Path(values.out), found)
+    return found | {"lines": lines}
+
+
+def main(argv: list[str]) -> None:
+    """Exit codes: 1 for a rule book that training refuses, 2 for bad input."""
+    _define_flags()
+    rest = parse_flags(argv, positional=True)
+    values = flags.FLAGS
+    if len(rest) != 2:
+        exit_with(ConfigError("one rule book is needed: python -m agrl_jax.lint rules.yaml"))
+    if values.changed and not (values.against and values.pairs):
+        exit_with(ConfigError("--changed needs --against and --pairs"))
+    from agrl_jax.runtime.console import say
+
+    try:
+        found = run(rest[1], values)
+    except (ValueError, OSError) as error:
+        exit_with(error)
+    say("\n".join(found["lines"]))
+    raise SystemExit(1 if found["problems"] else 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv)
