@@ -61,7 +61,7 @@ def outcomes(old: RuleBook, new: RuleBook) -> np.ndarray:
     for axis, step in enumerate(new.steps):
         values = old.steps[places[step.name]].values if step.name in places else ("",)
         same = np.array([[one.casefold() == other.casefold() for other in step.values] for one in values])
-        #same |= ~same.any(axis=1, keepdims=True)
+        same |= ~same.any(axis=1, keepdims=True)
         possible = np.moveaxis(np.tensordot(same, possible, axes=(1, axis)), 0, axis)
     known = [axis for axis, step in enumerate(new.steps) if step.name in places]
     possible = possible.any(axis=tuple(axis for axis in range(len(new.steps)) if axis not in known))
