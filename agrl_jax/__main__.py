@@ -8,7 +8,9 @@ from pathlib import Path
 
 import agrl_jax
 
-COMMANDS = ("main", "evaluate", "judge", "export", "report", "side_by_side", "agree", "lint", "preflight", "fields")
+COMMANDS = (
+    "main", "evaluate", "judge", "serve", "export", "report", "side_by_side", "agree", "lint", "preflight", "fields"
+)  # fmt: skip
 
 
 def summary(command: str) -> str:

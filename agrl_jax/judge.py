@@ -44,8 +44,8 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from agrl_jax.judging import PREFIX, STAGES
-from agrl_jax.runtime.config import RULES, ConfigError, exit_with, parse_flags
+from agrl_jax.judging import PREFIX, checkpoint_flags
+from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
 from agrl_jax.runtime.memory import with_huge_pages
 
 if TYPE_CHECKING:
@@ -53,34 +53,23 @@ if TYPE_CHECKING:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("checkpoint", None, "Workdir, Hugging Face folder or GGUF file.", required=True)
+    checkpoint_flags.define(batch_size=64)
+    flags.adopt_module_key_flags(checkpoint_flags)  # so that --help shows them
     flags.DEFINE_string("input", None, "A .csv, .tsv, .jsonl or .parquet file with the columns query and title.")
     flags.DEFINE_string("output", None, "Where to write the judged rows; likewise.")
     flags.DEFINE_bool("overwrite", False, "Replace an output that exists, and what another judge or input has begun.")
     flags.DEFINE_string("prefix", PREFIX, "Of the columns that are added.")
-    flags.DEFINE_integer("batch_size", 64, "Pairs judged at once.", lower_bound=1)
-    flags.DEFINE_enum("stage", "best", STAGES, "Of a workdir: the best of RL, its end, or its start.")
     flags.DEFINE_string("fit_temperature", None, "Labelled pairs: fit the temperature of the probabilities likewise.")
     flags.DEFINE_string("fit_cuts", None, "Labelled pairs: fit cut points on them, and keep them with the checkpoint.")
-    flags.DEFINE_bool("use_cuts", False, "Choose the tier by the cut points that were kept.")
     flags.DEFINE_string("columns", "", "The files' names of our columns, where they differ: '{title: product_title}'.")
     flags.DEFINE_string("labels", "", "Of what is fitted on: the tier of each label, by name or grade: '{E: 4, S: 3}'.")
     flags.DEFINE_string("bins", "", "Of what is fitted on: the lowest rating of each tier but one: '[1.5, 2.5, 3.5]'.")
-    flags.DEFINE_string("rulebook", None, "Rule book of a model that is not ours; else where to find the trained one.")
-    orders, styles = RULES["rulebook.order"].choices, RULES["data.style"].choices
-    flags.DEFINE_enum("order", None, orders, "Order of the response of a model that is not ours.")
-    flags.DEFINE_enum("style", None, styles, "Of the prompt: full with the rule book's instructions.")
-    flags.DEFINE_integer("prompt_len", None, "Tokens of a prompt; longer item texts are shortened.", lower_bound=1)
-    flags.DEFINE_integer("response_len", None, "Tokens of a response.", lower_bound=1)
-    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of parameters and computation.")
 
 
 def run(values: flags.FlagValues) -> None:
     """Does what the flags ask for."""
     from agrl_jax.data.format import PairsFormat  # after the flags: JAX takes seconds to start
-    from agrl_jax.judging.engine import Judge
     from agrl_jax.judging.files import check_free, judge_file
-    from agrl_jax.judging.trained import Settings
     from agrl_jax.runtime import processes
     from agrl_jax.runtime.console import say
 
@@ -88,13 +77,8 @@ def run(values: flags.FlagValues) -> None:
     if values.output:
         check_free(values.output, values.overwrite)  # before a model is loaded
     form = PairsFormat.parse(values.columns, values.labels, values.bins)
-    settings = Settings(
-        values.rulebook, values.order, values.style, values.prompt_len, values.response_len, values.dtype
-    )
-    judge = Judge.from_checkpoint(
-        values.checkpoint, stage=values.stage, settings=settings, batch_size=values.batch_size,
-        use_cuts=values.use_cuts and not (values.fit_cuts or values.fit_temperature),
-    )  # fmt: skip
+    fits = values.fit_cuts or values.fit_temperature
+    judge = checkpoint_flags.load(values, values.use_cuts and not fits)
     if values.fit_temperature:
         judge.fit_temperature(values.fit_temperature, form)
     if values.fit_cuts:

@@ -160,6 +160,23 @@ def test_any_rule_book(book: RuleBook, data: st.DataObject) -> None:
         assert [check(text) for check in checks] == [ours(text)] * len(checks), text
 
 
+def test_a_phrase_may_begin_within_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "book.yaml"
+    path.write_text("""\
+response: {phrase: "{part}:{value}", separator: ",", tier: T, free_text: between}
+tiers: [{name: good, grade: 2, good: true}, {name: bad, grade: 1, good: false}]
+steps:
+  - {name: s, label: S, question: "?", values: [yes, noT]}
+table: [{when: {s: noT}, tier: bad}, {when: otherwise, tier: good}]
+""")
+    book = load(path)
+    for text, right in (("S:noT:bad", True), ("S:noT.:bad", False), ("S:yes T:good", True), ("S:yesT:goodS:no", False)):
+        assert recognised(book)(text) == right
+        assert outlines(grammar.regex(book))(text) == right
+        make, accepts = xgrammar()
+        assert accepts(make.from_ebnf(grammar.ebnf(book)), text) == right
+
+
 def test_a_regex_that_would_be_too_long_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "book.yaml"
     path.write_text("""\

@@ -195,10 +195,19 @@ class Judge:
     def _tiers(self) -> list[str]:
         return [tier.name for tier in self.book.tiers]
 
+    @property
+    def _unit(self) -> int:
+        """Of which the lengths that prompts are padded to are multiples."""
+        return max(_SHORTEST_UNIT, -(-self._loaded.prompt_len // _LENGTHS))
+
+    def warm_up(self) -> None:
+        """Compiles what judges prompts of any length, so that no pair waits for it."""
+        for length in range(self._unit, self._loaded.prompt_len + self._unit, self._unit):
+            jax.block_until_ready(self._start([[0] * length]))
+
     def _start(self, prompts: Sequence[Sequence[int]]) -> dict[str, Array]:
         """Starts to judge a batch, filled up with its last prompt and padded to one of few lengths."""
-        unit = max(_SHORTEST_UNIT, -(-self._loaded.prompt_len // _LENGTHS))
-        padded = -(-max(map(len, prompts)) // unit) * unit
+        padded = -(-max(map(len, prompts)) // self._unit) * self._unit
         tokens = np.zeros((self.batch_size, padded), np.int32)
         prompts = [*prompts, *itertools.repeat(prompts[-1], self.batch_size - len(prompts))]
         for row, prompt in zip(tokens, prompts, strict=True):

@@ -28,6 +28,7 @@ from agrl_jax.rulebook.book import RuleBook, RuleBookError
 from agrl_jax.runtime import sharding
 from agrl_jax.runtime.checkpoint import SFT_END, Checkpointer, CheckpointError
 from agrl_jax.runtime.config import ConfigError
+from agrl_jax.runtime.sharding import ShardingError
 from agrl_jax.training import assemble
 from agrl_jax.types import Array, Params, Policy, RuleTables
 
@@ -45,7 +46,8 @@ class TrainedError(ValueError):
 
 # What can be wrong with a checkpoint, and what a user can put right.
 LOAD_ERRORS = (
-    TrainedError, ConfigError, RuleBookError, LoadingError, TokenizerError, CheckpointError, CalibrationError, OSError
+    TrainedError, ConfigError, RuleBookError, LoadingError, TokenizerError, CheckpointError, CalibrationError,
+    ShardingError, OSError,
 )  # fmt: skip
 
 
