@@ -1,10 +1,12 @@
 """Exports a trained judge as a Hugging Face folder, which `transformers`, vLLM, SGLang and `agrl_jax.judge` load.
 
     python -m agrl_jax.export --workdir=runs/quickstart --out=my_judge
+    python -m agrl_jax.export --checkpoint=smollm2-four-tier --out=my_judge    the judge in the box, or another folder
 
 The folder holds weights, tokenizer (with the chat template, if there is one) and generation config; the rule book,
 and its grammar as EBNF and as a regular expression, for structured decoding; `agrl_jax.json`, by which the judge asks
-the policy as it was trained to be asked; and a model card, README.md.
+the policy as it was trained to be asked; and a model card, README.md. With `--adapters`, the folder has the low-rank
+adapters of a run in place of its weights, a few MB; it then needs the model that they were trained over.
 """
 
 from __future__ import annotations
@@ -14,11 +16,13 @@ import sys
 from absl import flags
 
 from agrl_jax.judging import STAGES
-from agrl_jax.runtime.config import exit_with, parse_flags
+from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "The workdir of a training run.", required=True)
+    flags.DEFINE_string("workdir", None, "The workdir of a training run.")
+    flags.DEFINE_string("checkpoint", None, "In place of a workdir: the name or folder of a judge.")
+    flags.DEFINE_bool("adapters", False, "Write the low-rank adapters of the workdir alone.")
     flags.DEFINE_string("out", None, "The folder to write, empty or not there.", required=True)
     flags.DEFINE_enum("stage", "best", STAGES, "The best of RL, its end, or its start.")
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "Of the weights; by default as trained.")
@@ -29,13 +33,19 @@ def main(argv: list[str]) -> None:
     _define_flags()
     parse_flags(argv)
     values = flags.FLAGS
-    from agrl_jax.judging.export import USER_ERRORS, export  # after the flags: JAX takes seconds to start
+    if bool(values.workdir) == bool(values.checkpoint) or (values.adapters and not values.workdir):
+        exit_with(ConfigError("one of --workdir and --checkpoint is needed; --adapters goes with --workdir"))
+    from agrl_jax.judging.export import USER_ERRORS, export, export_model  # after the flags: JAX takes seconds to start
     from agrl_jax.runtime import processes
     from agrl_jax.runtime.console import say
 
     try:
         processes.require_one("exports")
-        say(f"{export(values.workdir, values.out, values.stage, values.dtype)}: written to {values.out}")
+        if values.workdir:
+            done = export(values.workdir, values.out, values.stage, values.dtype, values.adapters)
+        else:
+            done = export_model(values.checkpoint, values.out, values.dtype)
+        say(f"{done}: written to {values.out}")
     except USER_ERRORS as error:
         exit_with(error)
 

@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     c.data.update(source="pairs", style="terse", prompt_len=80, response_len=30)
     c.reward.overlong_weight = 0.0  # no answer of supervised training is too long
     c.policy.update(pretrained="smollm2", compute_dtype="float32", remat=False)
-    c.lora.rank = 16  # 9.8 MB in bfloat16
+    c.lora.update(rank=16, base_dtype="float32")  # 9.8 MB in bfloat16
     c.sft.update(source="mixture", steps=500, batch_size=16, learning_rate=1.5e-3, warmup=30, by_length=True)
     c.sft.unknown_steps = "sum"
     c.mixture.update(rows=16 * 500, real=0.25)

@@ -83,10 +83,10 @@ class Judge:
         use_cuts: bool = False,
         mesh: jax.sharding.Mesh | None = None,
     ) -> Judge:
-        """The judge in a workdir, an exported or other Hugging Face folder, or a GGUF file; see `trained.load`.
+        """The judge in the box, a workdir, an exported or other Hugging Face folder or a GGUF file; see `trained.load`.
 
         Args:
-          path: of the checkpoint.
+          path: of the checkpoint, or its name.
           stage: of a workdir: `best` of RL by validation, `rl` (its latest) or `sft_end`.
           settings: what to take in place of what the checkpoint says; of use for a model that is not ours.
           batch_size: pairs judged at once.
@@ -167,6 +167,7 @@ class Judge:
     def fit_temperature(self, path: str, form: PairsFormat = AS_DESCRIBED) -> probabilities.Calibration:
         """Fits the temperature of the probabilities on a file of labelled pairs, uses it from now on, and keeps it with
         the checkpoint; likewise whether the stated or the likeliest tier is the better."""
+        self._loaded.check_keeps()
         self._cuts = self.calibration = None
         judged = self._labelled(path, form)
         self.calibration = probabilities.fit(judged, self.book)
@@ -178,6 +179,7 @@ class Judge:
 
         `form` says how the file differs from what `agrl_jax.data.pairs` describes.
         """
+        self._loaded.check_keeps()
         self._cuts = None
         judged = self._labelled(path, form)
         fitted = cuts.fit(np.round(judged.probs, _DECIMALS), judged.tier, judged.predicted)

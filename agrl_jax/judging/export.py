@@ -1,4 +1,7 @@
-"""A trained judge as a Hugging Face folder with rule book, settings and model card; see `agrl_jax.export`."""
+"""A trained judge as a folder with rule book, settings and model card; see `agrl_jax.export`.
+
+The folder is one of Hugging Face's, or holds adapters alone for a model that lies elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +16,26 @@ from agrl_jax.evaluation import probabilities, tables
 from agrl_jax.evaluation.metrics import ScorecardError
 from agrl_jax.judging import cuts, trained
 from agrl_jax.judging.cuts import CutsError
-from agrl_jax.policy import huggingface
+from agrl_jax.judging.trained import Settings
+from agrl_jax.policy import adapters, huggingface, loading, shipped
+from agrl_jax.policy.adapters import Adapters
 from agrl_jax.policy.transformer import count_parameters
 from agrl_jax.rulebook import grammar, wording
 from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.runtime import sharding
-from agrl_jax.runtime.config import resolve
+from agrl_jax.runtime.checkpoint import SFT_END
+from agrl_jax.runtime.config import ConfigError, resolve
 from agrl_jax.runtime.files import write_json, write_text
 from agrl_jax.training import assemble
+from agrl_jax.training.assemble import Model
 from agrl_jax.types import Params
 
-RULEBOOK_FILE = "rulebook.yaml"
+RULEBOOK_FILE, CARD_FILE = "rulebook.yaml", "README.md"
 EBNF_FILE, REGEX_FILE = "grammar.ebnf", "grammar.regex"
 USER_ERRORS = (*trained.LOAD_ERRORS, ScorecardError)  # shown as one message
 
 
-def export(workdir: str, out: str, stage: str = "best", dtype: str | None = None) -> str:
+def export(workdir: str, out: str, stage: str = "best", dtype: str | None = None, adapters: bool = False) -> str:
     """Writes the policy of a workdir to the folder `out`, which should be empty or not there.
 
     Args:
@@ -36,6 +43,7 @@ def export(workdir: str, out: str, stage: str = "best", dtype: str | None = None
       out: the folder.
       stage: `best` of RL by validation, `rl` (its latest) or `sft_end`.
       dtype: of the weights; by default as trained.
+      adapters: writes the low-rank adapters that were trained, and names the model that they go over.
 
     Returns:
       In words, what was exported.
@@ -45,9 +53,71 @@ def export(workdir: str, out: str, stage: str = "best", dtype: str | None = None
     config = assemble.read_config(folder)
     mesh = sharding.make_mesh(data=1, fsdp=-1)  # spread out: nothing is computed
     model = assemble.load_model(config, folder, mesh=mesh)
+    dtype = dtype or config.policy.param_dtype
+    if adapters:
+        return _export_adapters(folder, target, config, model, mesh, stage, dtype)
     params, found = trained.load_stage(folder, config, model, mesh, stage)
     where = str(found)
-    dtype = dtype or config.policy.param_dtype
+    huggingface.save_pretrained(
+        target, model.shape, params, model.tokenizer, dtype=dtype,
+        generation_config={"max_new_tokens": config.data.response_len},
+        card=_card(target.name, folder, config, model, count_parameters(params), where),
+    )  # fmt: skip
+    if dtype == config.policy.param_dtype:
+        _copy_cuts(folder, target, model.book, params)
+    name = trained.fingerprint(jax.tree.map(lambda x: x.astype(dtype), params))
+    _write_record(folder, target, config, model, dtype, where, name)
+    return f"{where} of {workdir}, {count_parameters(params):,} parameters in {dtype}"
+
+
+def _export_adapters(
+    folder: epath.Path, target: Path, config: ConfigDict, model: Model, mesh: jax.sharding.Mesh, stage: str, dtype: str
+) -> str:
+    """Writes the adapters of a workdir, which go over the pretrained model that its config names."""
+    cfg = assemble.adapters_of(config, SFT_END)
+    if cfg is None:
+        raise ConfigError(f"{folder}: its warm start trained all weights: adapters alone are not what was learnt")
+    found = trained.find_stage(folder, config, model.book, stage)
+    params = assemble.load_trained(folder, config, model, mesh, *found)
+    target.mkdir(parents=True, exist_ok=True)
+    learnt = Adapters(config.policy.pretrained, config.lora.base_dtype, cfg, jax.device_get(params))
+    adapters.save(target, learnt, dtype)
+    write_text(target / CARD_FILE, _card(target.name, folder, config, model, count_parameters(params), str(found)))
+    _write_record(folder, target, config, model, config.policy.param_dtype, str(found), adapters.digest(target))
+    return f"{found} of {folder}, adapters of {count_parameters(params):,} parameters in {dtype}"
+
+
+def export_model(checkpoint: str, out: str, dtype: str | None = None) -> str:
+    """Writes a judge that is no workdir, such as the one in the box, as a Hugging Face folder, `out`.
+
+    It takes along what the judge has beside its weights. Returns in words what was exported.
+    """
+    target, where = Path(out), shipped.find(checkpoint)
+    huggingface.check_empty(target)
+    loaded = trained.load(checkpoint, settings=Settings(dtype=dtype))
+    shape = loading.read_config(where)
+    huggingface.save_pretrained(
+        target, shape, loaded.params, loaded.tokenizer, generation_config={"max_new_tokens": loaded.response_len},
+        card=(where / CARD_FILE).read_text() if (where / CARD_FILE).exists() else None,
+    )  # fmt: skip
+    for name in (trained.RECORD_FILE, RULEBOOK_FILE):
+        write_text(target / name, (where / name).read_text())
+    _write_grammar(target, loaded.book)
+    fitted = probabilities.load(loaded.calibration_file, loaded.checkpoint, loaded.book)
+    if fitted is not None:
+        probabilities.keep(target / probabilities.FILE, trained.fingerprint(loaded.params), fitted, loaded.book)
+    return f"{checkpoint}, {count_parameters(loaded.params):,} parameters"
+
+
+def _write_record(
+    folder: epath.Path, target: Path, config: ConfigDict, model: Model, dtype: str, where: str, name: str
+) -> None:
+    """Writes what lies beside the weights of either kind; `name` is that of the checkpoint in the export."""
+    (target / RULEBOOK_FILE).write_bytes(assemble.rules_file(config, folder).read_bytes())
+    _write_grammar(target, model.book)
+    fitted = probabilities.load(folder / probabilities.FILE, where, model.book)
+    if fitted is not None:
+        probabilities.keep(target / probabilities.FILE, name, fitted, model.book)
     record = {
         "rulebook": RULEBOOK_FILE,
         "rulebook_digest": model.book.digest,
@@ -60,18 +130,7 @@ def export(workdir: str, out: str, stage: str = "best", dtype: str | None = None
         "stage": where,
         "config": resolve(config),
     }
-    huggingface.save_pretrained(
-        target, model.shape, params, model.tokenizer, dtype=dtype,
-        generation_config={"max_new_tokens": config.data.response_len},
-        card=_card(target.name, folder, config, model, count_parameters(params), where),
-    )  # fmt: skip
-    (target / RULEBOOK_FILE).write_bytes(assemble.rules_file(config, folder).read_bytes())
-    _write_grammar(target, model.book)
-    if dtype == config.policy.param_dtype:
-        _copy_cuts(folder, target, model.book, params)
-    _copy_calibration(folder, target, model.book, where, jax.tree.map(lambda x: x.astype(dtype), params))
     write_json(target / trained.RECORD_FILE, record)
-    return f"{where} of {workdir}, {count_parameters(params):,} parameters in {dtype}"
 
 
 def _write_grammar(target: Path, rules: RuleBook) -> None:
@@ -93,18 +152,11 @@ def _copy_cuts(folder: epath.Path, target: Path, rules: RuleBook, params: Params
     (target / trained.CUTS_FILE).write_bytes(file.read_bytes())
 
 
-def _copy_calibration(folder: epath.Path, target: Path, rules: RuleBook, where: str, params: Params) -> None:
-    """Takes the temperature along that was fitted for a checkpoint, here by the fingerprint of what is exported."""
-    fitted = probabilities.load(folder / probabilities.FILE, where, rules)
-    if fitted is not None:
-        probabilities.keep(target / probabilities.FILE, trained.fingerprint(params), fitted, rules)
-
-
 # ---------------------------------------------------------------------------------------------- the card
 
 
 def _card(
-    name: str, folder: epath.Path, config: ConfigDict, model: assemble.Model, size: int, where: str
+    name: str, folder: epath.Path, config: ConfigDict, model: Model, size: int, where: str
 ) -> str:
     """README.md: what the model is, how it is asked, what it was trained on, and how well it does."""
     rules = model.book
@@ -126,7 +178,7 @@ def _card(
     return "\n\n".join(sections) + "\n"
 
 
-def _use(config: ConfigDict, model: assemble.Model) -> str:
+def _use(config: ConfigDict, model: Model) -> str:
     rules = model.book
     pieces = pipeline.prompt_pieces(rules, model.tokenizer, config.data.style)
     prompt = "QUERY".join(pieces[:2]) + "TITLE | brand: BRAND" + pieces[2]

@@ -1,4 +1,4 @@
-"""Trained policies, wherever they lie: a workdir, an exported folder, a Hugging Face folder, a GGUF file."""
+"""Trained policies, wherever they lie: the box, a workdir, an exported folder, a Hugging Face folder, a GGUF file."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +21,9 @@ from agrl_jax.data.pairs import Pair
 from agrl_jax.evaluation import probabilities
 from agrl_jax.evaluation.probabilities import CalibrationError
 from agrl_jax.judging import STAGES
-from agrl_jax.policy import loading, transformer
+from agrl_jax.policy import adapters, loading, shipped, transformer
 from agrl_jax.policy.families import LoadingError
+from agrl_jax.policy.smollm2 import NotInstalledError
 from agrl_jax.policy.tokenizer import Tokenizer, TokenizerError
 from agrl_jax.rulebook import automaton, book
 from agrl_jax.rulebook.book import RuleBook, RuleBookError
@@ -47,7 +49,7 @@ class TrainedError(ValueError):
 # What can be wrong with a checkpoint, and what a user can put right.
 LOAD_ERRORS = (
     TrainedError, ConfigError, RuleBookError, LoadingError, TokenizerError, CheckpointError, CalibrationError,
-    ShardingError, OSError,
+    NotInstalledError, ShardingError, OSError,
 )  # fmt: skip
 
 
@@ -78,16 +80,25 @@ class Trained:
     response_len: int
     cuts_file: epath.Path  # where its cut points are kept
     calibration_file: epath.Path  # and the temperature of its probabilities
-    checkpoint: str  # by which name; of a workdir that of the checkpoint, else the fingerprint
+    checkpoint: str  # by which name; of a workdir that of the checkpoint, else a fingerprint
+
+    def check_keeps(self) -> None:
+        """Raises TrainedError where nothing can be kept beside the checkpoint."""
+        folder = Path(self.calibration_file).parent
+        if shipped.is_boxed(folder):
+            raise TrainedError(
+                f"{folder.name} is part of the package, where nothing is kept; export it first and use the export: "
+                f"python -m agrl_jax.export --checkpoint={folder.name} --out=FOLDER"
+            )
 
 
 def load(
     path: str, stage: str = "best", settings: Settings | None = None, mesh: jax.sharding.Mesh | None = None
 ) -> Trained:
-    """Loads a workdir, an exported or other Hugging Face folder, or a GGUF file.
+    """Loads a workdir, an exported or other Hugging Face folder, a GGUF file, or a model that a package brings.
 
     Args:
-      path: of the checkpoint.
+      path: of the checkpoint, or its name (`shipped.find`).
       stage: of a workdir: see `load_stage`.
       settings: what to take in place of what the checkpoint says.
       mesh: over which the parameters are spread; by default all devices, each with all parameters.
@@ -98,15 +109,15 @@ def load(
     """
     settings = settings or Settings()
     mesh = mesh or sharding.make_mesh()
-    place = epath.Path(path)
+    place = epath.Path(shipped.find(path) if path in (*shipped.boxed(), shipped.SMOLLM2) else path)
     if not place.exists():
-        raise TrainedError(f"{path}: there is no such checkpoint")
+        raise TrainedError(f"{path}: there is no such checkpoint, nor one in the box: {', '.join(shipped.boxed())}")
     if (place / "checkpoints").exists():
         return _load_workdir(place, stage, settings, mesh)
-    if place.is_dir() and not (place / "config.json").exists():
+    if place.is_dir() and not ((place / "config.json").exists() or loading.is_adapters(place)):
         raise TrainedError(
             f"{path}: should be a training run's workdir (config.json, checkpoints/), an exported or other Hugging "
-            "Face folder (config.json, model.safetensors), or a GGUF file"
+            "Face folder (config.json, model.safetensors), exported adapters, or a GGUF file"
         )
     return _load_model(place, settings, mesh)
 
@@ -240,7 +251,7 @@ def _load_model(path: epath.Path, settings: Settings, mesh: jax.sharding.Mesh) -
         response_len=settings.response_len or lengths["response_len"],
         cuts_file=beside(CUTS_FILE),
         calibration_file=beside(probabilities.FILE),
-        checkpoint=fingerprint(params),
+        checkpoint=adapters.digest(path) if loading.is_adapters(path) else fingerprint(params),
     )
 
 

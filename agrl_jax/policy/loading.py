@@ -1,4 +1,4 @@
-"""Language models from Hugging Face folders and GGUF files.
+"""Language models from Hugging Face folders, GGUF files, and folders of adapters for one of these.
 
     load_pretrained   config.json and safetensors, or a GGUF file -> shape, parameters, tokenizer
     read_config       the shape alone
@@ -12,6 +12,7 @@ pieces. Files are read, not mapped, and nothing is ever unpickled.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import SafetensorError
 
-from agrl_jax.policy import gguf
+from agrl_jax.policy import adapters, gguf, lora, shipped
 from agrl_jax.policy import tokenizer as tokenizers
 from agrl_jax.policy.families import CONFIG, EMBEDDING, HEAD, Entry, Leaf, LoadingError, leaves_of
 from agrl_jax.policy.huggingface import PICKLE, PICKLES, hf_config, open_safetensors
@@ -46,8 +47,9 @@ def load_pretrained(
     """Reads a model of the Llama, Mistral, SmolLM3, Qwen2, Qwen3 or Qwen3-MoE family, tensor by tensor.
 
     Args:
-      path: a Hugging Face folder (config.json, model.safetensors or its shards, tokenizer.json), or a GGUF
-        file of any of the quantisations that the `gguf` package can undo.
+      path: a Hugging Face folder (config.json, model.safetensors or its shards, tokenizer.json), a GGUF file of any
+        of the quantisations that the `gguf` package can undo, or a folder of adapters, which are merged into the
+        model that they name.
       param_dtype: of the parameters, whatever the file holds.
       compute_dtype: noted in the shape that is returned.
       shardings: given the trees of the parameters' logical axes and of their shapes, a tree of shardings
@@ -62,6 +64,8 @@ def load_pretrained(
         truncated or corrupt file, a pickle.
     """
     path = Path(path)
+    if is_adapters(path):
+        return _load_adapted(path, param_dtype, compute_dtype, shardings)
     cfg, tensors = _open(path, param_dtype, compute_dtype)
     tokenizer = read_tokenizer(path, cfg.vocab_size)
     if cfg.layers * max(cfg.experts, 1) > len(tensors):  # before the names of a corrupt number of them are made
@@ -74,7 +78,7 @@ def load_pretrained(
 def read_config(path: str | Path, param_dtype: str = "float32", compute_dtype: str = "float32") -> PolicyConfig:
     """The shape of a model in a Hugging Face folder or GGUF file, or that a config.json alone describes. Raises
     LoadingError as `load_pretrained` does."""
-    path = Path(path)
+    path = base_of(Path(path))
     if path.suffix == ".json":
         return hf_config(path, param_dtype, compute_dtype)
     if _is_folder(path):
@@ -88,7 +92,7 @@ def read_tokenizer(path: str | Path, rows: int | None = None) -> Tokenizer:
     Added tokens past the embedding are left out where none of them is needed; `rows` are those of the embedding, and
     need not be given. Raises LoadingError where one is needed.
     """
-    path = Path(path)
+    path = base_of(Path(path))
     if not _is_folder(path):
         tokenizer = gguf.read_tokenizer(path)  # the embedding of such a file has a row for each token
         rows = rows or tokenizer.vocab_size
@@ -99,6 +103,28 @@ def read_tokenizer(path: str | Path, rows: int | None = None) -> Tokenizer:
         return tokenizer.within(rows)
     except TokenizerError as error:
         raise LoadingError(f"{path}: {error}") from error
+
+
+def is_adapters(path: Path) -> bool:
+    """Whether a path is a folder of adapters."""
+    return (path / adapters.FILE).exists()
+
+
+def base_of(path: Path) -> Path:
+    """Where the model lies whose tokenizer and shape a path has: of adapters their base. Raises NotInstalledError."""
+    return shipped.find(adapters.read(path).base) if is_adapters(path) else path
+
+
+def _load_adapted(
+    path: Path, param_dtype: str, compute_dtype: str, shardings: Callable[[Any, Any], Any] | None
+) -> tuple[PolicyConfig, Params, Tokenizer]:
+    """The base of adapters with their products added to it."""
+    found = adapters.read(path)
+    shape, base, tokenizer = load_pretrained(base_of(path), found.base_dtype, compute_dtype, shardings)
+    adapters.check(path, found, base, build(shape)[2])
+    merge = jax.jit(lora.merge, static_argnums=(2, 3), donate_argnums=0)
+    params = merge(base, found.params, found.cfg, param_dtype)
+    return dataclasses.replace(shape, param_dtype=param_dtype), params, tokenizer
 
 
 def shape_of(fields: Mapping[str, Any]) -> PolicyConfig:

