@@ -18,35 +18,44 @@ import numpy as np
 from agrl_jax.runtime.config import ConfigError, exit_with, last_branch, parse_flags
 from agrl_jax.runtime.console import console_table, say
 from experiments import results, search, study
+from experiments.study import Sweep
 
 LAST = 3  # validations: one alone is noisy
 
 
-def choose() -> tuple[dict[str, dict[str, object]], list[list[object]]]:
+def choose(
+    sweep: Sweep = search.SWEEP,
+    searched: Mapping[str, Mapping[str, Mapping[str, object]]] = search.SEARCHED,
+    budget: int = study.BUDGET,
+) -> tuple[dict[str, dict[str, object]], list[list[object]]]:
     """The fields chosen for each method that was searched to the end, and rows of all that was tried: method, setting,
     validation macro-F1, chosen. Raises ConfigError where no method was.
+
+    Args:
+      sweep: its runs are named METHOD.SETTING.
+      searched: {method: {setting: fields}}.
+      budget: forward-equivalent tokens with which the schedule of what is chosen is to end.
     """
-    found = results.read(search.SWEEP)
+    found = results.read(sweep)
     reached = {
         method: {setting: _end(found[f"{method}.{setting}"]) for setting in settings}
-        for method, settings in search.SEARCHED.items()
+        for method, settings in searched.items()
         if all(f"{method}.{setting}" in found for setting in settings)
     }
     if not reached:
-        raise ConfigError("no method has been searched to the end; python -m experiments.run "
-                          "--sweep=experiments/search.py makes what is missing")
+        raise ConfigError(f"no method of {sweep.name} has been searched to the end; python -m experiments.run makes "
+                          "what is missing")
     best = {method: max(settings, key=settings.get) for method, settings in reached.items()}
     rows = [
         [method, setting, value, "chosen" if best[method] == setting else ""]
         for method, settings in reached.items()
         for setting, value in settings.items()
     ]
-    fields = {method: dict(search.SWEEP.runs[f"{method}.{setting}"]) for method, setting in best.items()}
+    fields = {method: dict(searched[method][setting]) for method, setting in best.items()}
     for method, chosen in fields.items():
-        del chosen["method"]
         steps, tokens = (_cost(found[f"{method}.{best[method]}"], name) for name in ("steps", "forward_equivalents"))
         # Where its schedule should end with the whole budget.
-        chosen[f"{last_branch(method)}.steps"] = math.ceil(study.BUDGET * steps / tokens)
+        chosen[f"{last_branch(method)}.steps"] = math.ceil(budget * steps / tokens)
     return fields, rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.runtime.config import last_branch
 from agrl_jax.runtime.files import write_text
 from agrl_jax.runtime.logs import read_jsonl
-from experiments import study
 from experiments.study import Sweep
 
 # Metrics of every step that tell how steady training was.
@@ -39,7 +39,7 @@ def write(sweep: Sweep, run: str, seed: int, workdir: Path, diverged: bool, dige
         "run": run,
         "seed": seed,
         "diverged": diverged,
-        "labels": study.LABELS[method],
+        "labels": sweep.labels(run),
         "fields": sweep.fields(run),
         "stage": stage,
         "scores": {} if diverged else {split: _values(card) for split, card in cards[stage].items()},
@@ -54,7 +54,7 @@ def write(sweep: Sweep, run: str, seed: int, workdir: Path, diverged: bool, dige
         "skipped": int(sum(row.get("optim/finite", 1) == 0 for row in after)),
         "cost": _cost(after) | {"pairs": _pairs_met(config, after)},
         "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
+        "device": _device(),
         "rulebook": config["rulebook"],
     }
     path = sweep.result(run, seed)
@@ -62,6 +62,12 @@ def write(sweep: Sweep, run: str, seed: int, workdir: Path, diverged: bool, dige
     if not diverged:
         _keep_judgements(workdir, stage, path.with_suffix(".parquet"))
     write_text(path, json.dumps(result, separators=(",", ":")) + "\n")
+
+
+def _device() -> str:
+    """The kind of device, seen without taking its memory, which the runs need."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    return jax.devices()[0].device_kind
 
 
 def is_there(sweep: Sweep, run: str, seed: int, digest: str) -> bool:

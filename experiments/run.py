@@ -21,12 +21,12 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict
 
+from agrl_jax.runtime.checkpoint import STAGES
 from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
 from agrl_jax.runtime.console import progress, say
 from agrl_jax.runtime.processes import DIVERGED
@@ -43,6 +43,7 @@ class Runner:
     file: str  # of the sweep
     folder: Path
     overrides: Sequence[str]
+    results: Path
     slots: queue.Queue[dict[str, str]] = field(default_factory=queue.Queue)  # environment of each free worker
     children: set[subprocess.Popen[bytes]] = field(default_factory=set)
     stopping: threading.Event = field(default_factory=threading.Event)
@@ -58,7 +59,10 @@ class Runner:
             f"--config.data.dir={self.folder / 'data'}", *self.overrides, *more,
         ]  # fmt: skip
         cores = [int(core) for core in slot["cores"].split(",")] if "cores" in slot else None
-        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"), **slot}
+        environment = {
+            **os.environ, "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
+            study.RESULTS_VARIABLE: str(self.results), **slot,
+        }  # fmt: skip
         try:
             with (workdir / "log.txt").open("ab") as log:
                 # A session of its own: Ctrl-C reaches this process, which then tells its children once.
@@ -92,8 +96,24 @@ def select(sweep: Sweep, only: Sequence[str], seeds: Sequence[str]) -> list[tupl
     return [job for job in sweep.jobs() if (not only or job[0] in only) and (not seeds or str(job[1]) in seeds)]
 
 
+def define_flags() -> None:
+    """The flags of the commands that make runs."""
+    flags.DEFINE_string("results", str(study.RESULTS), "Where results are kept.")
+    flags.DEFINE_string("dir", "runs/experiments", "Of the workdirs, the benchmark and the compilation cache.")
+    flags.DEFINE_integer("workers", 1, "Runs made at the same time.", lower_bound=1)
+    flags.DEFINE_float("minutes", 0, "Stop after so long, as Ctrl-C does; 0: when all is done.", lower_bound=0)
+
+
+def stop_when_told() -> None:
+    """SIGTERM and the end of `--minutes` raise KeyboardInterrupt, as Ctrl-C does."""
+    for signum in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(signum, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 60 * flags.FLAGS.minutes)
+
+
 def run(
-    sweep: Sweep, file: str, folder: Path, workers: int, wanted: Sequence[tuple[str, int]], overrides: Sequence[str]
+    sweep: Sweep, file: str, folder: Path, workers: int, wanted: Sequence[tuple[str, int]], overrides: Sequence[str],
+    after: Callable[[], None] = lambda: None,
 ) -> int:
     """Makes the runs that have no result yet; returns how many failed.
 
@@ -104,16 +124,17 @@ def run(
       workers: runs made at the same time.
       wanted: runs of the sweep and their seeds.
       overrides: command-line arguments for every run.
+      after: called when a run is over.
     """
     digests = {job: study.digest(_config(sweep, *job), overrides) for job in wanted}
     jobs = [job for job in wanted if not results.is_there(sweep, *job, digests[job])]
     if not jobs:
         say(f"{sweep.name}: nothing is missing")
         return 0
-    runner = Runner(file, folder, overrides)
+    runner = Runner(file, folder, overrides, sweep.results)
     for slot in _slots(workers):
         runner.slots.put(slot)
-    starts = {job: _start_dir(sweep, folder, *job) for job in jobs}
+    starts = {job: folder / "starts" / study.start_digest(_config(sweep, *job), overrides) for job in jobs}
     missing = {place: job for job, place in starts.items() if not _made(place)}
     say(f"{sweep.name}: {len(jobs)} runs and {len(missing)} warm starts to make, {workers} at a time, in {folder}")
     failed = _all(runner, "warm starts", [(*job, place) for place, job in missing.items()], runner.start)
@@ -127,6 +148,8 @@ def run(
             workdir = start
         if code in (0, DIVERGED):
             results.write(sweep, name, seed, workdir, code == DIVERGED, digests[name, seed])
+            if not sweep.keep_checkpoints:
+                _delete_checkpoints(workdir)
         return code
 
     ready = [job for job in jobs if _made(starts[job])]
@@ -134,11 +157,12 @@ def run(
         say(f"{len(jobs) - len(ready)} runs are left out: they have no warm start")
     # A workdir is named by its config too: a changed one starts anew and leaves the other alone.
     places = {job: folder / sweep.name / f"{job[0]}-{job[1]}-{digests[job][:6]}" for job in ready}
-    return failed + _all(runner, sweep.name, [(*job, place) for job, place in places.items()], one)
+    return failed + _all(runner, sweep.name, [(*job, place) for job, place in places.items()], one, after)
 
 
 def _all(
-    runner: Runner, title: str, jobs: Sequence[tuple[str, int, Path]], one: Callable[[str, int, Path], int]
+    runner: Runner, title: str, jobs: Sequence[tuple[str, int, Path]], one: Callable[[str, int, Path], int],
+    after: Callable[[], None] = lambda: None,
 ) -> int:
     """Makes all jobs, as many at a time as there are slots; returns how many failed."""
     failed = 0
@@ -156,16 +180,11 @@ def _all(
                     failed += 1
                     bar.print(f"{name}, seed {seed}: failed with exit code {code}; see {workdir / 'log.txt'}")
                 bar.update(done)
+                after()
         except KeyboardInterrupt:
             runner.stop()
             raise
     return failed
-
-
-def _start_dir(sweep: Sweep, folder: Path, run: str, seed: int) -> Path:
-    """Where the warm start of a run lies: the same for all runs that share it."""
-    fields = study.start_of(_config(sweep, run, seed))
-    return folder / "starts" / sha256(repr(sorted(fields.items())).encode()).hexdigest()[:12]
 
 
 def _config(sweep: Sweep, run: str, seed: int) -> ConfigDict:
@@ -187,8 +206,22 @@ def _share(start: Path, workdir: Path) -> None:
     for name in KEPT:
         if (start / name).exists():
             shutil.copy(start / name, workdir / name)
-    shutil.copytree(start / "checkpoints" / "sft_end", half / "sft_end")
+    shutil.copytree(start / "checkpoints" / "sft_end", half / "sft_end", copy_function=_link)
     half.rename(workdir / "checkpoints")
+
+
+def _link(source: str, target: str) -> None:
+    """The same file under a second name, so that a large warm start lies on the disk once; else a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _delete_checkpoints(workdir: Path) -> None:
+    """Of a run that is over, all but the end of the warm start."""
+    for stage in STAGES:
+        shutil.rmtree(workdir / "checkpoints" / stage, ignore_errors=True)
 
 
 def _slots(workers: int) -> list[dict[str, str]]:
@@ -206,15 +239,13 @@ def _slots(workers: int) -> list[dict[str, str]]:
 def main(argv: list[str]) -> None:
     """Exit code 2 for a sweep that is not there, 1 where runs failed, 130 where stopped by Ctrl-C."""
     flags.DEFINE_string("sweep", None, "A file with a SWEEP, such as experiments/main_table.py.", required=True)
-    flags.DEFINE_string("results", str(study.RESULTS), "Where results are kept.")
-    flags.DEFINE_string("dir", "runs/experiments", "Of the workdirs, the benchmark and the compilation cache.")
-    flags.DEFINE_integer("workers", 1, "Runs made at the same time.", lower_bound=1)
+    define_flags()
     flags.DEFINE_list("only", [], "Names of runs; by default all.")
     flags.DEFINE_list("seeds", [], "Seeds; by default all.")
     overrides = [word for word in argv if word.startswith("--config.")]
     parse_flags([word for word in argv if word not in overrides])
     values = flags.FLAGS
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stop_when_told()
     try:
         sweep = study.load(values.sweep, values.results)
         wanted = select(sweep, values.only, values.seeds)

@@ -62,5 +62,5 @@ def half() -> ConfigDict:
     return c
 
 
-SWEEP = study.Sweep("search", runs=runs(), seeds=(100,), tuned=False, base=half)
+SWEEP = study.Sweep("search", runs=runs(), seeds=(100,), tuned=None, base=half)
 get_config = SWEEP.get_config

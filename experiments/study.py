@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -22,7 +23,8 @@ from ml_collections import ConfigDict
 from agrl_jax import recipes
 from agrl_jax.runtime.config import ConfigError, config_digest, flatten, last_branch, matches, parse_arg, resolve
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS_VARIABLE = "AGRL_EXPERIMENT_RESULTS"  # tells a run of other results: a search wrote there
+RESULTS = Path(os.environ.get(RESULTS_VARIABLE) or Path(__file__).parent / "results")
 TUNED = RESULTS / "tuned.json"  # what the search chose: {method: fields}
 BUDGET = 1_400_000  # forward-equivalent tokens of each run after the warm start: two minutes of AGRL on one core
 SFT_STEP = 3411  # of them in a step of the study's warm start, the mean of its `budget/tokens`
@@ -74,12 +76,13 @@ class Sweep:
     """Runs by name, each with the fields in which it differs from its method on the study policy, and their seeds."""
 
     name: str
-    runs: Mapping[str, Mapping[str, Any]]  # `method` among the fields, where it is not the run's name
+    runs: Mapping[str, Mapping[str, Any]]  # beside the fields `method`, if not the run's name; `labels`, if others
     seeds: tuple[int, ...]
-    tuned: bool = True  # with what the search chose for each method
+    tuned: Path | None = TUNED  # with what a search chose for each method
     reference: str = "agrl"  # the run that others are compared with
     base: Callable[[], ConfigDict] = base
     results: Path = RESULTS
+    keep_checkpoints: bool = True  # else those of a run are deleted once its result is there
 
     def get_config(self, arg: str | None = None) -> ConfigDict:
         """The config of one run: `RUN` or `RUN,seed=K`."""
@@ -98,8 +101,12 @@ class Sweep:
 
     def fields(self, run: str) -> dict[str, Any]:
         """In what a run differs from its method on the study policy: its own fields over what the search chose."""
-        own = {name: value for name, value in self.runs[run].items() if name != "method"}
-        return (tuned().get(self.method(run), {}) if self.tuned else {}) | own
+        own = {name: value for name, value in self.runs[run].items() if name not in _ABOUT}
+        return (tuned(self.tuned).get(self.method(run), {}) if self.tuned else {}) | own
+
+    def labels(self, run: str) -> str:
+        """What a run learns from after the warm start."""
+        return self.runs[run].get("labels", LABELS[self.method(run)])
 
     def jobs(self) -> Iterator[tuple[str, int]]:
         """Every run with every seed; all runs of a seed before the next seed."""
@@ -110,16 +117,31 @@ class Sweep:
         return self.results / self.name / f"{run}-{seed}.json"
 
 
+_ABOUT = ("method", "labels")  # said of a run beside its fields
+
+
 def digest(config: ConfigDict, overrides: Sequence[str]) -> str:
     """What tells the results of two configs apart; of a path among the overrides only the file's name counts."""
-    words = (word.partition("=") for word in overrides)
-    named = sorted((name, Path(value).name if name.endswith("path") else value) for name, _, value in words)
-    return sha256(repr([config_digest(config), named]).encode()).hexdigest()[:16]
+    return sha256(repr([config_digest(config), sorted(_named(overrides))]).encode()).hexdigest()[:16]
 
 
-def tuned() -> dict[str, dict[str, Any]]:
-    """What the search chose for each method; nothing before there was one."""
-    return json.loads(TUNED.read_text()) if TUNED.exists() else {}
+def start_digest(config: ConfigDict, overrides: Sequence[str]) -> str:
+    """What tells warm starts apart: the same for all runs that share one."""
+    named = sorted((name, value) for name, value in _named(overrides) if matches(name, START))
+    fields = sorted(start_of(config).items())
+    return sha256(repr([fields, named] if named else fields).encode()).hexdigest()[:12]
+
+
+def _named(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The fields and values of arguments such as `--config.data.path=FILE`; of a path the file's name."""
+    for word in overrides:
+        name, _, value = word.removeprefix("--config.").partition("=")
+        yield name, Path(value).name if name.endswith("path") else value
+
+
+def tuned(path: Path = TUNED) -> dict[str, dict[str, Any]]:
+    """What a search chose for each method; nothing before there was one."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def start_of(config: ConfigDict) -> dict[str, Any]:

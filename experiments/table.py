@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,7 @@ _LEGEND_ROWS = 18  # of a column
 _NOTE = "An interval without 0 in it is a difference that other seeds and queries would most likely show too."
 COMPARED = ("macro_f1", "accuracy", "step_accuracy", "all_right", "adherence")
 Found = Mapping[str, Mapping[int, Mapping[str, Any]]]  # results by run and seed
+Part = Callable[[Judgements], Judgements]  # of a split
 Measured = Mapping[str, Mapping[str, np.ndarray]]  # by run and metric, [1 + bootstrap]: the mean, and its resamples
 
 
@@ -69,11 +70,11 @@ class Table(NamedTuple):
 # ------------------------------------------------------------------------------------------------ figures
 
 
-def resampled(found: Found, split: str, bootstrap: int, family: str | None = None) -> Measured:
-    """The metrics of each run on a split, or on one family of its queries: means over seeds."""
+def resampled(found: Found, split: str, bootstrap: int, part: Part = lambda judged: judged) -> Measured:
+    """The metrics of each run on a split, or on a part of it: means over seeds."""
     measured = {}
     for run, seeds in found.items():
-        judged = [_judgements(result, split, family) for result in seeds.values() if not result["diverged"]]
+        judged = [part(result["judged"][split]) for result in seeds.values() if not result["diverged"]]
         if judged:
             rules = results.rules(next(iter(seeds.values())))
             measured[run] = intervals.over_seeds(judged, rules, bootstrap)
@@ -110,9 +111,12 @@ def measure(values: np.ndarray) -> Measure:
     return Measure(float(value), low, high)
 
 
-def _judgements(result: Mapping[str, Any], split: str, family: str | None) -> Judgements:
-    judged = result["judged"][split]
-    return judged if family is None else judged.take(np.flatnonzero(np.array(judged.family) == family))
+def _family(name: str) -> Part:
+    return lambda judged: judged.take(np.flatnonzero(np.array(judged.family) == name))
+
+
+def _seen(whether: bool) -> Part:
+    return lambda judged: judged.take(np.flatnonzero(judged.seen.astype(bool) == whether))
 
 
 # ------------------------------------------------------------------------------------------------- tables
@@ -130,6 +134,8 @@ def tables(sweep: Sweep, found: Found, measured: Mapping[str, Measured], bootstr
         if differences[split]:
             yield _differences(split, sweep.reference, differences[split])
         yield _families(split, found, bootstrap)
+        if not _some_judgements(found, split).seen.all():
+            yield _held_out(split, found, bootstrap)
         yield _further(split, of)
     yield _stability(found, list(measured))
     yield _cost(found)
@@ -180,13 +186,27 @@ def _differences(split: str, reference: str, differences: Measured) -> Table:
 def _families(split: str, found: Found, bootstrap: int) -> Table:
     judged = _some_judgements(found, split)
     names = sorted(set(judged.family))
-    by_family = {name: resampled(found, split, bootstrap, name) for name in names}
+    by_family = {name: resampled(found, split, bootstrap, _family(name)) for name in names}
     supports = [f"{name} ({list(judged.family).count(name)})" for name in names]
     rows = [
         [run, *(str(measure(by_family[name][run]["accuracy"])) if run in by_family[name] else "-" for name in names)]
         for run in found
     ]
     return Table(f"{split}: accuracy by query family (pairs)", ["method", *supports], rows)
+
+
+def _held_out(split: str, found: Found, bootstrap: int) -> Table:
+    """Pairs whose product types, brands or phrasings no training pair has, beside the others."""
+    shown = {metric: METRICS[metric] for metric in ("macro_f1", "accuracy", "step_accuracy")}
+    seen = _some_judgements(found, split).seen.astype(bool)
+    parts = {f"seen ({seen.sum()})": _seen(True), f"unseen ({(~seen).sum()})": _seen(False)}
+    measured = {title: resampled(found, split, bootstrap, part) for title, part in parts.items()}
+    rows = [
+        [run, *(str(measure(of[run][metric])) if run in of else "-" for of in measured.values() for metric in shown)]
+        for run in found
+    ]
+    columns = [f"{title}: {metric}" for title in parts for metric in shown.values()]
+    return Table(f"{split}: words that were held out of training", ["method", *columns], rows)
 
 
 def _some_judgements(found: Found, split: str) -> Judgements:
@@ -361,16 +381,22 @@ def plot_training(path: Path, found: Found) -> None:
     plt.close(figure)
 
 
+def _missing(sweep: Sweep) -> str:
+    """Which runs have no result yet, in words; empty where all have one."""
+    lacking = [job for job in sweep.jobs() if not sweep.result(*job).exists()]
+    if not lacking:
+        return ""
+    listed = ", ".join(f"{run} (seed {seed})" for run, seed in lacking)
+    return f"\n{len(lacking)} of {len(list(sweep.jobs()))} runs are still missing: {listed}.\n"
+
+
 def write(sweep: Sweep, bootstrap: int) -> Path:
     """Writes all files; returns the table's. Raises ConfigError where there are no results yet."""
     found = results.read(sweep)
     if not found:
         raise ConfigError(f"{sweep.result('RUN', 0).parent}: no results; python -m experiments.run makes them")
     folder = sweep.result("RUN", 0).parent
-    lacking = sum(not sweep.result(*job).exists() for job in sweep.jobs())
-    head = f"# {sweep.name}\n\n{lacking} of {len(list(sweep.jobs()))} runs are still missing.\n" if lacking else (
-        f"# {sweep.name}\n"
-    )
+    head = f"# {sweep.name}\n" + _missing(sweep)
     splits = next(iter(next(iter(found.values())).values()))["start"]
     measured = {split: resampled(found, split, bootstrap) for split in splits}
     (folder / "table.md").write_text("\n".join([head, *map(str, tables(sweep, found, measured, bootstrap))]))

@@ -18,12 +18,30 @@ import pytest
 import quick
 
 from agrl_jax import recipes
-from agrl_jax.runtime.config import ConfigError, flatten, validate, validate_together
-from experiments import ablations, choose, esci, longer, main_table, results, search, study, table
+from agrl_jax.evaluation.metrics import Judgements
+from agrl_jax.runtime.config import ConfigError, check_guidance, flatten, validate, validate_together
+from agrl_jax.training.run import first_batch
+from experiments import (
+    ablations,
+    choose,
+    esci,
+    language_model,
+    language_model_long,
+    longer,
+    main_table,
+    results,
+    search,
+    study,
+    table,
+)  # fmt: skip
 from experiments import run as run_sweep
 
 ROOT = Path(__file__).parent.parent
-SWEEPS = (main_table.SWEEP, longer.SWEEP, search.SWEEP, ablations.SWEEP, esci.SWEEP)
+PLAN = language_model.PLAN
+SWEEPS = (
+    main_table.SWEEP, longer.SWEEP, search.SWEEP, ablations.SWEEP, esci.SWEEP, PLAN.search, PLAN.sweep,
+    language_model_long.SWEEP,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: sweep.name)
@@ -35,6 +53,7 @@ def test_every_run_of_a_sweep_has_a_config_in_order(sweep: study.Sweep) -> None:
         validate(config)
         recipes.check(config)
         validate_together(config)
+        check_guidance(config, 64_000)
         assert config.seed == seed and config.method in study.LABELS
         assert sweep.fields(run).items() <= flatten(config).items()
         assert config.method != "sft" or config.rl.steps == 0
@@ -45,6 +64,24 @@ def test_runs_share_a_warm_start_exactly_if_they_differ_after_it_alone() -> None
     assert all(start == starts["agrl"] for start in starts.values())
     assert study.start_of(ablations.get_config("tier_first")) != starts["agrl"]
     assert study.start_of(main_table.get_config("agrl,seed=1")) != starts["agrl"]
+
+
+def test_a_warm_start_is_another_where_an_argument_of_the_command_changes_it() -> None:
+    config = main_table.get_config("agrl")
+    start = study.start_digest(config, [])
+    assert start == study.start_digest(config, ["--config.rl.steps=3"])  # what comes after it
+    assert start != study.start_digest(config, ["--config.sft.steps=3"])
+    moved = [study.start_digest(config, [f"--config.data.test_path={folder}/esci.csv"]) for folder in ("/a", "/b")]
+    assert moved[0] == moved[1] != start
+
+
+def test_more_of_the_same_goes_on_with_the_next_pairs() -> None:
+    config = PLAN.get_config("all/sft_more")
+    assert (config.sft.steps, config.sft.batch_size) == (1200, 16)
+    config.more.batch_size = 8
+    assert first_batch(config) == 2400
+    config.more.source = "train"
+    assert first_batch(config) == 0  # pairs in an order of their own
 
 
 def test_every_method_has_the_same_search() -> None:
@@ -177,6 +214,71 @@ def test_a_difference_is_one_over_the_seeds_that_both_have(monkeypatch: pytest.M
     assert {run: float(of["macro_f1"][0]) for run, of in differences.items()} == {"grpo": 15 - 1.5, "dpo": 20 - 4}
 
 
+def test_the_language_model_is_searched_first_and_then_seed_by_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, jobs = dataclasses.replace(PLAN, results=tmp_path), []
+    cost = {"steps": 60, "forward_equivalents": language_model.BUDGET // 2}
+    best = {"slow": 0.5, "centre": 0.4, "fast": 0.3}
+
+    def made(sweep: study.Sweep, *args: object) -> int:
+        jobs.extend(args[3])
+        return 0
+
+    def read(sweep: study.Sweep) -> dict:
+        assert jobs == list(plan.search.jobs()) and len(jobs) == 9
+        return {run: {0: fake([best[run.split(".")[1]]] * 3) | {"cost": cost}} for run in sweep.runs}
+
+    monkeypatch.setattr(run_sweep, "run", made)
+    monkeypatch.setattr(results, "read", read)
+    assert plan.run(tmp_path, 1, ["scarce", "head"], []) == 0
+    after = jobs[9:]
+    assert [seed for _, seed in after] == [0] * 15 + [1] * 15 + [2] * 15
+    assert {run for run, seed in after[:7]} == {f"scarce/{name}" for name in language_model.REGIMES["scarce"][1]}
+    slow = {"rl.learning_rate": 3e-6, "rl.steps": 120}  # whose schedule ends with the whole budget
+    assert json.loads(plan.tuned.read_text())["agrl"] == slow
+    assert slow.items() <= plan.sweep.fields("head/rrs").items()  # as its neighbour
+    assert flatten(plan.get_config("scarce/dpo,seed=1"))["dpo.learning_rate"] == 3e-6
+    assert plan.search.fields("search/agrl.fast")["rl.learning_rate"] == 3e-5
+    assert "| agrl | slow | 0.5000 | chosen |" in (tmp_path / "language_model/search/table.md").read_text()
+
+
+def test_a_failed_search_stops_the_study_of_the_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr(run_sweep, "run", lambda *args: called.append(args) or 1)
+    assert dataclasses.replace(PLAN, results=tmp_path).run(tmp_path, 1, ["head"], []) == 1 == len(called)
+
+
+def test_runs_share_the_files_of_a_warm_start_and_lose_only_their_own_checkpoints(tmp_path: Path) -> None:
+    start, workdir = tmp_path / "start", tmp_path / "run"
+    for file in ("scorecard.json", "checkpoints/sft_end/0/params", "checkpoints/sft/20/state"):
+        (start / file).parent.mkdir(parents=True, exist_ok=True)
+        (start / file).write_text(file)
+    run_sweep._share(start, workdir)
+    shared = "checkpoints/sft_end/0/params"
+    assert (workdir / shared).samefile(start / shared) and not (workdir / "checkpoints" / "sft").exists()
+    (workdir / "checkpoints" / "rl" / "3").mkdir(parents=True)
+    run_sweep._delete_checkpoints(workdir)
+    assert [folder.name for folder in (workdir / "checkpoints").iterdir()] == ["sft_end"]
+    assert (start / "checkpoints/sft/20/state").exists()
+
+
+def test_words_held_out_of_training_are_told_apart() -> None:
+    right, wrong, rules = 0, 1, results.rules({"rulebook": {"path": "four_tier", "order": "think_then_respond"}})
+    unknown = np.full((4, len(rules.steps)), -1)
+    judged = Judgements(
+        query=list("abcd"), family=["all"] * 4, seen=np.array([True, True, False, False]), tier=np.zeros(4, int),
+        predicted=np.array([right, right, right, wrong]), steps=unknown, predicted_steps=unknown,
+        probs=np.full((4, 4), 0.25), well_formed=np.ones(4, bool), truncated=np.zeros(4, bool),
+        consistent=np.ones(4, bool), response_tokens=np.ones(4, int),
+    )  # fmt: skip
+    found = {"sft": {0: {"diverged": False, "judged": {"b_eval": judged},
+                         "rulebook": {"path": "four_tier", "order": "think_then_respond"}}}}  # fmt: skip
+    shown = table._held_out("b_eval", found, bootstrap=0)
+    row = dict(zip(shown.columns, shown.rows[0], strict=True))
+    assert (row["seen (2): accuracy"], row["unseen (2): accuracy"]) == ("1.000", "0.500")
+
+
 def fake(macro_f1: list[float], diverged: bool = False) -> dict:
     points = [{"step": 10 * i, "tokens": 1e5 * i, "macro_f1": value} for i, value in enumerate(macro_f1, start=1)]
     return {"validation": points, "diverged": diverged}
@@ -205,5 +307,5 @@ def test_the_search_chooses_by_the_last_validations_and_never_what_diverged(monk
     del found["agrl.kl"]
     assert set(choose.choose()[0]) == set(search.SEARCHED) - {"agrl"}
     found.clear()
-    with pytest.raises(ConfigError, match="no method has been searched"):
+    with pytest.raises(ConfigError, match="no method of search has been searched"):
         choose.choose()

@@ -354,9 +354,16 @@ def _continue_sft(run: Run, reference: Weights) -> Weights:
     program = continued_sft_program(config, run.mesh, run.model, reference, blanks)
     state, spent = _restored(run, "rl", program)
     (base,) = program.fixed
-    batches = pipeline.batches(split, config.more.batch_size, config.seed, start=int(state.step))
+    first = first_batch(config) + int(state.step)
+    batches = pipeline.batches(split, config.more.batch_size, config.seed, start=first)
     state = _run_stage(run, "rl", program, state, spent, batches, SUPERVISED_FIGURES, _validation(run, base))
     return Weights(state.params, base)
+
+
+def first_batch(config: ConfigDict) -> int:
+    """The batch with which more supervised training begins: on the pairs of the warm start, where that ended."""
+    met = config.sft.steps * config.sft.batch_size if config.more.source == "sft" else 0
+    return met // config.more.batch_size
 
 
 def _validation(run: Run, base: Params | None) -> After:

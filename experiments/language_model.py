@@ -1,0 +1,221 @@
+"""The evidence on a language model, SmolLM2-135M-Instruct: every method after each of three warm starts.
+
+    python -m experiments.language_model [--config.data.test_path=PAIRS.csv]
+
+One command searches the settings, makes every run that is missing, and writes the tables after each of them. It can be
+stopped at any point, by Ctrl-C or `--minutes=N`, and given again. The first seed of all methods comes first. A run
+takes about half an hour of two cores, all of them more than a day. PAIRS.csv holds real pairs, which no run is trained
+on: they are judged beside the benchmark, as the split `test`.
+
+The regimes differ in what the warm start learns from, and RL after it:
+
+    scarce  500 pairs with steps; the other pairs have the tier alone, as most real ones do
+    head    the head of the distribution of queries; RL sees all of it, with steps
+    all     every pair with its steps
+
+The results lie in `experiments/results/language_model/REGIME/`. A single run by hand:
+
+    python -m agrl_jax.main --config=experiments/language_model.py:scarce/agrl,seed=0 --workdir=runs/scarce
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from agrl_jax import recipes
+from agrl_jax.runtime import markdown
+from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
+from agrl_jax.runtime.console import say
+from agrl_jax.runtime.files import write_text
+from experiments import choose, run, study, table
+from experiments.study import Sweep
+
+BUDGET = 900_000  # forward-equivalent tokens of each run after the warm start: some 120 steps of AGRL
+SEEDS = (0, 1, 2)
+Fields = Mapping[str, Any]
+
+# What the regimes change, and their methods with what these change.
+_TIERS = "tier, steps of 500"
+REGIMES: dict[str, tuple[Fields, Mapping[str, Fields]]] = {
+    "scarce": (
+        {
+            "data.steps_known": 500, "sft.source": "known", "sft.steps": 200,
+            "guidance.source": "own", "guidance.threshold": 0.25,
+        },
+        {
+            "sft": {"labels": "steps of 500"}, "sft_more": {"labels": "steps of 500"},
+            "sft_tiers": {"method": "sft_all", "labels": _TIERS, "more.steps": 230},  # the policy fills in the steps
+            "sft_sum": {"method": "sft_all", "labels": _TIERS, "more.steps": 230, "sft.unknown_steps": "sum"},
+            "dpo": {}, "grpo": {}, "agrl": {"labels": _TIERS},
+        },
+    ),
+    "head": (
+        {"sft.steps": 320},
+        {method: {} for method in ("sft", "sft_more", "dpo", "grpo", "grpo_pr", "rrs", "agr", "agrl")},
+    ),
+    "all": (
+        {"sft.source": "train", "sft.steps": 1200},
+        {"sft": {}, "sft_more": {"labels": "tier, steps"}, "dpo": {}, "grpo": {}, "agrl": {}},
+    ),
+}  # fmt: skip
+
+# The search: the rates of the three methods that differ most, one seed, after the warm start on the head.
+_RATES = {"slow": 3e-6, "centre": 1e-5, "fast": 3e-5}
+SEARCHED = {
+    method: {setting: {f"{branch}.learning_rate": rate} for setting, rate in _RATES.items()}
+    for method, branch in (("dpo", "dpo"), ("grpo", "rl"), ("agrl", "rl"))
+}
+NEIGHBOURS = {"grpo_pr": "grpo", "rrs": "agrl", "agr": "agrl"}  # whose settings the methods take that are not searched
+
+
+def base(times: int = 1) -> ConfigDict:
+    """SmolLM2 asked tersely, trained in all its weights; what comes after the warm start `times` as long."""
+    c = recipes.language_model()
+    c.data.update(style="terse", prompt_len=64, response_len=32)  # the longest gold answer has 30 tokens
+    c.reward.overlong_from = 31
+    c.policy.update(pretrained="smollm2", compute_dtype="float32", remat=False)
+    c.objective.logprob_chunk = 0
+    c.sft.update(batch_size=16, learning_rate=1.5e-4)
+    c.rl.update(steps=120 * times, batch_size=16, group_size=4, learning_rate=1e-5, warmup=10, budget=BUDGET * times)
+    c.guidance.replace = 2
+    c.dpo.update(mined=768 * times, steps=130 * times, batch_size=16, learning_rate=1e-5, warmup=10)
+    c.more.update(steps=315 * times, batch_size=16, learning_rate=5e-5, warmup=10)
+    c.eval.update(every=40 * times, pairs=500, validation_pairs=256, pass_pairs=0, batch_size=32, bootstrap=0)
+    c.checkpoint.update(every=60, keep=1)  # each takes 1.6 GB
+    c.log.samples_every = 40
+    return c
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The study, under a name, with runs so many times as long."""
+
+    name: str
+    file: str  # where its `get_config` is
+    times: int = 1
+    results: Path = study.RESULTS
+
+    @property
+    def sweep(self) -> Sweep:
+        """All runs but the search's, as REGIME/METHOD."""
+        runs = {f"{regime}/{name}": fields for regime in REGIMES for name, fields in self._runs(regime).items()}
+        return self._sweep(self.name, runs, SEEDS, self.tuned)
+
+    @property
+    def search(self) -> Sweep:
+        """Half as long, as search/METHOD.SETTING."""
+        half = {
+            "rl.budget": self.times * BUDGET // 2, "rl.steps": 60 * self.times, "dpo.steps": 65 * self.times,
+            "dpo.mined": 384 * self.times, "eval.every": 20 * self.times,
+        }  # fmt: skip
+        runs = {
+            f"search/{method}.{setting}": {"method": method, **REGIMES["head"][0], **half, **fields}
+            for method, settings in SEARCHED.items()
+            for setting, fields in settings.items()
+        }
+        return self._sweep(self.name, runs, SEEDS[:1], None)
+
+    def part(self, whole: Sweep, name: str) -> Sweep:
+        """The runs of one regime, or of the search, as a sweep of its own, under their own names."""
+        runs = {run.partition("/")[2]: fields for run, fields in whole.runs.items() if run.startswith(f"{name}/")}
+        return dataclasses.replace(whole, name=f"{self.name}/{name}", runs=runs)
+
+    def _runs(self, regime: str) -> dict[str, Fields]:
+        shared, methods = REGIMES[regime]
+        runs = {name: {"method": name, **shared, **fields} for name, fields in methods.items()}
+        for fields in runs.values():
+            if "more.steps" in fields:  # filling in costs tokens, so that the budget lets fewer through
+                fields["more.steps"] *= self.times
+        return runs
+
+    def _sweep(self, name: str, runs: Mapping[str, Fields], seeds: tuple[int, ...], tuned: Path | None) -> Sweep:
+        return Sweep(name, runs, seeds, tuned, base=lambda: base(self.times), results=self.results,
+                     keep_checkpoints=False)  # fmt: skip
+
+    @property
+    def tuned(self) -> Path:
+        """Where what the search chose stands."""
+        return self.results / self.name / "tuned.json"
+
+    def get_config(self, arg: str | None = None) -> ConfigDict:
+        """The config of one run: `REGIME/METHOD,seed=K`, or of the search, `search/METHOD.SETTING`."""
+        sweep = self.search if arg and arg.startswith("search/") else self.sweep
+        return sweep.get_config(arg)
+
+    def jobs(self, regimes: Sequence[str]) -> Iterator[list[tuple[str, int]]]:
+        """The runs of the study, in pieces that share a warm start: all regimes of a seed before the next seed."""
+        for seed in SEEDS:
+            for regime in regimes:
+                yield [(f"{regime}/{name}", seed) for name in REGIMES[regime][1]]
+
+    def choose(self) -> None:
+        """Writes what the search chose, and what it tried."""
+        search = self.part(self.search, "search")
+        fields, rows = choose.choose(search, SEARCHED, self.times * BUDGET)
+        fields |= {name: fields[other] for name, other in NEIGHBOURS.items() if other in fields}
+        if self.tuned.exists() and json.loads(self.tuned.read_text()) == fields:
+            return
+        cells = [[str(method), setting, f"{value:.4f}", chosen] for method, setting, value, chosen in rows]
+        tried = markdown.table(["method", "setting", "validation macro-F1", ""], cells)
+        folder = self.results / search.name
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "table.md", f"# search\n\n{tried}\n")
+        write_text(self.tuned, json.dumps(fields, indent=1) + "\n")
+
+    def tables(self, regimes: Sequence[str], bootstrap: int = 1000) -> None:
+        """Writes the tables of the regimes, as far as their results go."""
+        for regime in regimes:
+            sweep = self.part(self.sweep, regime)
+            if any(sweep.result(*job).exists() for job in sweep.jobs()):
+                table.write(sweep, bootstrap)
+
+    def run(self, folder: Path, workers: int, regimes: Sequence[str], overrides: Sequence[str]) -> int:
+        """Makes what is missing; returns how many runs failed."""
+        failed = run.run(self.search, self.file, folder, workers, list(self.search.jobs()), overrides)
+        if failed:
+            return failed  # without its settings no other run is worth its time
+        self.choose()
+        for jobs in self.jobs(regimes):
+            failed += run.run(self.sweep, self.file, folder, workers, jobs, overrides, lambda: self.tables(regimes))
+        self.tables(regimes)
+        return failed
+
+
+PLAN = Plan("language_model", __file__)
+SWEEP = PLAN.sweep
+get_config = PLAN.get_config
+
+
+def main(argv: list[str], plan: Plan = PLAN) -> None:
+    """Exit code 2 for a regime that is not there, 1 where runs failed, 130 where stopped by Ctrl-C or in time."""
+    run.define_flags()
+    flags.DEFINE_list("regimes", list(REGIMES), "Which, in their order.")
+    overrides = [word for word in argv if word.startswith("--config.")]
+    parse_flags([word for word in argv if word not in overrides])
+    values = flags.FLAGS
+    plan = dataclasses.replace(plan, results=Path(values.results).resolve())
+    run.stop_when_told()
+    try:
+        if unknown := [name for name in values.regimes if name not in REGIMES]:
+            raise ConfigError(f"--regimes={unknown[0]}: there are {', '.join(REGIMES)}")
+        failed = plan.run(Path(values.dir).resolve(), values.workers, values.regimes, overrides)
+    except ConfigError as error:
+        exit_with(error)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        raise SystemExit(130) from None
+    say(f"the tables are in {plan.results / plan.name}")
+    raise SystemExit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv)
