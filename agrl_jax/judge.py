@@ -22,6 +22,10 @@ Every answer can be read, even an untrained policy's. Without free text in the r
 the answer are scored at once and the likeliest is taken; with it, answers are sampled greedily from the tokens that
 lead to a well-formed response. A command that was stopped, however, goes on where it was when it is given again.
 
+Input, output and checkpoint may be in a bucket: gs://BUCKET/pairs.parquet. Several machines share a file by
+`--shard=1/8` to `--shard=8/8`, each with an output of its own: one after the other, these hold the rows of the whole. A
+model that is too large for one device is split over four by `--mesh.tensor=4`.
+
 Training fits a temperature of the probabilities on its validation pairs, and finds whether the stated or the
 likeliest tier is the better there: `judge_tier` is that one. For any other model, `--fit_temperature=labelled.csv`
 does so, and keeps it with the checkpoint; until then probabilities are as they are, and the tier is the stated one.
@@ -57,6 +61,7 @@ def _define_flags() -> None:
     flags.adopt_module_key_flags(checkpoint_flags)  # so that --help shows them
     flags.DEFINE_string("input", None, "A .csv, .tsv, .jsonl or .parquet file with the columns query and title.")
     flags.DEFINE_string("output", None, "Where to write the judged rows; likewise.")
+    flags.DEFINE_string("shard", "1/1", "i/n: judge piece i of n pieces of the file, 1/8 to 8/8 by eight machines.")
     flags.DEFINE_bool("overwrite", False, "Replace an output that exists, and what another judge or input has begun.")
     flags.DEFINE_string("prefix", PREFIX, "Of the columns that are added.")
     flags.DEFINE_string("fit_temperature", None, "Labelled pairs: fit the temperature of the probabilities likewise.")
@@ -69,11 +74,15 @@ def _define_flags() -> None:
 def run(values: flags.FlagValues) -> None:
     """Does what the flags ask for."""
     from agrl_jax.data.format import PairsFormat  # after the flags: JAX takes seconds to start
-    from agrl_jax.judging.files import check_free, judge_file
+    from agrl_jax.judging.files import check_free, judge_file, parse_shard
     from agrl_jax.runtime import processes
     from agrl_jax.runtime.console import say
+    from agrl_jax.runtime.files import check_bucket
 
     processes.require_one("judges")
+    shard = parse_shard(values.shard)
+    for path in filter(None, (values.input, values.output, values.checkpoint)):
+        check_bucket(path)
     if values.output:
         check_free(values.output, values.overwrite)  # before a model is loaded
     form = PairsFormat.parse(values.columns, values.labels, values.bins)
@@ -87,7 +96,8 @@ def run(values: flags.FlagValues) -> None:
             f"{fitted.macro_f1_before:.3f} without")  # fmt: skip
     say(_how(judge))
     if values.input:
-        say(str(judge_file(judge, values.input, values.output, values.prefix, values.overwrite, form.columns)))
+        names = (values.input, values.output, values.prefix)
+        say(str(judge_file(judge, *names, values.overwrite, form.columns, shard)))
         say(f"written to {values.output}")
 
 

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
 
 from agrl_jax.data.bundled import benchmark, catalog
 from agrl_jax.policy.layers import PolicyConfig
@@ -147,6 +149,22 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(catalog, "splits", lambda seed: make(seed, dict.fromkeys(catalog.SIZES, 1000)))
         benchmark.builder(folder)
     return folder
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A bucket in memory, in place of Google's: its name, as paths begin."""
+
+    class Bucket(MemoryFileSystem):
+        protocol, store, pseudo_dirs = "gcs", {}, [""]
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            path = str(path).removeprefix("gs://").strip("/")
+            return f"/{path}" if path else ""
+
+    monkeypatch.setattr(epath.backend.fsspec_backend, "_get_filesystem", lambda name: Bucket())
+    return "gs://bucket"
 
 
 @pytest.fixture(scope="module")

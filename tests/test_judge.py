@@ -18,17 +18,20 @@ import pandas
 import pyarrow.parquet as pq
 import pytest
 import quick
+from etils import epath
 from workdirs import make_workdir
 
+from agrl_jax.data import rows as rows_module
 from agrl_jax.data.pairs import PairsError
 from agrl_jax.data.rows import OutputError
 from agrl_jax.judging import cuts, engine, trained
 from agrl_jax.judging.cuts import CutsError
 from agrl_jax.judging.engine import Judge
-from agrl_jax.judging.files import judge_file
+from agrl_jax.judging.files import judge_file, parse_shard
 from agrl_jax.judging.trained import Settings, TrainedError
 from agrl_jax.rulebook import book, wording
 from agrl_jax.runtime.checkpoint import CheckpointError
+from agrl_jax.runtime.config import ConfigError
 
 ROOT = Path(__file__).parent.parent
 BATCH = 4
@@ -289,6 +292,91 @@ def test_a_file_without_titles_is_refused(judge: Judge, tmp_path: Path) -> None:
         judge_file(judge, str(write_csv(tmp_path / "in.csv", [{"query": "a", "name": "b"}])), str(tmp_path / "o.csv"))
 
 
+def test_equal_pairs_are_judged_once(judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [*some_rows(2), *some_rows(2), {"query": "shoes  0", "title": "Nike", "price": 0.5}]  # the last as the first
+    started, start = [], judge._start
+    monkeypatch.setattr(judge, "_start", lambda prompts: started.append(len(prompts)) or start(prompts))
+    before, told = judge.repeated, []
+    judged = judge.judge(rows, told.append)
+    assert (started, judge.repeated - before, told) == ([2], 3, [3, 2])
+    assert judged[:2] == judged[2:4] and judged[4] == judged[0] != judged[1]
+    summary = judge_file(judge, str(write_csv(tmp_path / "in.csv", rows[:4])), str(tmp_path / "out.csv"))
+    assert "rows equal to another of their chunk, which were judged once: 2" in str(summary)
+
+
+# Shards and buckets
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_shards_one_after_the_other_are_the_whole(judge: Judge, tmp_path: Path, kind: str) -> None:
+    rows = [*some_rows(6), {"query": "", "title": "no query", "price": "1"}]
+    table = pandas.DataFrame(rows)
+    source = tmp_path / f"in.{kind}"
+    if kind == "parquet":
+        table.to_parquet(source, row_group_size=2)
+    elif kind == "csv":
+        table.to_csv(source, index=False)
+    else:
+        table.to_json(source, orient="records", lines=True)
+
+    def judged(name: str, shard: tuple[int, int]) -> tuple[str, list[dict]]:
+        output = tmp_path / f"{name}.{kind}"
+        summary = judge_file(judge, str(source), str(output), shard=shard)
+        return str(summary), [row.record for row in rows_module.open_rows(output).rows()]
+
+    whole = judged("whole", (1, 1))[1]
+    parts = [judged(f"part{i}", (i, 3)) for i in (1, 2, 3)]
+    assert [len(part) for _, part in parts] == [2, 2, 3]
+    assert "row 7: query is empty" in parts[2][0]  # by its number in the file
+    together = [row for _, part in parts for row in part]
+    assert [row["query"] for row in together] == [row["query"] for row in rows]
+    for one, other in zip(together, whole, strict=True):
+        assert list(one) == list(other)
+        for name, value in one.items():
+            near = "_prob_" in name and value not in (None, "")
+            assert (float(value) == pytest.approx(float(other[name]), abs=1e-5)) if near else value == other[name]
+
+
+def test_the_work_of_another_shard_is_not_gone_on_with(judge: Judge, tmp_path: Path) -> None:
+    source = str(write_csv(tmp_path / "in.csv", some_rows(4)))
+    identity = judge.identity | {"input": rows_module.open_rows(source).digest, "columns": {}, "shard": [1, 2]}
+    (tmp_path / "other.csv.partial").write_text(json.dumps(identity) + "\n")
+    with pytest.raises(OutputError, match=r"another shard\)"):
+        judge_file(judge, source, str(tmp_path / "other.csv"), shard=(2, 2))
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/4/2", "-1/4"])
+def test_a_shard_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"--shard={text}: should be i/n with i from 1 to n, such as 1/8"):
+        parse_shard(text)
+
+
+def test_a_bucket_s_files_are_judged_as_local_ones(
+    judge: Judge, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    source = write_csv(tmp_path / "in.csv", some_rows(9))
+    epath.Path(f"{bucket}/in.csv").write_bytes(source.read_bytes())
+    output = f"{bucket}/deep/in/it/out.csv"
+    judge_file(judge, str(source), str(tmp_path / "out.csv"))
+
+    def stopping(rows: list, *advance: object) -> list:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(judge, "judge", stopping)
+        judge_file(judge, f"{bucket}/in.csv", output)
+    assert len(list(tmp_path.glob("agrl_jax-*.partial"))) == 1
+    judge_file(judge, f"{bucket}/in.csv", output)
+    assert epath.Path(output).read_bytes() == (tmp_path / "out.csv").read_bytes()
+    assert not list(tmp_path.glob("agrl_jax-*"))
+    assert [path.name for path in epath.Path(output).parent.iterdir()] == ["out.csv"]
+    with pytest.raises(OutputError, match="exists already"):
+        judge_file(judge, f"{bucket}/in.csv", output)
+    with pytest.raises(OutputError, match="is the input"):
+        judge_file(judge, f"{bucket}/in.csv", f"{bucket}/in.csv")
+
+
 # Cut points
 
 
@@ -410,6 +498,49 @@ def test_the_command_judges_a_file(workdir: Path, tmp_path: Path) -> None:
     assert "judged 24 of 24 rows" in done.stdout and str(output) in done.stdout
     with output.open(newline="") as file:
         assert all(row["judge_tier"] for row in csv.DictReader(file))
+
+
+FOUR_DEVICES = """
+import json, sys
+import jax
+from agrl_jax import judge
+from agrl_jax.judging import checkpoint_flags
+
+load, loaded = checkpoint_flags.load, []
+checkpoint_flags.load = lambda *given: loaded.append(load(*given)) or loaded[-1]
+judge.main(["judge", *sys.argv[1:]])
+split = [leaf.addressable_shards[0].data.size / leaf.size for leaf in jax.tree.leaves(loaded[0]._loaded.params)]
+print(min(split), sum(size < 1 for size in split))
+"""
+
+
+@pytest.mark.slow
+def test_a_model_over_four_devices_judges_as_on_one(workdir: Path, judge: Judge, tmp_path: Path) -> None:
+    source = write_csv(tmp_path / "in.csv", some_rows(6))
+    environment = os.environ | quick.ENVIRONMENT
+    environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"
+    done = subprocess.run(
+        [sys.executable, "-c", FOUR_DEVICES, f"--checkpoint={workdir}", f"--input={source}", "--mesh.tensor=4",
+         f"--output={tmp_path}/out.jsonl", f"--batch_size={BATCH}", "--prompt_len=32"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    smallest, number = done.stdout.splitlines()[-1].split()
+    assert float(smallest) == 0.25 and int(number) >= 4  # vocabulary and feed-forward; norms are whole
+    judged = [json.loads(line) for line in (tmp_path / "out.jsonl").open()]
+    for one, expected in zip(judged, judge.judge(some_rows(6)), strict=True):
+        assert (one["judge_tier"], one["judge_response"]) == (expected.tier, expected.response)
+        assert [one[f"judge_prob_{name}"] for name in expected.probs] == pytest.approx(
+            list(expected.probs.values()), abs=1e-4
+        )
+
+
+def test_a_mesh_that_cannot_be_is_refused(workdir: Path, tmp_path: Path) -> None:
+    files = ("--input=examples/pairs.csv", f"--output={tmp_path}/out.csv")
+    done = command(f"--checkpoint={workdir}", *files, "--mesh.tensor=3")
+    assert done.returncode == 2
+    said = "mesh.data=-1, mesh.fsdp=1, mesh.tensor=3: cannot be laid over 1 device"
+    assert done.stderr.strip() == f"error: {said}"
 
 
 def test_the_command_refuses_in_one_message(workdir: Path) -> None:

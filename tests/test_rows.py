@@ -31,6 +31,29 @@ def texts(path: Path, column: str) -> list[tuple[str | None, str]]:
     return [(row.record.get(column), row.error) for row in open_rows(path).rows()]
 
 
+# Shards
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
+def test_shards_are_the_rows_in_their_order(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agrl_jax.data.rows._BLOCK", 2)  # so that a row group takes several blocks
+    titles = [str(i) for i in range(11)]
+    if name == "a.parquet":
+        pq.write_table(pa.table({"title": titles}), tmp_path / name, row_group_size=3)
+    else:
+        line = "{}\n" if name == "a.csv" else '{{"title": "{}"}}\n'
+        write(tmp_path / name, "title\n" * (name == "a.csv") + "".join(map(line.format, titles)))
+    file = open_rows(tmp_path / name)
+    for number in range(1, 14):
+        shards = [file.shard(index, number) for index in range(number)]
+        assert [row.record["title"] for shard in shards for row in shard.rows()] == titles
+        assert [title for shard in shards for table in shard.tables() for title in table["title"].to_pylist()] == titles
+        counts = [len(list(shard.rows())) for shard in shards]
+        assert counts == [shard.count for shard in shards] and max(counts) - min(counts) <= 1
+    halves = file.shard(1, 2).shard(0, 2)  # of rows 5 to 10 the first half
+    assert (halves.first, [row.record["title"] for row in halves.rows()]) == (5, ["5", "6", "7"])
+
+
 # Reading
 
 

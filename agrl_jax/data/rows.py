@@ -25,7 +25,7 @@ from etils import epath
 
 from agrl_jax.data.cells import is_unicode, plain
 from agrl_jax.hints import did_you_mean
-from agrl_jax.runtime.files import OutputError, in_one_piece
+from agrl_jax.runtime.files import OutputError, in_one_piece, is_remote
 
 KINDS = (".csv", ".tsv", ".jsonl", ".parquet")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -69,6 +69,12 @@ class RowFile:
     schema: pa.Schema  # its columns in their order
     digest: str  # sha256 of its bytes
     delimiter: str = ""  # between the cells of CSV and TSV
+    first: int = 0  # rows of the file that come before these
+
+    def shard(self, index: int, number: int) -> RowFile:
+        """Piece `index` from 0 of `number` pieces: as many rows in each as can be, in the order of the file."""
+        start, end = (self.count * place // number for place in (index, index + 1))
+        return dataclasses.replace(self, first=self.first + start, count=end - start)
 
     @property
     def names(self) -> list[str]:
@@ -84,9 +90,8 @@ class RowFile:
     def tables(self) -> Iterator[pa.Table]:
         """The rows in blocks, in the types of the schema."""
         if _kind(self.path) == ".parquet":
-            with self.path.open("rb") as stream, pq.ParquetFile(stream) as file:
-                for batch in file.iter_batches(_BLOCK):
-                    yield pa.Table.from_batches([batch]).cast(self.schema)
+            for batch in self._batches():
+                yield pa.Table.from_batches([batch]).cast(self.schema)
             return
         rows = self._text_rows()
         while block := list(itertools.islice(rows, _BLOCK)):
@@ -97,7 +102,22 @@ class RowFile:
             yield pa.table(columns, schema=self.schema)
 
     def _text_rows(self) -> Iterator[Row]:
-        return _csv_rows(self.path, self.delimiter) if self.delimiter else _json_rows(self.path)
+        rows = _csv_rows(self.path, self.delimiter) if self.delimiter else _json_rows(self.path)
+        return itertools.islice(rows, self.first, self.first + self.count)
+
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        """The rows of a Parquet file. Of its row groups only those that hold some are read."""
+        with self.path.open("rb") as stream, pq.ParquetFile(stream) as file:
+            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            starts = list(itertools.accumulate(sizes, initial=0))
+            groups = [
+                i for i in range(len(sizes)) if starts[i] < self.first + self.count and self.first < starts[i + 1]
+            ]
+            skip, left = self.first - starts[groups[0]] if groups else 0, self.count
+            for batch in file.iter_batches(_BLOCK, row_groups=groups) if groups else ():
+                part = batch.slice(min(skip, len(batch)), left)
+                skip, left = max(0, skip - len(batch)), left - len(part)
+                yield part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -464,7 +484,7 @@ def check_output(path: str | Path, source: RowFile, added: pa.Schema) -> None:
         _kind(path)
     except PairsError as error:
         raise OutputError(str(error)) from None
-    if not path.parent.is_dir():
+    if not is_remote(path) and not path.parent.is_dir():
         raise OutputError(f"{path}: there is no folder {path.parent}")
     if path.exists() and path.resolve() == source.path.resolve():
         raise OutputError(f"{path}: is the input; name another output")

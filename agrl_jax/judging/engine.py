@@ -57,6 +57,7 @@ class Judge:
     ) -> None:
         mesh = mesh or sharding.make_mesh()
         self._loaded, self.book = loaded, loaded.book
+        self.repeated = 0  # pairs so far that were equal to another of their call, and so not judged once more
         self._made_for = trained.identity(loaded.book, loaded.params)
         self.calibration = probabilities.load(loaded.calibration_file, loaded.checkpoint, loaded.book)
         self._cuts = cuts.load(loaded.cuts_file, self._tiers, self._cuts_made_for) if use_cuts else None
@@ -127,8 +128,8 @@ class Judge:
     def judge(self, rows: Source, advance: Callable[[int], None] = lambda rows: None) -> list[Judgement]:
         """Judges rows with a `query`, a `title`, and optional texts of the item: records, or a frame.
 
-        A row that cannot be judged has an `error`; the others do not depend on it. `advance` is told after each batch
-        how many more rows are done.
+        Rows with the same prompt are judged once, and counted in `repeated`. A row that cannot be judged has an
+        `error`; the others do not depend on it. `advance` is told after each batch how many more rows are done.
         """
         answers = self._answers(records_of(rows), advance)
         return [Judgement(error=one) if isinstance(one, str) else self._judgement(one) for one in answers]
@@ -226,8 +227,11 @@ class Judge:
         loaded = self._loaded
         prompts = list(pipeline.prompts(pairs, self.book, loaded.tokenizer, loaded.prompt_len, loaded.style))
         found: list[Any] = [_error(*each, loaded.prompt_len) for each in zip(rows, pairs, prompts, strict=True)]
-        advance(sum(map(bool, found)))
-        good = sorted((i for i, error in enumerate(found) if not error), key=lambda i: len(prompts[i].tokens))
+        asked = {i: tuple(prompts[i].tokens) for i, error in enumerate(found) if not error}
+        first = {tokens: i for i, tokens in reversed(asked.items())}  # the first row with a prompt stands for all
+        self.repeated += len(asked) - len(first)
+        advance(len(rows) - len(first))
+        good = sorted(first.values(), key=lambda i: (len(prompts[i].tokens), i))
         batches = [good[first : first + self.batch_size] for first in range(0, len(good), self.batch_size)]
         # All are started before the first is awaited.
         answers = [self._start([prompts[i].tokens for i in batch]) for batch in batches]
@@ -237,6 +241,8 @@ class Judge:
             for place, i in enumerate(batch):
                 found[i] = {name: value[place] for name, value in answer.items()}
             advance(len(batch))
+        for i, tokens in asked.items():
+            found[i] = found[first[tokens]]
         return found
 
     def _judgement(self, answer: Mapping[str, np.ndarray]) -> Judgement:

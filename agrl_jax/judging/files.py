@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import re
+import tempfile
 import textwrap
 import time
 from collections import Counter
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from etils import epath
 
 from agrl_jax.data import rows
 from agrl_jax.data.cells import TEXTS
@@ -20,8 +24,9 @@ from agrl_jax.judging import PREFIX, trained
 from agrl_jax.judging.cuts import CutsError
 from agrl_jax.judging.engine import Judge, Judgement
 from agrl_jax.rulebook.book import RuleBook
+from agrl_jax.runtime.config import ConfigError
 from agrl_jax.runtime.console import progress
-from agrl_jax.runtime.files import check_writable
+from agrl_jax.runtime.files import check_writable, is_remote
 
 _LISTED = 10  # bad rows named in the summary
 _ERROR_WIDTH = 200  # of each
@@ -32,12 +37,14 @@ USER_ERRORS = (*trained.LOAD_ERRORS, CutsError, PairsError, OutputError)  # show
 class Summary:
     """What became of the rows of a file."""
 
+    first: int = 0  # rows of the file that come before them
     rows: int = 0
     tiers: Counter[str] = field(default_factory=Counter)
     inconsistent: int = 0
     disagreeing: int = 0
     bad: list[tuple[int, str]] = field(default_factory=list)  # number (the first row is 1) and error; the first few
     bad_rows: int = 0
+    repeated: int = 0  # of those that were judged now
 
     def add(self, judgement: Mapping[str, Any]) -> None:
         """Counts the next row."""
@@ -45,7 +52,8 @@ class Summary:
         if judgement["error"]:
             self.bad_rows += 1
             if self.bad_rows <= _LISTED:
-                self.bad.append((self.rows, textwrap.shorten(judgement["error"], _ERROR_WIDTH, placeholder="…")))
+                error = textwrap.shorten(judgement["error"], _ERROR_WIDTH, placeholder="…")
+                self.bad.append((self.first + self.rows, error))
             return
         self.tiers[judgement["tier"]] += 1
         self.inconsistent += not judgement["consistent"]
@@ -58,6 +66,8 @@ class Summary:
             lines.append(f"rows whose steps do not imply their tier: {self.inconsistent:,}")
         if self.disagreeing:
             lines.append(f"rows whose likeliest tier is not the one that the answer states: {self.disagreeing:,}")
+        if self.repeated:
+            lines.append(f"rows equal to another of their chunk, which were judged once: {self.repeated:,}")
         if self.bad_rows:
             lines.append(f"rows that could not be judged: {self.bad_rows:,}")
             lines += [f"  row {number}: {error}" for number, error in self.bad]
@@ -69,24 +79,26 @@ class Summary:
 def check_free(output: str, overwrite: bool) -> None:
     """Raises OutputError where an output could not be written, or exists and may not be overwritten."""
     check_writable(output, "--output")
-    if Path(output).exists() and not overwrite:
+    if epath.Path(output).exists() and not overwrite:
         raise OutputError(f"{output}: exists already; name another output, or replace it with --overwrite")
 
 
 def judge_file(
     judge: Judge, source: str, output: str, prefix: str = PREFIX, overwrite: bool = False,
-    columns: Mapping[str, str] | None = None,
+    columns: Mapping[str, str] | None = None, shard: tuple[int, int] = (1, 1),
 ) -> Summary:
     """Judges a file of rows into another, whatever its length in little memory, from where it stopped before.
 
-    What is done lies in `OUTPUT.partial` until all is; then the output appears in one piece. `columns` holds for our
-    names of columns those of the file, where they differ: {"title": "product_title"}.
+    What is done lies in `OUTPUT.partial` until all is (of a bucket's output in the folder for temporary files); then
+    the output appears in one piece. `columns` holds for our names of columns those of the file, where they differ:
+    {"title": "product_title"}. Of `shard` (i, n), piece i from 1 of n pieces of the file is judged: one after the
+    other, their outputs hold the rows of the whole.
 
     Raises:
       PairsError: the input cannot be read, or lacks a column.
       OutputError: the output cannot be written, exists, or was begun from another input or judge.
     """
-    file = rows.open_rows(source)
+    file = rows.open_rows(source).shard(shard[0] - 1, shard[1])
     columns = dict(columns or {})
     for name in columns:
         if name not in TEXTS:
@@ -95,13 +107,29 @@ def judge_file(
     added = _columns(judge.book, prefix)
     rows.check_output(output, file, added)
     check_free(output, overwrite)
-    summary = Summary()
-    identity = judge.identity | {"input": file.digest, "columns": columns}
-    with Journal(f"{output}.partial", identity, judge.chunk, overwrite) as journal:
+    summary, repeated = Summary(file.first), judge.repeated
+    identity = judge.identity | {"input": file.digest, "columns": columns, "shard": list(shard)}
+    with Journal(_partial(output), identity, judge.chunk, overwrite) as journal:
         _judge_rest(judge, file, journal, columns, rows.keeps_lines(output, file))
         rows.write_rows(output, file, added, _cells(journal, summary, added))
         journal.path.unlink()
+    summary.repeated = judge.repeated - repeated
     return summary
+
+
+def _partial(output: str) -> Path:
+    """Where unfinished work lies. Files of buckets cannot be added to."""
+    if is_remote(output):
+        return Path(tempfile.gettempdir(), f"agrl_jax-{hashlib.sha256(output.encode()).hexdigest()[:16]}.partial")
+    return Path(f"{output}.partial")
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """The i and n of "i/n". Raises ConfigError: it is not that."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ConfigError(f"--shard={text}: should be i/n with i from 1 to n, such as 1/8 to 8/8 for eight shards")
+    return int(match[1]), int(match[2])
 
 
 def _judge_rest(
@@ -121,7 +149,8 @@ def _judge_rest(
     left = itertools.islice(file.rows(), journal.done, None)
     with progress("judge", file.count, journal.done) as bar:
         if journal.done:
-            bar.print(f"going on after row {journal.done:,} of {file.count:,}")
+            where = f" of its shard, which begins after row {file.first:,}" if file.first else ""
+            bar.print(f"going on after row {journal.done:,} of {file.count:,}{where}")
         first, began = journal.done, time.monotonic()
         while chunk := list(itertools.islice(left, judge.chunk)):
             judged = judge.judge(list(map(asked, chunk)), bar.advance)

@@ -20,6 +20,15 @@ def is_remote(path: epath.PathLike) -> bool:
     return "://" in os.fspath(epath.Path(path))
 
 
+def check_bucket(path: epath.PathLike) -> None:
+    """Raises OutputError where a path is a bucket's, and the package that reads such buckets is missing."""
+    try:
+        if is_remote(path):
+            epath.Path(path).exists()
+    except ImportError as error:
+        raise OutputError(f"{path}: {error}") from error
+
+
 @contextmanager
 def in_one_piece(path: epath.PathLike) -> Iterator[epath.Path]:
     """A temporary path beside `path`, to be written in the block, which takes the place of `path` as the block ends.
