@@ -63,14 +63,14 @@ def base() -> ConfigDict:
     c.rulebook.order = "think_then_respond"  # or respond_then_think: the tier first
 
     c.data = ConfigDict()  # pairs and prompts
-    # What RL trains on and the scorecard is made on: the bundled benchmark; pairs: a file of yours; esci, wands: the
-    # folder of the public release.
+    # What RL trains on and the scorecard is made on: the bundled benchmark; pairs: a file of yours; hf: a folder or
+    # file of the library `datasets`; esci, wands: the folder of the public release.
     c.data.source = "benchmark"
     c.data.path = ""  # the file (CSV, TSV, JSON lines, perhaps compressed, or Parquet) or the folder
-    # Of pairs: a file that holds the test pairs; empty: they are split off, or stand in `split`. Of the benchmark: a
+    # Of pairs and hf: what holds the test pairs; empty: they are split off, or stand in `split`. Of the benchmark: a
     # file of pairs that are judged too, as the split `test`.
     c.data.test_path = ""
-    c.data.columns = ""  # of files of pairs: the file's names of our columns, "{title: product_title}"
+    c.data.columns = ""  # of files of pairs and of datasets: their names of our columns, "{title: product_title}"
     c.data.labels = ""  # the tier of each label, by name or grade, "{E: 4, S: 3, C: 2, I: 1}"
     c.data.bins = ""  # or the lowest rating of each tier but the worst, "[1.5, 2.5, 3.5]": 2.33 is the second lowest
     c.data.on_bad_rows = "refuse"  # a row that cannot be used refuses the file; skip: it is left out, counted and said
@@ -119,8 +119,8 @@ def base() -> ConfigDict:
     c.sft = ConfigDict()  # the supervised warm start
     # Pairs of the warm start, one or several joined by "+", as "benchmark_train+pairs". benchmark: the `sft` split of
     # the bundled benchmark; benchmark_train: its `train` split; train: the pairs that RL sees; known: those of them
-    # whose steps are all known; pairs, esci, wands: the training pairs at sft.path; both: benchmark+train; mixture: of
-    # benchmark_train and train, as the fields of `mixture` say.
+    # whose steps are all known; pairs, hf, esci, wands: the training pairs at sft.path; both: benchmark+train; mixture:
+    # of benchmark_train and train, as the fields of `mixture` say.
     c.sft.source = "benchmark"
     c.sft.path = ""  # a file of pairs, as data.* says that they are written, or the folder of the release
     c.sft.steps = 600  # updates
@@ -333,7 +333,7 @@ def _method_problems(config: ConfigDict) -> Iterator[str]:
 # Fields that act only beside certain values of others, and which.
 _ACTS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("data.path", "data.source", lambda source: source != "benchmark"),
-    ("data.test_path", "data.source", lambda source: source in ("pairs", "benchmark")),
+    ("data.test_path", "data.source", lambda source: source in ("pairs", "hf", "benchmark")),
     ("sft.path", "sft.source", lambda source: bool(FILES.intersection(source.split("+")))),
     *((f"mixture.{name}", "sft.source", lambda source: "mixture" in source.split("+"))
       for name in ("rows", "real", "strangers", "disguised")),
@@ -358,7 +358,8 @@ _ACTS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
 
 def _idle_problems(config: ConfigDict) -> Iterator[str]:
     fields, defaults = flatten(config), flatten(base())
-    if config.data.source != "pairs" and "pairs" not in config.sft.source.split("+") and not config.data.test_path:
+    sources = {config.data.source, *config.sft.source.split("+")}
+    if not sources & {"pairs", "hf"} and not config.data.test_path:
         for name in ("data.columns", "data.labels", "data.bins", "data.on_bad_rows"):
             if fields[name] != defaults[name]:
                 yield (f"{name}={fields[name]} has no effect without a file of pairs in data.source, sft.source or "

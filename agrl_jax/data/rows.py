@@ -145,11 +145,14 @@ class RowTable:
             yield Row(record, f"{broken[0]} {NOT_UNICODE}" if broken else "")
 
 
-Source = epath.PathLike | Iterable[Record] | Any  # a file; or records, or a frame of pandas, polars or pyarrow
+# A file, by its path or opened; or records, or a frame of pandas, polars or pyarrow.
+Source = epath.PathLike | RowFile | RowTable | Iterable[Record] | Any
 
 
 def name_of(source: Source) -> str:
     """How messages call a source of rows."""
+    if isinstance(source, RowFile | RowTable):
+        return str(source.path)
     return str(source) if isinstance(source, str | os.PathLike) else RowTable.path
 
 
@@ -165,15 +168,15 @@ def records_of(source: Source) -> Sequence[Record]:
 
 
 def read_rows(source: Source) -> RowFile | RowTable:
-    """Rows of a file, see `open_rows`, or of what lies in memory.
+    """Rows of a file, see `open_rows`, or of what lies in memory; what is opened already stays as it is.
 
     Raises:
       PairsError: as `open_rows`.
     """
     if isinstance(source, str | os.PathLike):
         return open_rows(source)
-    table = RowTable(records_of(source))
-    if not table.records:
+    table = source if isinstance(source, RowFile | RowTable) else RowTable(records_of(source))
+    if not table.count:
         raise PairsError(f"{table.path}: there are none")
     return table
 

@@ -175,7 +175,7 @@ _DECAY = Rule(low=0, high=0.9999)
 _DTYPE = _one_of("float32", "bfloat16")
 _AXIS = Rule(int, low=1, also=(-1,))  # -1: all devices that the other axes leave
 
-FILES = frozenset(("pairs", "esci", "wands"))  # sources of pairs that lie at a path
+FILES = frozenset(("pairs", "hf", "esci", "wands"))  # sources of pairs that lie at a path
 
 RULES: Mapping[str, Rule] = {
     "seed": _whole(0, 2**32 - 1),
@@ -452,13 +452,16 @@ def _objective_problems(config: ConfigDict) -> Iterator[str]:
     yield from _source_problems(config)
 
 
+_AT_PATH = {"pairs": "a CSV, TSV, JSON lines or Parquet file", "hf": "a dataset's folder or file"}
+
+
 def _source_problems(config: ConfigDict) -> Iterator[str]:
     data, sft = config.data, config.sft
     parts = sft.source.split("+")
     asked = {"data": [data.source] if data.source in FILES else [], "sft": sorted(FILES.intersection(parts))}
     for group, kinds in asked.items():
         if kinds and not config[group].path:
-            what = "a CSV, TSV, JSON lines or Parquet file" if kinds[0] == "pairs" else "the folder of the release"
+            what = _AT_PATH.get(kinds[0], "the folder of the release")
             yield f"{group}.source={config[group].source} needs {group}.path, {what}: --config.{group}.path=PATH"
     if len(asked["sft"]) > 1:
         yield f"sft.source={sft.source}: sft.path is one of {' and '.join(asked['sft'])}, not both"
