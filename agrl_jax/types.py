@@ -46,6 +46,9 @@ class Batch:
     tier: Array  # [B] index of the true tier
     row: Array  # [B] index of the pair in its split: identifies the example for random numbers and guidance
     family: Array  # [B] index of the query family
+    # Where steps are unknown and reasons known, to write whole responses (W tokens at most; parts in response order):
+    reason: Array | None = None  # [B, P, W] tokens that stand before the statement of each part, right-padded
+    reason_len: Array | None = None  # [B, P] tokens of each
 
 
 @struct.dataclass

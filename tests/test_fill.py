@@ -69,7 +69,7 @@ def own_choice(small, batch, row):
 
 
 def test_the_policy_fills_in_its_likeliest_values_that_agree_with_the_label(small, batch, filled):
-    tokens, _, _ = filled
+    tokens, *_ = filled
     for row in range(len(tokens)):
         assert tokens[row].tolist() == own_choice(small, batch, row) + [END] * (RESPONSE_LEN - 3), WORDS
         fit, brand, tier = tokens[row, :3] - [0, 3, 5]
@@ -87,7 +87,7 @@ def test_where_each_part_begins(filled):
 
 
 def test_the_loss_falls_on_what_is_known(small, batch, filled):
-    tokens, known, _ = filled
+    tokens, known, *_ = filled
     whole = batch.replace(gold=tokens, gold_len=np.full(len(tokens), 4, np.int32))
 
     @jax.jit
@@ -110,7 +110,7 @@ def test_the_loss_falls_on_what_is_known(small, batch, filled):
 
 def test_the_label_of_a_pair_with_unknown_steps_has_the_sum_over_all_that_agree_with_it(small, batch, filled):
     """By hand: each combination's product; beside it the tier's tokens count, and none of the steps' own."""
-    tokens, known, _ = (jnp.asarray(x) for x in filled)
+    tokens, known, *_ = (jnp.asarray(x) for x in filled)
     unknown = np.any(batch.steps == UNKNOWN, axis=1)
 
     @jax.jit
@@ -148,7 +148,7 @@ def test_values_that_no_single_token_tells_apart_have_no_fork():
 
 
 def test_no_gradient_goes_through_the_choice(small, batch, filled, close):
-    tokens, known, _ = filled
+    tokens, known, *_ = filled
     gradient = jax.jit(jax.grad(lambda p: sft.gold_loss(small.policy, p, batch, blanks=Blanks(small.tables, TEXTS))[0]))
     weights = jnp.asarray(known)
 

@@ -53,7 +53,7 @@ def strangers(real: Sequence[Pair], count: int, book: RuleBook, seed: int) -> li
             break
         one, other = dice.pick(real), dice.pick(real)
         if not _words(one.query) & (_words(other.query) | _words(other.title)):
-            stranger = dataclasses.replace(other, query=one.query, tier=worst, steps=book.implied(worst))
+            stranger = dataclasses.replace(other, query=one.query, tier=worst, steps=book.implied(worst), reasons=())
             found.append(retyped(stranger, seed, "stranger", len(found)))
     if len(found) < count:
         raise PairsError(f"of {len(real)} pairs too few share no word: lower mixture.strangers, {count} pairs")

@@ -7,6 +7,8 @@ Files with other columns, other labels or ratings are read with a `PairsFormat`.
     family      the kind of query, by which evaluation is cut
     split       train, validation or test
     step_NAME   the true value of the rule book's step NAME ("step_brand": "match"); empty where unknown
+    reason_NAME why step NAME has its value, in words that a judge may write before it; `reason`: why it is that tier.
+                They are read where the rule book has free text
 
 Step columns carry a prefix because `brand` and `category` say what the item is, not how well it fits. Other columns
 are ignored.
@@ -24,6 +26,7 @@ from agrl_jax.data.cells import clean
 from agrl_jax.data.format import PairsFormat, label_reader
 from agrl_jax.data.rows import PairsError, Row, RowFile, RowTable, Source, check_columns, name_of, read_rows
 from agrl_jax.hints import did_you_mean
+from agrl_jax.rulebook import wording
 from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.types import UNKNOWN
 
@@ -31,6 +34,8 @@ SPLITS = ("train", "validation", "test")
 SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 TRAIN_SHARES = {"train": 0.9, "validation": 0.1}  # where the test pairs are known
 STEP_PREFIX = "step_"
+REASON_PREFIX = "reason_"
+TIER_REASON = "reason"
 _REQUIRED = ("query", "title", "label")
 _TEXTS = ("id", "description", "brand", "color", "category", "price", "family")
 MAX_LISTED = 10  # bad rows spelt out in a message
@@ -54,6 +59,7 @@ class Pair:
     family: str = "all"  # kind of query, by which evaluation is cut
     split: str = ""
     seen: bool = True  # False: its words were held out of training on purpose
+    reasons: tuple[str, ...] = ()  # of each step and then the tier, in words; empty where there are none
     row: int = dataclasses.field(default=0, compare=False)  # its number in the file it comes from, the first being 1
 
 
@@ -67,6 +73,7 @@ class Labelled:
     pairs: list[Pair]
     contradicting: tuple[int, ...] = ()  # rows (the first is 1) whose steps contradict their label: masked
     skipped: tuple[str, ...] = ()  # rows that cannot be used, and why
+    unread: tuple[str, ...] = ()  # columns of reasons, for which the rule book has no room
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +84,7 @@ class PairsFile:
     contradicting: tuple[int, ...] = ()  # rows (the first is 1) whose steps contradict their label: masked
     dropped: int = 0  # rows left out because an item has no title (public releases only)
     skipped: tuple[str, ...] = ()  # rows that cannot be used, and why
+    unread: tuple[str, ...] = ()  # columns of reasons, for which the rule book has no room
 
     @property
     def notes(self) -> list[str]:
@@ -88,6 +96,9 @@ class PairsFile:
             )
         if unlike := _labelled_twice(pair for pairs in self.splits.values() for pair in pairs):
             lines.append(f"pairs that stand more than once with different labels: {unlike}")
+        if self.unread:
+            columns = ", ".join(self.unread)
+            lines.append(f"columns left out since the rule book has no free text for reasons: {columns}")
         if self.dropped:
             lines.append(f"rows left out since an item has no title: {self.dropped:,}")
         if self.skipped:
@@ -119,11 +130,12 @@ def digest(pairs: Iterable[Pair]) -> str:
 
 def hide_steps(pairs: Sequence[Pair], known: int, book: RuleBook, seed: int) -> list[Pair]:
     """Pairs of which `known`, drawn by `seed`, keep their steps; of the others those remain that the tier implies, as
-    of real pairs that were labelled with a tier alone. Order and number stay.
+    of real pairs that were labelled with a tier alone: without reasons. Order and number stay.
     """
     kept = set(np.random.default_rng(seed).permutation(len(pairs))[:known].tolist())
     return [
-        pair if i in kept else dataclasses.replace(pair, steps=book.implied(pair.tier)) for i, pair in enumerate(pairs)
+        pair if i in kept else dataclasses.replace(pair, steps=book.implied(pair.tier), reasons=())
+        for i, pair in enumerate(pairs)
     ]
 
 
@@ -166,7 +178,8 @@ def read_pairs(
         else:
             what += ": each split needs a query of its own, and there are too few"
         raise PairsError(f"{name_of(source)}: {what}")
-    return PairsFile(splits, found.contradicting, skipped=found.skipped + (tests.skipped if tests else ()))
+    skipped = found.skipped + (tests.skipped if tests else ())
+    return PairsFile(splits, found.contradicting, skipped=skipped, unread=found.unread)
 
 
 def read_labelled(source: Source, book: RuleBook, form: PairsFormat = AS_DESCRIBED) -> Labelled:
@@ -177,7 +190,10 @@ def read_labelled(source: Source, book: RuleBook, form: PairsFormat = AS_DESCRIB
         `form.skip_bad_rows`, it has no others.
     """
     file = read_rows(source)
-    reader = _RowReader(book, form, _columns(file, book, form.columns))
+    columns = _columns(file, book, form.columns)
+    room = book.response.free_text != "none"
+    unread = () if room else tuple(columns[name] for name in _reason_columns(book) if name in columns)
+    reader = _RowReader(book, form, columns)
     pairs, bad = [], []
     for number, row in enumerate(file.rows(), start=1):
         try:
@@ -186,7 +202,7 @@ def read_labelled(source: Source, book: RuleBook, form: PairsFormat = AS_DESCRIB
             bad.append(f"row {number}{f' (line {row.line})' if row.line else ''}: {error}")
     if bad and not (form.skip_bad_rows and pairs):
         raise PairsError(_listed(f"{file.path}: {len(bad)} of {file.count} rows cannot be used:", bad))
-    return Labelled(pairs, tuple(reader.contradicting), tuple(bad))
+    return Labelled(pairs, tuple(reader.contradicting), tuple(bad), unread)
 
 
 def split_by_query(pairs: Iterable[Pair], seed: int, shares: Mapping[str, float]) -> dict[str, list[Pair]]:
@@ -246,19 +262,27 @@ def _into_splits(pairs: list[Pair], seed: int, shares: Mapping[str, float]) -> d
 def _columns(file: RowFile | RowTable, book: RuleBook, renamed: Mapping[str, str]) -> dict[str, str]:
     """The file's names of those of our columns that it has."""
     steps = [STEP_PREFIX + step.name for step in book.steps]
-    ours = (*_REQUIRED, *_TEXTS, "split", *steps)
+    reasons = _reason_columns(book)
+    ours = (*_REQUIRED, *_TEXTS, "split", *steps, *reasons)
     for name in renamed:
         if name not in ours:
             raise PairsError(f"columns.{name}: there is no such column; {_nearest(name, ours)}")
     header = file.names
+    prefixes = {STEP_PREFIX: steps} | ({REASON_PREFIX: reasons} if book.response.free_text != "none" else {})
     for name in header:
-        if name.startswith(STEP_PREFIX) and name not in ours and name not in renamed.values():
-            raise PairsError(f"{file.path}: column {name!r} is no step of the rule book; {_nearest(name, steps)}")
+        for prefix, known in prefixes.items():
+            if name.startswith(prefix) and name not in ours and name not in renamed.values():
+                raise PairsError(f"{file.path}: column {name!r} is no step of the rule book; {_nearest(name, known)}")
     theirs = {name: renamed.get(name) or name for name in ours}
     check_columns(file, [theirs[name] for name in ours if name in _REQUIRED or renamed.get(name)])
     if theirs["id"] not in header:
         theirs["id"] = "product_id"
     return {name: column for name, column in theirs.items() if column in header}
+
+
+def _reason_columns(book: RuleBook) -> tuple[str, ...]:
+    """The columns of reasons by part index, the tier's last."""
+    return (*(REASON_PREFIX + step.name for step in book.steps), TIER_REASON)
 
 
 def _nearest(text: str, options: Sequence[str]) -> str:
@@ -279,6 +303,7 @@ class _RowReader:
         self.contradicting: list[int] = []
         self._book = book
         self._columns = columns
+        self._reason_columns = _reason_columns(book) if book.response.free_text != "none" else ()
         self._tier_of, self._wanted = label_reader(book, form)
         self._values = [{clean(value).casefold(): i for i, value in enumerate(step.values)} for step in book.steps]
         self._table = book.tier_table().reshape(book.num_values)
@@ -298,13 +323,14 @@ class _RowReader:
         if problems:
             raise _BadRow("; ".join(problems))
         steps = self._settle(tier, stated)
+        reasons = () if steps is None else self._reasons(cells, (*steps, tier))
         if steps is None:
             self.contradicting.append(number)
             steps = self._book.implied(tier)
         texts = {"id": str(number)} | {name: cells[name] for name in _TEXTS if cells.get(name)}
         split = cells.get("split", "")
         texts |= {name: cells[name] for name in ("query", "title")}
-        return Pair(**texts, tier=tier, steps=steps, split=split, row=number)
+        return Pair(**texts, tier=tier, steps=steps, split=split, reasons=reasons, row=number)
 
     def _steps(self, cells: Mapping[str, str], problems: list[str]) -> tuple[int, ...]:
         steps = []
@@ -314,6 +340,16 @@ class _RowReader:
             if text and steps[-1] == UNKNOWN:
                 problems.append(f"{STEP_PREFIX}{step.name} {text!r} is unknown; {_nearest(text, step.values)}")
         return tuple(steps)
+
+    def _reasons(self, cells: Mapping[str, str], values: Sequence[int]) -> tuple[str, ...]:
+        """Why each part has its value; of a part that is unknown there is nothing to explain."""
+        known = zip(self._reason_columns, values, strict=False)
+        reasons = tuple(cells.get(name, "") if value != UNKNOWN else "" for name, value in known)
+        for part, reason in enumerate(reasons):
+            if reason and (phrase := wording.misread_reason(self._book, part, values[part], reason)):
+                name = self._reason_columns[part]
+                raise _BadRow(f"{name} {reason!r} would be read as the answer {phrase!r}; word it differently")
+        return reasons if any(reasons) else ()
 
     def _settle(self, tier: int, stated: tuple[int, ...]) -> tuple[int, ...] | None:
         """The steps with those that the tier implies filled in; None where no completion of them gives the tier."""

@@ -74,7 +74,7 @@ def encode(
     batch = Batch(
         prompt=prompt,
         prompt_len=length,
-        **_gold([pair.tier for pair in pairs], steps, book, tokenizer, response_len),
+        **_gold(pairs, steps, book, tokenizer, response_len),
         steps=np.array(steps, np.int32).reshape(len(pairs), len(book.steps)),
         tier=np.array([pair.tier for pair in pairs], np.int32),
         row=np.arange(len(pairs), dtype=np.int32),
@@ -294,24 +294,27 @@ def _steps(pair: Pair, book: RuleBook) -> tuple[int, ...]:
 
 
 def _gold(
-    tiers: Sequence[int],
+    pairs: Sequence[Pair],
     steps: Sequence[tuple[int, ...]],
     book: RuleBook,
     tokenizer: Tokenizer,
     limit: int,
 ) -> Mapping[str, Any]:
-    """The fields of a batch that follow from the gold responses; few are distinct."""
-    distinct = {key: i for i, key in enumerate(dict.fromkeys(zip(tiers, steps, strict=True)))}
+    """The fields of a batch that follow from the gold responses; without reasons, few are distinct."""
+    room = book.response.free_text != "none"
+    keys = [(pair.tier, values, pair.reasons if room else ()) for pair, values in zip(pairs, steps, strict=True)]
+    distinct = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     p = len(book.parts)
     gold = np.zeros((len(distinct), limit), np.int32)
     gold_len = np.zeros(len(distinct), np.int32)
     part_end = np.zeros((len(distinct), p), np.int32)
     known_parts = np.zeros(len(distinct), np.int32)
-    spelt: dict[str, list[int]] = {}
+    pieces = [wording.gold_pieces(book, *key) for key in distinct]
+    texts = list(dict.fromkeys(text for parts in pieces for piece in parts if piece for text in piece))
+    spelt = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
     needed = 0
-    for i, (tier, values) in enumerate(distinct):
-        segments = wording.gold_segments(book, tier, values)
-        parts = [spelt.setdefault(text, tokenizer.encode(text)) for text in segments]
+    for i, said in enumerate(pieces):
+        parts = [spelt[piece.reason] + spelt[piece.statement] for piece in itertools.takewhile(bool, said)]
         tokens = [token for part in parts for token in part]
         tokens += [tokenizer.end_token] if len(parts) == p else []
         needed = max(needed, len(tokens))
@@ -322,9 +325,21 @@ def _gold(
         gold[i, : len(tokens)] = tokens[:limit]
     if needed > limit:
         raise PairsError(f"the longest gold response has {needed} tokens: response_len={limit} should be at least that")
-    index = np.array([distinct[key] for key in zip(tiers, steps, strict=True)])
     fields = {"gold": gold, "gold_len": gold_len, "part_end": part_end, "known_parts": known_parts}
+    if any(reasons for *_, reasons in distinct) and any(UNKNOWN in values for _, values, _ in distinct):
+        reasons = [[spelt[piece.reason] if piece else [] for piece in parts] for parts in pieces]
+        fields["reason"], fields["reason_len"] = _padded(reasons)
+    index = np.array([distinct[key] for key in keys])
     return {name: rows[index] for name, rows in fields.items()}
+
+
+def _padded(texts: Sequence[Sequence[Sequence[int]]]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [n, m, W] int32 of n x m texts, right-padded, and how many count, [n, m] int32."""
+    length = np.array([[len(text) for text in row] for row in texts], np.int32)
+    tokens = np.zeros((*length.shape, max(1, length.max())), np.int32)
+    for place in np.ndindex(*length.shape):
+        tokens[place][: length[place]] = texts[place[0]][place[1]]
+    return tokens, length
 
 
 def _family(pairs: Sequence[Pair], names: Sequence[str]) -> np.ndarray:

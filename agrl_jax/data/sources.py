@@ -46,7 +46,7 @@ def read_tests(path: epath.PathLike, book: RuleBook, form: PairsFormat) -> Pairs
     """
     labelled = read_labelled(path, book, form)
     tests = [dataclasses.replace(pair, split="test") for pair in labelled.pairs]
-    return PairsFile({"test": tests}, labelled.contradicting, skipped=labelled.skipped)
+    return PairsFile({"test": tests}, labelled.contradicting, skipped=labelled.skipped, unread=labelled.unread)
 
 
 def read_training(kind: str, path: epath.PathLike, book: RuleBook, seed: int, form: PairsFormat) -> PairsFile:
@@ -60,7 +60,7 @@ def read_training(kind: str, path: epath.PathLike, book: RuleBook, seed: int, fo
         return dataclasses.replace(found, splits={"train": found.splits["train"]})
     labelled = read_labelled(_opened(kind, path), book, form)
     pairs = [pair for pair in labelled.pairs if pair.split in ("", "train")]
-    return PairsFile({"train": pairs}, labelled.contradicting, skipped=labelled.skipped)
+    return PairsFile({"train": pairs}, labelled.contradicting, skipped=labelled.skipped, unread=labelled.unread)
 
 
 def _opened(kind: str, path: epath.PathLike) -> Source:

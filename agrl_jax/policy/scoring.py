@@ -174,7 +174,7 @@ def first_hidden(prefix: Prefix, group_size: int) -> Array:
 
 def score_parts(
     policy: Policy, params: Params, prefix: Prefix, tokens: np.ndarray, length: np.ndarray,
-    choose: Callable[[int, Array], Array],
+    choose: Callable[[int, Array], Array], before: tuple[Array, Array] | None = None,
 ) -> list[tuple[Array, Array]]:
     """Goes through P parts without a decoding loop: all texts of a part are scored at once after those chosen before.
 
@@ -185,6 +185,7 @@ def score_parts(
       tokens: [P, n, W], the texts of each part; no text of a part is the start of another.
       length: [P, n] tokens of each text that count; 0 past the texts of a part.
       choose: (index of the part, log-probabilities [B, n of the part]) -> which text [B] is gone on with.
+      before: tokens [B, P, W] that each row has before each part, and how many count [B, P]; they are not scored.
 
     Returns:
       For each part the log-probabilities, as of `text_logprobs`, and the choice.
@@ -192,6 +193,8 @@ def score_parts(
     scored = []
     for part in range(len(tokens)):
         texts, sizes = tokens[part, length[part] > 0], length[part, length[part] > 0]
+        if before is not None:
+            prefix = extend_prefix(policy, params, prefix, before[0][:, part], before[1][:, part])
         logp, prefix = text_logprobs(policy, params, prefix, texts, sizes)
         chosen = choose(part, logp)
         scored.append((logp, chosen))

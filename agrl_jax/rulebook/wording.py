@@ -6,6 +6,8 @@ the reader needs no parser, and no phrase may be mistaken for another: `ambiguit
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -101,19 +103,51 @@ def part_text(book: RuleBook, part: int, value: int, first: bool) -> str:
     return text if first else book.response.separator + text
 
 
-def gold_segments(book: RuleBook, tier: int, steps: Sequence[int]) -> list[str]:
-    """The canonical response, one text per part in response order, separators included.
+def reason_text(book: RuleBook, reason: str, first: bool) -> str:
+    """What stands before the canonical text of a part: its reason, with the separator that divides it from what is
+    before it, or after it where the part is the `first`. Empty without a reason, or where the book has no free text.
+    """
+    if not reason or book.response.free_text == "none":
+        return ""
+    return reason + book.response.separator if first else book.response.separator + reason
 
-    It stops before the first part that is UNKNOWN, so the texts are always the start of the whole response.
-    `steps` may be empty where none is known.
+
+class Piece(NamedTuple):
+    """What a gold response says for one part. The two are tokenised apart: so a statement is always spelt alike."""
+
+    reason: str  # with a separator, or empty
+    statement: str  # the canonical text
+
+
+def gold_pieces(
+    book: RuleBook, tier: int, steps: Sequence[int], reasons: Sequence[str] = ()
+) -> list[Piece | None]:
+    """The gold response part by part, in response order; None for parts that are UNKNOWN.
+
+    Args:
+      book: words it.
+      tier: the true tier.
+      steps: the true value of each step; empty where none is known.
+      reasons: for each step and then the tier, what a judge may write before it; empty where there are none.
     """
     values = (*(steps or [UNKNOWN] * len(book.steps)), tier)
-    segments: list[str] = []
-    for part in book.part_order:
-        if values[part] == UNKNOWN:
-            break
-        segments.append(part_text(book, part, values[part], first=not segments))
-    return segments
+    reasons = reasons or ("",) * len(values)
+    return [
+        None if values[part] == UNKNOWN else Piece(
+            reason_text(book, reasons[part], first=place == 0),
+            part_text(book, part, values[part], first=place == 0),
+        )
+        for place, part in enumerate(book.part_order)
+    ]  # fmt: skip
+
+
+def gold_segments(book: RuleBook, tier: int, steps: Sequence[int], reasons: Sequence[str] = ()) -> list[str]:
+    """The gold response, one text per part in response order: reason and statement, separators included.
+
+    It stops before the first part that is UNKNOWN, so the texts are always the start of the whole response. See
+    `gold_pieces`.
+    """
+    return ["".join(piece) for piece in itertools.takewhile(bool, gold_pieces(book, tier, steps, reasons))]
 
 
 # Reading
@@ -211,3 +245,35 @@ def _misread_response(book: RuleBook) -> tuple[int, str] | None:
                 ends.add(next(text[k:] for k in range(len(text) + 1) if any(p.startswith(text[k:]) for p in phrases)))
         pending = ends
     return None
+
+
+def misread_reason(book: RuleBook, part: int, value: int, reason: str) -> str | None:
+    """The phrase that would be read in a reason before the statement of a part's value, or where it meets the texts
+    around it; None if the reason states nothing. Always None where the rule book has no free text.
+    """
+    place = book.part_order.index(part)
+    before = reason_text(book, reason, first=place == 0)
+    if not before:
+        return None
+    own = part_text(book, part, value, first=place == 0)
+    for tail in _tails(book, place):
+        text = tail + before + own
+        for phrase in book.phrases:
+            if phrase.text in text and any(
+                (phrase.part, end) != (part, len(text)) for end in _ends(phrase.text, text) if end > len(tail)
+            ):
+                return phrase.text
+    return None
+
+
+@functools.lru_cache(maxsize=64)
+def _tails(book: RuleBook, place: int) -> frozenset[str]:
+    """What a phrase may still begin with after the part before `place`: the longest ends of its texts, not whole."""
+    if place == 0:
+        return frozenset([""])
+    phrases = [phrase.text for phrase in book.phrases]
+    texts = [phrase.text for phrase in book.phrases if phrase.part == book.part_order[place - 1]]
+    return frozenset(
+        next(text[k:] for k in range(1, len(text) + 1) if any(phrase.startswith(text[k:]) for phrase in phrases))
+        for text in texts
+    )

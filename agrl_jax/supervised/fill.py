@@ -1,7 +1,8 @@
 """Pairs with unknown steps: the policy fills them in itself, and is not taught what it filled in.
 
-Parts are taken in the order of the response. A part that is known gets its canonical text; for one that is not, the
-policy's own likeliest value is taken, among those that the table still allows with the tier and the steps known.
+Parts are taken in the order of the response. A part that is known gets its canonical text, after its reason where there
+is one; for one that is not known, the policy's own likeliest value is taken, among those that the table still allows
+with the tier and the steps known.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ class Blanks(NamedTuple):
 
 
 class Filled(NamedTuple):
-    """Whole canonical responses."""
+    """Whole responses, of canonical texts and the reasons that are known."""
 
     tokens: Array  # [B, T] int32
     known: Array  # [B, T] bool the tokens that state what is known, end token included
-    starts: Array  # [B, P] int32 tokens before each part, parts in the order of the response
+    starts: Array  # [B, P] int32 tokens before the statement of each part, parts in the order of the response
+    reasons: Array  # [B, T] bool the tokens that give reasons
 
 
 def filled_responses(
@@ -51,7 +53,8 @@ def filled_responses(
         possible &= _one_value(value, part, tables)
         return value
 
-    values = [value for _, value in score_parts(policy, params, prefix, texts.tokens, texts.length, choose)]
+    before = None if batch.reason is None else (batch.reason, batch.reason_len)
+    values = [value for _, value in score_parts(policy, params, prefix, texts.tokens, texts.length, choose, before)]
     return _written(tables, texts, batch, values)
 
 
@@ -60,19 +63,25 @@ def _written(tables: RuleTables, texts: PartTexts, batch: Batch, values: Sequenc
     sizes, all_texts = jnp.asarray(texts.length), jnp.asarray(texts.tokens)
     place_of = jnp.arange(batch.gold.shape[1])
     tokens = jnp.full(batch.gold.shape, tables.end_token, jnp.int32)
-    known = jnp.zeros(batch.gold.shape, bool)
+    known, reasons = jnp.zeros(batch.gold.shape, bool), jnp.zeros(batch.gold.shape, bool)
     at, starts = jnp.zeros_like(batch.tier), []  # tokens so far
+
+    def write(text: Array, size: Array) -> Array:
+        """Puts the first `size` [B] of the tokens [B, W] behind those so far; returns where they are, [B, T]."""
+        nonlocal tokens, at
+        inside = place_of - at[:, None]
+        here = (inside >= 0) & (inside < size[:, None])
+        tokens = jnp.where(here, jnp.take_along_axis(text, jnp.clip(inside, 0, text.shape[1] - 1), axis=1), tokens)
+        at += size
+        return here
+
     for place, (part, value) in enumerate(zip(tables.order, values, strict=True)):
         truth = batch.steps[:, part] if part < tables.num_steps else batch.tier
-        inside = place_of - at[:, None]  # [B, T] place within the text of this part
-        size = sizes[place, value]
-        here = (inside >= 0) & (inside < size[:, None])
-        text = jnp.take_along_axis(all_texts[place, value], jnp.clip(inside, 0, all_texts.shape[2] - 1), axis=1)
-        tokens = jnp.where(here, text, tokens)
-        known |= here & (truth != UNKNOWN)[:, None]
+        if batch.reason is not None:
+            reasons |= write(batch.reason[:, place], batch.reason_len[:, place])
         starts.append(at)
-        at += size
-    return Filled(tokens, known | (place_of == at[:, None]), jnp.stack(starts, axis=1))
+        known |= write(all_texts[place, value], sizes[place, value]) & (truth != UNKNOWN)[:, None]
+    return Filled(tokens, known | reasons | (place_of == at[:, None]), jnp.stack(starts, axis=1), reasons)
 
 
 def tokens_scored(tables: RuleTables, texts: PartTexts, batch: Batch) -> Array:

@@ -35,11 +35,12 @@ def gold_loss(
     prefix, prompt_hidden = run_prompt(policy, params, batch.prompt, batch.prompt_len)
     if blanks is not None:
         fixed = jax.lax.stop_gradient((params, prefix))
-        tokens, known, starts = filled_responses(policy, fixed[0], blanks.tables, blanks.texts, fixed[1], batch)
+        filled = filled_responses(policy, fixed[0], blanks.tables, blanks.texts, fixed[1], batch)
+        tokens, known, starts = filled.tokens, filled.known, filled.starts
         scored = tokens_scored(blanks.tables, blanks.texts, batch)
         unknown = jnp.any(batch.steps == UNKNOWN, axis=1)
     if summed:
-        known &= ~unknown[:, None] | (jnp.arange(known.shape[1]) >= starts[:, -1:])
+        known &= ~unknown[:, None] | (jnp.arange(known.shape[1]) >= starts[:, -1:]) | filled.reasons
     tokens, weight = tokens[:, None], known[:, None].astype(jnp.float32)
     hidden = predicting_hidden(policy, params, prefix, tokens)
     unembed = partial(policy.unembed, params)

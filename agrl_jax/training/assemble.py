@@ -307,10 +307,11 @@ def blanks(config: ConfigDict, model: Model, split: EncodedSplit) -> Blanks | No
     if not np.any(split.batch.steps == UNKNOWN):
         return None
     texts = pipeline.part_texts(model.book, model.tokenizer)
-    if texts.longest_response > config.data.response_len:
+    reasons = 0 if split.batch.reason_len is None else int(split.batch.reason_len.sum(axis=1).max())
+    if texts.longest_response + reasons > config.data.response_len:
         raise ConfigError(
             f"data.response_len is {config.data.response_len}: some steps are unknown, so the policy fills them in, "
-            f"and the longest response has {texts.longest_response} tokens"
+            f"and the longest response can have {texts.longest_response + reasons} tokens"
         )
     if config.sft.unknown_steps == "fill":
         return Blanks(model.tables, texts)
@@ -465,7 +466,7 @@ def _training_texts(config: ConfigDict, rules: RuleBook, data: Data) -> Iterable
     before, between, after = wording.prompt_pieces(rules, config.data.style)
     for pair in [*data.sft, *data.splits["train"]]:
         yield before + pair.query + between + item_text(pair) + after
-        yield "".join(wording.gold_segments(rules, pair.tier, pair.steps))
+        yield "".join(wording.gold_segments(rules, pair.tier, pair.steps, pair.reasons))
 
 
 # -------------------------------------------------------------------------------------------- evaluation
