@@ -53,7 +53,12 @@ from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
 from agrl_jax.runtime.memory import with_huge_pages
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from agrl_jax.judging.engine import Judge
+    from agrl_jax.rulebook.schema import RuleBook
+
+_LISTS = ("qrels", "quepid", "opensearch")  # of judgements, for other tools
 
 
 def _define_flags() -> None:
@@ -64,6 +69,9 @@ def _define_flags() -> None:
     flags.DEFINE_string("shard", "1/1", "i/n: judge piece i of n pieces of the file, 1/8 to 8/8 by eight machines.")
     flags.DEFINE_bool("overwrite", False, "Replace an output that exists, and what another judge or input has begun.")
     flags.DEFINE_string("prefix", PREFIX, "Of the columns that are added.")
+    flags.DEFINE_string("qrels", None, "Where to write the tiers as TREC qrels too; see agrl_jax.rank.")
+    flags.DEFINE_string("quepid", None, "As the ratings that Quepid imports, CSV.")
+    flags.DEFINE_string("opensearch", None, "As the judgment list that OpenSearch imports, JSON.")
     flags.DEFINE_string("fit_temperature", None, "Labelled pairs: fit the temperature of the probabilities likewise.")
     flags.DEFINE_string("fit_cuts", None, "Labelled pairs: fit cut points on them, and keep them with the checkpoint.")
     flags.DEFINE_string("columns", "", "The files' names of our columns, where they differ: '{title: product_title}'.")
@@ -77,7 +85,7 @@ def run(values: flags.FlagValues) -> None:
     from agrl_jax.judging.files import check_free, judge_file, parse_shard
     from agrl_jax.runtime import processes
     from agrl_jax.runtime.console import say
-    from agrl_jax.runtime.files import check_bucket
+    from agrl_jax.runtime.files import check_bucket, check_writable
 
     processes.require_one("judges")
     shard = parse_shard(values.shard)
@@ -85,6 +93,9 @@ def run(values: flags.FlagValues) -> None:
         check_bucket(path)
     if values.output:
         check_free(values.output, values.overwrite)  # before a model is loaded
+    for name in _LISTS:
+        if values[name].value:
+            check_writable(values[name].value, f"--{name}")
     form = PairsFormat.parse(values.columns, values.labels, values.bins)
     fits = values.fit_cuts or values.fit_temperature
     judge = checkpoint_flags.load(values, values.use_cuts and not fits)
@@ -99,6 +110,22 @@ def run(values: flags.FlagValues) -> None:
         names = (values.input, values.output, values.prefix)
         say(str(judge_file(judge, *names, values.overwrite, form.columns, shard)))
         say(f"written to {values.output}")
+        _write_lists(values, judge.book, form.columns)
+
+
+def _write_lists(values: flags.FlagValues, book: RuleBook, columns: Mapping[str, str]) -> None:
+    """Writes the judged file as the judgement lists that are asked for."""
+    from agrl_jax.data.format import PairsFormat
+    from agrl_jax.judging import lists
+    from agrl_jax.runtime.console import say
+
+    targets = [(name, values[name].value) for name in _LISTS if values[name].value]
+    if not targets:
+        return
+    form = PairsFormat(columns={**columns, f"{PREFIX}tier": f"{values.prefix}tier"})
+    judged = lists.read_judged_items(values.output, book, lists.item_column([values.output], columns), form)
+    for name, path in targets:
+        say("\n".join(f"written to {one}" for one in lists.WRITERS[name](path, judged)))
 
 
 def _how(judge: Judge) -> str:
@@ -118,6 +145,8 @@ def main(argv: list[str]) -> None:
     _define_flags()
     parse_flags(argv)
     values = flags.FLAGS
+    if any(values[name].value for name in _LISTS) and not values.output:
+        exit_with(ConfigError("--qrels, --quepid and --opensearch need --input and --output"))
     if bool(values.input) != bool(values.output) or not (values.input or values.fit_cuts or values.fit_temperature):
         exit_with(ConfigError("--input and --output are both needed, or --fit_cuts or --fit_temperature alone"))
     from agrl_jax.judging.files import USER_ERRORS

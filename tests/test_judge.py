@@ -492,12 +492,18 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_judges_a_file(workdir: Path, tmp_path: Path) -> None:
     source, output = ROOT / "examples" / "pairs.csv", tmp_path / "judged.csv"
-    sizes = ("--batch_size=8", "--prompt_len=64")
+    sizes = ("--batch_size=8", "--prompt_len=64", "--prefix=our_", f"--qrels={tmp_path / 'out.qrels'}")
     done = command(f"--checkpoint={workdir}", f"--input={source}", f"--output={output}", *sizes)
     assert done.returncode == 0, done.stderr
     assert "judged 24 of 24 rows" in done.stdout and str(output) in done.stdout
     with output.open(newline="") as file:
-        assert all(row["judge_tier"] for row in csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    qrels = [line.split() for line in (tmp_path / "out.qrels").read_text().splitlines()]
+    assert [(item, int(gain) + 1) for _, _, item, gain in qrels] == [
+        (row["id"], int(row["our_tier"][0])) for row in rows
+    ]
+    numbers = dict(line.split("\t") for line in (tmp_path / "out.qrels.queries.tsv").read_text().splitlines())
+    assert [numbers[query] for query, _, _, _ in qrels] == [row["query"] for row in rows]
 
 
 FOUR_DEVICES = """

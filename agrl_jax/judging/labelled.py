@@ -68,11 +68,11 @@ def read_judged(path: epath.PathLike, book: RuleBook, form: PairsFormat = AS_DES
       PairsError: the file cannot be read, lacks a column, or has rows that cannot be used: all are counted.
     """
     columns = dict(form.columns)
-    theirs = {name: columns.pop(name, name) for name in _judge_columns(book)}
+    theirs = {name: columns.pop(name, name) for name in judge_columns(book)}
     pairs = read_labelled(path, book, dataclasses.replace(form, columns=columns)).pairs
     file = open_rows(path)
     check_columns(file, [theirs[f"{PREFIX}tier"]])
-    reader = _JudgedReader(book, form, {name: column for name, column in theirs.items() if column in file.names})
+    reader = JudgedReader(book, form, {name: column for name, column in theirs.items() if column in file.names})
     records = [row.record for row in file.rows()]
     cells = [reader.read(pair.row, records[pair.row - 1]) for pair in pairs]
     if reader.bad:
@@ -149,20 +149,26 @@ def write_errors(path: epath.PathLike, errors: Sequence[Mapping[str, Any]]) -> N
         writer.writerows(errors)
 
 
-def _judge_columns(book: RuleBook) -> Iterator[str]:
+def judge_columns(book: RuleBook) -> Iterator[str]:
+    """The columns of judging that scoring reads: tier, probabilities, steps."""
     yield f"{PREFIX}tier"
     yield from (f"{PREFIX}prob_{tier.name}" for tier in book.tiers)
     yield from (f"{PREFIX}step_{step.name}" for step in book.steps)
 
 
-class _Cells(NamedTuple):
+class Cells(NamedTuple):
+    """What a row says of a judgement, by the indices of the rule book; UNKNOWN where it does not."""
+
     tier: int
     probs: list[float]
     steps: list[int]
 
 
-class _JudgedReader:
-    """Reads judgements out of rows, and notes what is wrong with them."""
+class JudgedReader:
+    """Reads judgements out of rows, and notes what is wrong with them in `bad`.
+
+    `columns` holds for our names of columns the file's. The labels of the form hold for tiers too.
+    """
 
     def __init__(self, book: RuleBook, form: PairsFormat, columns: Mapping[str, str]) -> None:
         self.bad: list[str] = []
@@ -171,7 +177,8 @@ class _JudgedReader:
         self.has_probs = all(f"{PREFIX}prob_{tier.name}" in columns for tier in book.tiers)
         self.has_steps = all(f"{PREFIX}step_{step.name}" in columns for step in book.steps)
 
-    def read(self, number: int, record: Mapping[str, Any]) -> _Cells:
+    def read(self, number: int, record: Mapping[str, Any]) -> Cells:
+        """The judgement of a row."""
         cells = {name: clean(record.get(column)) for name, column in self._columns.items()}
         tier = self._choice(number, cells, f"{PREFIX}tier", self._tier_of, self._wanted)
         steps = [UNKNOWN] * len(self._book.steps)
@@ -183,7 +190,7 @@ class _JudgedReader:
                     lambda text, values=values: values.get(text.casefold(), UNKNOWN),
                     f"one of: {', '.join(step.values)}",
                 )  # fmt: skip
-        return _Cells(tier, self._probs(number, cells, tier), steps)
+        return Cells(tier, self._probs(number, cells, tier), steps)
 
     def _choice(
         self, number: int, cells: Mapping[str, str], name: str, value_of: Callable[[str], int], wanted: str
