@@ -20,11 +20,13 @@ from agrl_jax.data.bundled import benchmark, catalog, world
 from agrl_jax.data.bundled.dice import Dice, point
 from agrl_jax.data.bundled.items import Item, make_item
 from agrl_jax.data.bundled.queries import Limit, Query, make_query
+from agrl_jax.data.bundled.reasons import explain
 from agrl_jax.data.pairs import Pair, PairsError, item_text
-from agrl_jax.rulebook import book
+from agrl_jax.rulebook import book, wording
 
-# sha256 of the default splits of seed 0. If it changes on purpose, `catalog.VERSION` rises too.
+# sha256 of the default splits of seed 0, and of their reasons. If one changes on purpose, `catalog.VERSION` rises too.
 DIGEST = "bb72bb386da56c2b0761e26cb93eeb953209ccd517d22f499428eae008053241"
+REASONS_DIGEST = "1f2be0bdff3e198d0a7672741a8f6df73d57d243979f6cc93643e0da7fd2c04d"
 SMALL = {"sft": 60, "train": 120, "validation": 20, "b_eval": 40, "w_eval": 40}
 EVALS = ("b_eval", "w_eval")
 HELD_IN = ("sft", "train", "validation")
@@ -38,7 +40,7 @@ def made() -> Splits:
 
 
 def digest(splits: Splits) -> str:
-    names = [field.name for field in dataclasses.fields(Pair) if field.compare]
+    names = [field.name for field in dataclasses.fields(Pair) if field.compare and field.name != "reasons"]
     rows = {split: [[getattr(pair, name) for name in names] for pair in pairs] for split, pairs in splits.items()}
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
@@ -238,6 +240,99 @@ def said(w: world.World, item: Item, text: str) -> dict[str, str]:
     return found
 
 
+# ------------------------------------------------------------------------------------------------- the reasons
+
+WITH_TEXT = dataclasses.replace(
+    book.load(), response=dataclasses.replace(book.load().response, free_text="between")
+)
+
+
+def without_reasons(splits: Splits) -> Splits:
+    return {name: [dataclasses.replace(pair, reasons=()) for pair in pairs] for name, pairs in splits.items()}
+
+
+def reasons(item: Item, text: str = "", **query) -> tuple[str, ...]:
+    """The reasons, without the variety of their wording: facts as "asked / found"."""
+    query = Query(text, "plain", **({"types": ("hiking boots",)} | query))
+    asked = ("wanted", "brand asked", "asked", "ruled out", "at most", "the least at", "cheaper than")
+    told = []
+    for reason in explain(Dice("reasons"), world.load(), query, item):
+        facts = re.findall(r"([^;]+?)[,;] item: ([^;]+)", reason)
+        bare = [re.sub(rf"^({'|'.join(asked)}): | ({'|'.join(asked)})$", "", one.strip()) for one, _ in facts]
+        told.append("; ".join(f"{one} / {found}" for one, (_, found) in zip(bare, facts, strict=True)) or reason)
+    return tuple(told)
+
+
+def test_reasons_name_what_query_and_item_say():
+    item = boots(title="Tavira leather trekking boots, crimson", price=None)
+    text = "trail boots by tavira in red"
+    assert reasons(item, text, brand="Tavira", asked=(("color", "red"),))[:3] == (
+        "hiking boots / trekking boots", "Tavira / Tavira", "red / crimson"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("limit", "changes", "expected"),
+    [
+        (("not", "material", "leather"), {}, "leather / leather"),
+        (("not", "material", "suede"), {}, "suede / leather"),
+        (("not", "material", "leather"), {"says": {}, "denies": (("material", "leather"),)}, "leather / no leather"),
+        (("not brand", "Tavira"), {}, "Tavira / Tavira"),
+        (("not brand", "Quillo"), {"brand": ""}, "Quillo / no brand"),
+        (("under", "", 200), {"price": 19_999}, "$200 / $199.99"),
+        (("under", "", 200), {}, "$200 / no price"),
+        # Quillo is mid in shoes, and mid hiking boots cost $90 to $160; Tavira is premium, Olmex budget.
+        (("cheaper", "Quillo"), {"price": 8_999}, "Quillo $90 / $89.99"),
+        (("cheaper", "Quillo"), {"brand": "Olmex"}, "Quillo (mid) / Olmex (budget)"),
+        (("cheaper", "Quillo"), {"brand": ""}, "Quillo / no price, no brand"),
+    ],
+)
+def test_reasons_of_limits(limit: tuple, changes: dict, expected: str):
+    assert reasons(boots(**changes), limits=(Limit(*limit),))[3] == expected
+
+
+def test_what_a_reason_says_of_the_item_stands_in_its_text(made: Splits):
+    unsaid = {"not said", "does not say", "no word of it", "no brand", "no price", "no price, no brand"}
+    facts = 0
+    for pair in made["w_eval"]:
+        text = item_text(pair).lower()
+        for reason in pair.reasons:
+            for found in re.findall(r"[,;] item: ([^;]+)", reason):
+                said = re.sub(r" \((budget|mid|premium)\)$", "", found)
+                assert found in unsaid or said.lower() in text, (pair, reason)
+                facts += 1
+    assert facts > 3000
+
+
+def test_reasons_agree_with_the_steps(made: Splits):
+    """The brand by its reason alone; what is not asked has no fact of the item; each constraint has one."""
+    rules = book.load()
+    for pair in made["b_eval"]:
+        _, brand, attributes, limits = (
+            step.values[value] for step, value in zip(rules.steps, pair.steps, strict=True)
+        )
+        count = [len(re.findall(r"[,;] item: ", reason)) for reason in pair.reasons]
+        assert count[0] == 1 and pair.reasons[4] == ""
+        assert (count[1] == 0) == (brand == "not asked") and (count[2] == 0) == (attributes == "none asked")
+        assert (count[3] == 0) == (limits == "none asked")
+        if brand != "not asked":
+            asked, found = re.split(r"[,;] item: ", pair.reasons[1])
+            assert (brand == "match") == (re.sub("^brand asked: | brand asked$", "", asked) == found)
+        unsaid = len(re.findall("not said|does not say|no word of it", pair.reasons[2]))
+        assert attributes != "met" or unsaid == 0
+        assert attributes != "unknown" or unsaid == count[2]
+
+
+def test_no_reason_is_read_as_an_answer(made: Splits):
+    phrases = [phrase.text for phrase in WITH_TEXT.phrases]
+    for pairs in made.values():
+        text = "\n".join(reason for pair in pairs for reason in pair.reasons)
+        assert not any(phrase in text for phrase in phrases)
+    for pair in made["w_eval"]:
+        whole = "".join(wording.gold_segments(WITH_TEXT, pair.tier, pair.steps, pair.reasons))
+        assert wording.well_formed(WITH_TEXT, whole)
+
+
 # -------------------------------------------------------------------------------------------------- the splits
 
 
@@ -330,6 +425,8 @@ def test_unseen_rows_have_held_out_words_and_seen_rows_have_none(made: Splits):
 
 def test_the_default_splits_are_the_recorded_ones(made: Splits):
     assert digest(made) == DIGEST, "raise catalog.VERSION and record the new digest, if the change is meant"
+    reasons = json.dumps([pair.reasons for pairs in made.values() for pair in pairs])
+    assert hashlib.sha256(reasons.encode()).hexdigest() == REASONS_DIGEST
 
 
 def test_another_seed_gives_another_benchmark_and_another_holdout():
@@ -376,7 +473,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_builds_once_and_reads_back_the_same(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd):
     first = benchmark.load_benchmark(tmp_path, 5)
-    assert first == catalog.splits(5)
+    assert first == without_reasons(catalog.splits(5))
+    assert benchmark.load_benchmark(tmp_path, 5, WITH_TEXT) == catalog.splits(5)
     monkeypatch.setattr(catalog, "splits", lambda seed: pytest.fail("built again"))
     assert benchmark.load_benchmark(tmp_path, 5) == first
     assert "tensorflow" not in sys.modules
@@ -408,7 +506,15 @@ benchmark.load_benchmark({str(tmp_path)!r}, 5)
     ran = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(root)}, cwd=root)
     assert ran.returncode == -signal.SIGKILL
     assert list(tmp_path.glob("benchmark/*/*"))  # it had begun
-    assert benchmark.load_benchmark(tmp_path, 5) == catalog.splits(5)
+    assert benchmark.load_benchmark(tmp_path, 5) == without_reasons(catalog.splits(5))
+
+
+def test_a_rule_book_that_takes_a_reason_for_an_answer_is_refused(small: None, tmp_path: Path):
+    text = book.file_of("four_tier").read_text().replace("free_text: none", "free_text: between")
+    text = text.replace("tier: Tier", "tier: item").replace("1-Irrelevant", "no brand")
+    (tmp_path / "other.yaml").write_text(text)
+    with pytest.raises(PairsError, match="would be read as the answer 'item: no brand' of the rule book"):
+        benchmark.load_benchmark(tmp_path, 5, book.load(tmp_path / "other.yaml"))
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import itertools
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from agrl_jax.data.bundled import catalog, world
 from agrl_jax.data.pairs import Pair, PairsError
-from agrl_jax.rulebook import book
+from agrl_jax.rulebook import book, wording
 from agrl_jax.rulebook.book import RuleBook
 
 _TEXTS = ("id", "query", "title", "description", "brand", "color", "category", "price", "family")
@@ -42,6 +43,7 @@ class Benchmark(tfds.core.GeneratorBasedBuilder):
             "tier": tfds.features.Scalar(np.int32),
             "steps": tfds.features.Tensor(shape=(None,), dtype=np.int32),
             "seen": tfds.features.Scalar(np.bool_),
+            "reasons": tfds.features.Sequence(tfds.features.Text()),
         }
         return tfds.core.DatasetInfo(
             builder=self,
@@ -64,18 +66,23 @@ def load_benchmark(data_dir: epath.PathLike, seed: int = 0, rules: RuleBook | No
     """The splits of the benchmark, from `data_dir`; built there first unless they are there already.
 
     What was built from another ontology, rule book or generator is another dataset, and left alone. A build that was
-    killed leaves nothing that would be read.
+    killed leaves nothing that would be read. Pairs have reasons where the rule book has free text.
 
     Raises:
-      PairsError: `rules` have other steps or another table than the rule book by which the pairs are labelled.
+      PairsError: `rules` have other steps or another table than the rule book by which the pairs are labelled, or a
+        wording that would take a reason for an answer.
     """
     if rules is not None:
         _check_rules(rules)
+    room = rules is not None and rules.response.free_text != "none"
     made = builder(data_dir, seed)
     raw = tfds.decode.DeserializeMethod.RAW_BYTES  # TFDS would make a dozen NumPy arrays of each row: 6 times slower
     with _quiet():
         sources = {name: made.as_data_source(name, deserialize_method=raw) for name in made.info.splits}
-    return {name: list(_pairs(name, source)) for name, source in sources.items()}
+    splits = {name: list(_pairs(name, source, room)) for name, source in sources.items()}
+    if room and rules.phrases != book.load().phrases:
+        _check_reasons(splits, rules)
+    return splits
 
 
 def _check_rules(rules: RuleBook) -> None:
@@ -110,13 +117,28 @@ def _digest() -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _pairs(split: str, source: Any) -> Iterator[Pair]:
+def _check_reasons(splits: Mapping[str, Sequence[Pair]], rules: RuleBook) -> None:
+    """The reasons state nothing in the words of the benchmark's own rule book, but may in those of another."""
+    for pair in itertools.chain.from_iterable(splits.values()):
+        for part, (value, reason) in enumerate(zip((*pair.steps, pair.tier), pair.reasons, strict=True)):
+            if phrase := wording.misread_reason(rules, part, value, reason):
+                raise PairsError(
+                    f"the bundled benchmark's reason {reason!r} would be read as the answer {phrase!r} of the rule "
+                    f"book {rules.name}; word its responses differently, or set response.free_text: none"
+                )
+
+
+def _pairs(split: str, source: Any, reasons: bool) -> Iterator[Pair]:
     for first in range(0, len(source), _CHUNK):
         for record in source.__getitems__(range(first, min(first + _CHUNK, len(source)))):
             row = tf_example_pb2.Example.FromString(record).features.feature
             texts = {name: row[name].bytes_list.value[0].decode() for name in _TEXTS}
             tier, seen = (row[name].int64_list.value[0] for name in ("tier", "seen"))
-            yield Pair(**texts, split=split, tier=tier, steps=tuple(row["steps"].int64_list.value), seen=bool(seen))
+            pair = Pair(**texts, split=split, tier=tier, steps=tuple(row["steps"].int64_list.value), seen=bool(seen))
+            if reasons:
+                why = tuple(reason.decode() for reason in row["reasons"].bytes_list.value)
+                pair = dataclasses.replace(pair, reasons=why)
+            yield pair
 
 
 @contextlib.contextmanager

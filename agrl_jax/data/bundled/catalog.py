@@ -35,6 +35,7 @@ from agrl_jax.data.bundled import world as worlds
 from agrl_jax.data.bundled.dice import Dice, point
 from agrl_jax.data.bundled.items import Item, make_item
 from agrl_jax.data.bundled.queries import FAMILIES, HEAD, Limit, Query, Stock, make_query
+from agrl_jax.data.bundled.reasons import explain
 from agrl_jax.data.bundled.world import LEVELS, World
 from agrl_jax.data.pairs import Pair
 from agrl_jax.rulebook import book
@@ -43,7 +44,7 @@ from agrl_jax.rulebook.book import RuleBook
 __all__ = ["FAMILIES", "HEAD", "SIZES", "CatalogError", "judge", "holdout", "splits"]
 
 SIZES = {"sft": 24_000, "train": 40_000, "validation": 2_000, "b_eval": 2_000, "w_eval": 2_000}  # pairs of each split
-VERSION = "1.1.0"  # rises when this code comes to give other pairs
+VERSION = "1.2.0"  # rises when this code comes to give other pairs, or more of them
 
 _HELD_OUT = 0.15  # of types, brands and phrasings
 _UNSEEN = 0.25  # of the evaluation queries drawn; as many come to nothing, about a fifth of the rows
@@ -290,7 +291,10 @@ class _Split:
             split=self._name,
             seen=seen,
         )
-        return None if _key(pair) in self._taken else pair
+        if _key(pair) in self._taken:
+            return None
+        reasons = explain(Dice("reasons", self._seed, pair.id), self._world, query, item)
+        return dataclasses.replace(pair, reasons=(*reasons, ""))
 
 
 def _key(pair: Pair) -> tuple[str, str]:
