@@ -280,6 +280,7 @@ def language_model() -> ConfigDict:
     c.rl.learning_rate = 1e-6
     c.rl.matrix_rate = 0.0
     c.dpo.update(mined=3200, batch_size=32, learning_rate=1e-6, matrix_rate=0.0)
+    c.more.update(learning_rate=1e-5, matrix_rate=0.0)
     c.objective.logprob_chunk = 1024  # with 150,000 tokens in a vocabulary, 0.6 GB of logits
     c.guidance.replace = 4  # of 8
     c.eval.batch_size = 32

@@ -12,6 +12,7 @@ The regimes differ in what the warm start learns from, and RL after it:
     scarce  500 pairs with steps; the other pairs have the tier alone, as most real ones do
     head    the head of the distribution of queries; RL sees all of it, with steps
     all     every pair with its steps
+    plain   none: the model untrained, and trained on the tier alone
 
 The results lie in `experiments/results/language_model/REGIME/`. A single run by hand:
 
@@ -65,6 +66,20 @@ REGIMES: dict[str, tuple[Fields, Mapping[str, Fields]]] = {
     "all": (
         {"sft.source": "train", "sft.steps": 1200},
         {"sft": {}, "sft_more": {"labels": "tier, steps"}, "dpo": {}, "grpo": {}, "agrl": {}},
+    ),
+    # As many pairs as the start on the head and `sft_more` after it, with the tier alone: it is stated first, and what
+    # follows it has no loss. Untrained is the model as it is, asked through its chat template under the grammar.
+    "plain": (
+        {"method": "sft"},
+        {
+            "untrained": {
+                "labels": "none", "sft.steps": 0, "data.style": "chat", "data.prompt_len": 112,
+            },
+            "tier_alone": {
+                "labels": "tier", "rulebook.order": "respond_then_think", "data.steps_known": 0,
+                "sft.source": "train", "sft.steps": 635,
+            },
+        },
     ),
 }  # fmt: skip
 

@@ -19,17 +19,18 @@ from ml_collections import ConfigDict
 from test_chat import CHATML
 from tiny import get_config
 
-from agrl_jax import evaluate
+from agrl_jax import evaluate, recipes
 from agrl_jax.data.bundled import benchmark, catalog
 from agrl_jax.judging import trained
 from agrl_jax.policy import loading
 from agrl_jax.policy.smollm2 import NotInstalledError, find_smollm2
 from agrl_jax.rulebook import book, wording
 from agrl_jax.runtime import sharding
-from agrl_jax.runtime.config import ConfigError, validate, validate_together
+from agrl_jax.runtime.config import ConfigError, flatten, validate, validate_together
 from agrl_jax.runtime.logs import read_jsonl
 from agrl_jax.training import assemble
 from agrl_jax.training.run import USER_ERRORS, train
+from configs import pairs
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -172,6 +173,41 @@ def test_the_configs_of_language_models_are_in_order(name: str) -> None:
             config.policy.pretrained = "DIR"
         shards = 8 if config.mesh.fsdp == -1 else 1
         validate_together(config, shards)
+
+
+@pytest.mark.parametrize("method", recipes.METHODS)
+def test_own_pairs_with_a_language_model_are_in_order_by_every_method(method: str) -> None:
+    config = pairs.get_config(f"{method},smollm2")
+    with pytest.raises(ConfigError, match="data.path"):
+        validate_together(config)
+    config.data.path = "mine.csv"
+    validate(config)
+    recipes.check(config)
+    validate_together(config)
+    rates = {name: value for name, value in flatten(config).items() if name.endswith("matrix_rate")}
+    assert set(rates.values()) == {0}  # whole matrices are not to be rewritten
+
+
+@pytest.mark.slow
+def test_own_pairs_of_which_the_tier_is_known_train_a_language_model(tmp_path: Path) -> None:
+    """The recipe as it is, but for its sizes and the model."""
+    tiers = ("4-Excellent", "3-Related", "2-Mismatch", "1-Irrelevant")
+    rows = [f"q{i} {word},{word} item {i},{tiers[i % 4]}" for i in range(60) for word in [["boot", "lamp"][i // 30]]]
+    (tmp_path / "mine.csv").write_text("\n".join(["query,title,label", *rows]) + "\n")
+    config = pairs.get_config("smollm2")
+    config.policy.pretrained = str(save_model(tmp_path / "model", "qwen3"))
+    config.data.update(path=str(tmp_path / "mine.csv"), prompt_len=96, response_len=60)
+    config.reward.overlong_from = 59
+    config.mixture.rows = 32
+    config.sft.update(steps=2, batch_size=4)
+    config.rl.update(steps=2, batch_size=4, group_size=2, micro_batches=1)
+    config.guidance.update(replace=1, threshold=1.0)
+    config.eval.update(pairs=4, validation_pairs=4, batch_size=4, bootstrap=2)
+    card = run(config, tmp_path / "run")
+    assert set(card) == {"sft", "agrl"} and set(card["agrl"]) == {"test"}
+    assert card["agrl"]["test"]["accuracy"]["n"] == 4
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [(row["stage"], row["step"]) for row in rows] == [("sft", 1), ("sft", 2), ("rl", 1), ("rl", 2)]
 
 
 # A rule book with the first two steps of the bundled one, and few words: prompts of some 290 tokens.
