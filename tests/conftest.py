@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
 from agrl_jax.data.bundled import benchmark, catalog
+from agrl_jax.policy import transformer
 from agrl_jax.policy.layers import PolicyConfig
 from agrl_jax.policy.transformer import build
 from agrl_jax.rulebook import wording
@@ -30,6 +32,8 @@ _CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{Path(__file__).pa
 _SECONDS = os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 jax.config.update("jax_compilation_cache_dir", _CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", float(_SECONDS))
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick.COMPILING['XLA_FLAGS']}".strip()  # read late
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_default_matmul_precision", "highest")  # a GPU multiplies float32 with 10 bits of it, else
 
 # Steps fit (yes 0, part 1, no 2) and brand (ok 0, off 1); tiers good 0, fair 1, bad 2.
@@ -168,11 +172,11 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture(scope="module")
-def quick_compiles() -> Iterator[None]:
-    """For modules that mostly compile, and whose programs run for milliseconds: it halves their time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def scanned() -> Iterator[None]:
+    """Policies of three layers are scanned, as deep ones are: they compile in a third of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformer, "_UNROLLED", 2)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
-"""The environment of tests that start processes which mostly compile, and whose programs run for milliseconds."""
+"""How the tests compile, and the processes that they start: quickly, for programs that run for milliseconds."""
 
 import jax
 
-# Halves the time that is left to compile for a CPU. Later versions do not know the flag, and do not start with it.
+# A quarter of the time to compile for a CPU. Later versions do not know the flag, and do not start with it.
 _FLAGS = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
 COMPILING = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": _FLAGS}
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", **COMPILING}

@@ -18,8 +18,6 @@ from agrl_jax.policy import huggingface
 from benchmarks import growth, guidance, phases, startup, table, workload
 from benchmarks.contenders import ours, protocol
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 ROOT = Path(__file__).parent.parent
 TINY = workload.WORKS["tiny"]
 CEILINGS = {"flops": 2e9, "bytes": 1e9, "load": 0.0}

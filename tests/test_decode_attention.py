@@ -13,8 +13,6 @@ from agrl_jax.policy import decode_attention
 from agrl_jax.policy.attention import LayerPrefix, _attend
 from agrl_jax.types import Instructions
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 GPU = jax.default_backend() == "gpu"
 
 

@@ -15,8 +15,6 @@ from agrl_jax.supervised import dpo
 from agrl_jax.supervised.dpo import Answers, Preferences
 from agrl_jax.types import Cache, Policy, TrainState
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 KEY = np.asarray(jax.random.key_data(jax.random.key(1)))
 B, N = 6, 8
 

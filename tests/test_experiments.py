@@ -11,7 +11,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
+import commands
 import mini_sweep
 import numpy as np
 import pytest
@@ -108,9 +110,9 @@ def test_a_file_that_is_no_sweep_is_refused(name: str, said: str, monkeypatch: p
         study.load(name, "results")
 
 
-@pytest.mark.parametrize("module", ["run", "table", "choose"])
-def test_a_mistyped_flag_is_refused_in_one_line(module: str, capfd: pytest.CaptureFixture) -> None:
-    assert subprocess.run([sys.executable, "-m", f"experiments.{module}", "--swep=x"], cwd=ROOT).returncode == 2
+@pytest.mark.parametrize("module", [run_sweep, table, choose], ids=["run", "table", "choose"])
+def test_a_mistyped_flag_is_refused_in_one_line(module: ModuleType, capfd: pytest.CaptureFixture) -> None:
+    assert commands.exit_code(module.main, "--swep=x") == 2
     assert capfd.readouterr().err.startswith("error: Unknown command line flag 'swep'")
 
 

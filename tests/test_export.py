@@ -21,8 +21,6 @@ from agrl_jax.policy.families import LoadingError
 from agrl_jax.rulebook import book, grammar
 from agrl_jax.runtime.config import ConfigError
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 ROWS = [
     {"query": "red shoes", "title": "Nike running shoes, red"},
     {"query": "schuhe für Kinder 👟", "title": "x " * 100, "brand": "Nike"},

@@ -17,8 +17,6 @@ from agrl_jax.supervised.fill import Blanks, filled_responses, tokens_scored
 from agrl_jax.supervised.marginal import forks
 from agrl_jax.types import UNKNOWN
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 # One token each: fit (yes 0, part 1, no 2), brand (ok 3, off 4), tier (good 5, fair 6, bad 7).
 TEXTS = PartTexts(
     np.array([[[0], [1], [2]], [[3], [4], [0]], [[5], [6], [7]]], np.int32),

@@ -20,8 +20,6 @@ BASE = GuidanceConfig(
     per_family=False, cap="none",
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def having(**changes) -> GuidanceConfig:
     return dataclasses.replace(BASE, **changes)

@@ -26,7 +26,7 @@ from agrl_jax.supervised import dpo, sft
 from agrl_jax.supervised.fill import Blanks
 from agrl_jax.types import UNKNOWN, TrainState
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.usefixtures("scanned")
 
 SHARED = tokens((6,), seed=3) % 10  # words of the small vocabulary too
 PROMPT, RESPONSE = tokens((2, 4)), tokens((2, 3, 5), seed=1)
@@ -41,12 +41,9 @@ def in_front(prompt, prompt_len):
 # ------------------------------------------------------------------------------------------- the policy
 
 
-@pytest.mark.parametrize("remat", [False, True], ids=["kept", "remat"])
 @variants
-def test_values_and_gradients_are_those_of_whole_prompts(variant, remat, close):
+def test_values_and_gradients_are_those_of_whole_prompts(variant, close):
     _, params, _ = drawn(dataclasses.replace(BASE, **variant))
-    policy, _, _ = build(dataclasses.replace(BASE, **variant, remat=remat))
-    after, instruct = instructed(policy, SHARED)
     into = np.random.default_rng(0).normal(size=(*RESPONSE.shape, BASE.width))
 
     def loss(params, policy, instruct, prompt, prompt_len):
@@ -55,13 +52,14 @@ def test_values_and_gradients_are_those_of_whole_prompts(variant, remat, close):
         return jnp.sum(hidden * into) + jnp.sum(policy.unembed(params, hidden) ** 2), hidden
 
     run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=(1, 2))
-    whole = run(params, *instructed(policy, None), *in_front(PROMPT, PROMPT_LEN))
-    close(run(params, after, instruct, PROMPT, PROMPT_LEN), whole)
+    plain, remat = (build(dataclasses.replace(BASE, **variant, remat=remat))[0] for remat in (False, True))
+    whole = run(params, *instructed(plain, None), *in_front(PROMPT, PROMPT_LEN))
+    for policy in (plain, remat):
+        close(run(params, *instructed(policy, SHARED), PROMPT, PROMPT_LEN), whole)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @variants
-def test_decoding_goes_on_from_them(variant, platform):
+def test_decoding_goes_on_from_them(variant):
     policy, params, _ = drawn(dataclasses.replace(BASE, **variant))
 
     @partial(jax.jit, static_argnums=(1, 2))
@@ -73,10 +71,11 @@ def test_decoding_goes_on_from_them(variant, platform):
         last, cache = policy.apply(params, RESPONSE[..., 4:], offset=4, prefix=prefix, cache=cache)
         return jnp.concatenate([first, last], axis=2), cache
 
-    hidden, cache = run(for_decoding(params, platform), *instructed(policy, SHARED), PROMPT, PROMPT_LEN)
     expected, stacked = run(params, *instructed(policy, None), *in_front(PROMPT, PROMPT_LEN))
-    np.testing.assert_allclose(hidden, expected, atol=1e-5)
-    np.testing.assert_allclose(jnp.stack(cache.k), stacked.k, atol=1e-5)
+    for platform in ("cpu", "gpu"):
+        hidden, cache = run(for_decoding(params, platform), *instructed(policy, SHARED), PROMPT, PROMPT_LEN)
+        np.testing.assert_allclose(hidden, expected, atol=1e-5, err_msg=platform)
+        np.testing.assert_allclose(jnp.stack(cache.k), stacked.k, atol=1e-5, err_msg=platform)
 
 
 def test_without_them_policy_and_parameters_are_the_same():

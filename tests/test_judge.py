@@ -11,6 +11,7 @@ import sys
 from decimal import Decimal
 from pathlib import Path
 
+import commands
 import hf_models
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ import quick
 from etils import epath
 from workdirs import make_workdir
 
+from agrl_jax import judge as judge_command
 from agrl_jax.data import rows as rows_module
 from agrl_jax.data.pairs import PairsError
 from agrl_jax.data.rows import OutputError
@@ -36,8 +38,6 @@ from agrl_jax.runtime.config import ConfigError
 ROOT = Path(__file__).parent.parent
 BATCH = 4
 SHORT = Settings(prompt_len=32)  # two padded lengths, so two programs to compile
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @pytest.fixture(scope="module")
@@ -483,17 +483,14 @@ def test_a_temperature_is_fitted_kept_and_used(judge: Judge, tmp_path: Path) -> 
 # The command
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "agrl_jax.judge", *arguments],
-        cwd=ROOT, env=os.environ | quick.ENVIRONMENT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-
-
 def test_the_command_judges_a_file(workdir: Path, tmp_path: Path) -> None:
     source, output = ROOT / "examples" / "pairs.csv", tmp_path / "judged.csv"
-    sizes = ("--batch_size=8", "--prompt_len=64", "--prefix=our_", f"--qrels={tmp_path / 'out.qrels'}")
-    done = command(f"--checkpoint={workdir}", f"--input={source}", f"--output={output}", *sizes)
+    words = ("--batch_size=8", "--prompt_len=64", "--prefix=our_", f"--qrels={tmp_path / 'out.qrels'}")
+    done = subprocess.run(
+        [sys.executable, "-m", "agrl_jax.judge", f"--checkpoint={workdir}", f"--input={source}", f"--output={output}",
+         *words],
+        cwd=ROOT, env=os.environ | quick.ENVIRONMENT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "judged 24 of 24 rows" in done.stdout and str(output) in done.stdout
     with output.open(newline="") as file:
@@ -541,16 +538,16 @@ def test_a_model_over_four_devices_judges_as_on_one(workdir: Path, judge: Judge,
         )
 
 
-def test_a_mesh_that_cannot_be_is_refused(workdir: Path, tmp_path: Path) -> None:
-    files = ("--input=examples/pairs.csv", f"--output={tmp_path}/out.csv")
-    done = command(f"--checkpoint={workdir}", *files, "--mesh.tensor=3")
-    assert done.returncode == 2
+def test_a_mesh_that_cannot_be_is_refused(
+    workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = (f"--input={ROOT}/examples/pairs.csv", f"--output={tmp_path}/out.csv")
+    assert commands.exit_code(judge_command.main, f"--checkpoint={workdir}", *files, "--mesh.tensor=3") == 2
     said = "mesh.data=-1, mesh.fsdp=1, mesh.tensor=3: cannot be laid over 1 device"
-    assert done.stderr.strip() == f"error: {said}"
+    assert capsys.readouterr().err == f"error: {said}\n"
 
 
-def test_the_command_refuses_in_one_message(workdir: Path) -> None:
-    done = command(f"--checkpoint={workdir}", "--input=no_such.csv")
-    assert done.returncode == 2
+def test_the_command_refuses_in_one_message(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.exit_code(judge_command.main, f"--checkpoint={workdir}", "--input=no_such.csv") == 2
     said = "--input and --output are both needed, or --fit_cuts or --fit_temperature alone"
-    assert done.stderr.strip() == f"error: {said}"
+    assert capsys.readouterr().err == f"error: {said}\n"

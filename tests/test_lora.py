@@ -27,9 +27,9 @@ from agrl_jax.runtime.config import ConfigError, validate_together
 from agrl_jax.runtime.logs import read_jsonl
 from agrl_jax.training import assemble
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.usefixtures("scanned")
 
-SHAPE = PolicyConfig(vocab_size=23, width=20, layers=9, heads=4, kv_heads=2, head_dim=6, mlp=28, bias=True)
+SHAPE = PolicyConfig(vocab_size=23, width=20, layers=3, heads=4, kv_heads=2, head_dim=6, mlp=28, bias=True)
 ALL = LoraConfig(rank=3, alpha=6.0, modules=lora.MODULES)
 KEY = jax.random.key(0)
 
@@ -92,8 +92,8 @@ def test_sizes_axes_and_decay_of_adapters():
     adapters = jax.eval_shape(lambda: lora.init(KEY, shapes, axes, ALL))
     names = lora.adapter_axes(axes, ALL)
     attention = (20 + 24) + 2 * (20 + 12) + (24 + 20)  # inputs and outputs of q, of k and v, of out
-    assert count_parameters(adapters) == 9 * 3 * (attention + 3 * (20 + 28))
-    assert adapters["blocks"]["attention"]["out"]["a"].shape == (9, 4, 6, 3)
+    assert count_parameters(adapters) == 3 * 3 * (attention + 3 * (20 + 28))
+    assert adapters["blocks"]["attention"]["out"]["a"].shape == (3, 4, 6, 3)
     assert names["blocks"]["attention"]["out"] == {
         "a": ("layers", "heads", "head_dim", "rank"), "b": ("layers", "rank", "embed")
     }

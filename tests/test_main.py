@@ -24,9 +24,9 @@ from agrl_jax.training import run
 ROOT = Path(__file__).parent.parent
 
 
-def start(workdir: Path, data_dir: Path, *overrides: str, config: str = "tiny.py") -> subprocess.Popen:
+def start(workdir: Path, data_dir: Path, *overrides: str) -> subprocess.Popen:
     command = [
-        sys.executable, "-m", "agrl_jax.main", f"--config={ROOT / 'tests' / config}", f"--workdir={workdir}",
+        sys.executable, "-m", "agrl_jax.main", f"--config={ROOT / 'tests' / 'tiny.py'}", f"--workdir={workdir}",
         f"--config.data.dir={data_dir}", *overrides,
     ]  # fmt: skip
     environment = os.environ | quick.ENVIRONMENT
@@ -39,6 +39,14 @@ def finish(process: subprocess.Popen) -> str:
     output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
     return output
+
+
+def train(workdir: Path, data_dir: Path, fields: dict[str, object], variant: str = "benchmark") -> str:
+    """As the command does, in this process, where JAX has started; what it said."""
+    config, said = tiny.get_config(variant), []
+    config.update_from_flattened_dict({"data.dir": str(data_dir)} | fields)
+    run.train(config, str(workdir), say=lambda *words: said.append(" ".join(map(str, words))))
+    return "\n".join(said)
 
 
 def without_times(path: Path) -> list[dict]:
@@ -153,18 +161,17 @@ def test_sigterm_saves_and_the_same_command_continues(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "lora",
-    [(), ("--config.lora.rank=2", "--config.lora.stages=rl", "--config.dpo.matrix_rate=0")],
+    [{}, {"lora.rank": 2, "lora.stages": "rl", "dpo.matrix_rate": 0.0}],
     ids=["whole", "adapters"],
 )
 def test_preferences_are_mined_learnt_from_and_mined_again_by_a_run_that_resumes(
-    tmp_path: Path, data_dir: Path, lora: tuple[str, ...]
+    tmp_path: Path, data_dir: Path, lora: dict[str, object]
 ) -> None:
     """The warm start is long enough for answers that are right."""
-    warm = ("--config.sft.steps=200", "--config.sft.batch_size=32", "--config.sft.prompt_weight=0.0")
-    overrides = (*warm, "--config.method=dpo", "--config.eval.pairs=8", *lora)
-    output = finish(start(tmp_path, data_dir, "--config.dpo.steps=5", *overrides))
-    assert "preferences: " in output
-    output = finish(start(tmp_path, data_dir, "--config.dpo.steps=8", *overrides))
+    warm = {"sft.steps": 200, "sft.batch_size": 32, "sft.prompt_weight": 0.0}
+    fields = warm | {"method": "dpo", "eval.pairs": 8} | lora
+    assert "preferences: " in train(tmp_path, data_dir, fields | {"dpo.steps": 5})
+    output = train(tmp_path, data_dir, fields | {"dpo.steps": 8})
     assert "resuming from rl step 5" in output and "preferences: " in output
     assert set(json.loads((tmp_path / "scorecard.json").read_text())) == {"sft", "dpo"}
     rows = [row for row in read_jsonl(tmp_path / "metrics.jsonl") if row["stage"] == "rl"]
@@ -180,10 +187,9 @@ def test_preferences_are_mined_learnt_from_and_mined_again_by_a_run_that_resumes
 def test_supervised_training_goes_on_from_the_warm_start_in_place_of_rl(
     tmp_path: Path, data_dir: Path
 ) -> None:
-    overrides = ("--config.method=sft_more", "--config.eval.pairs=8")
-    finish(start(tmp_path, data_dir, "--config.more.steps=20", *overrides))
-    output = finish(start(tmp_path, data_dir, "--config.more.steps=24", *overrides))
-    assert "resuming from rl step 20" in output
+    fields = {"method": "sft_more", "eval.pairs": 8}
+    train(tmp_path, data_dir, fields | {"more.steps": 20})
+    assert "resuming from rl step 20" in train(tmp_path, data_dir, fields | {"more.steps": 24})
     assert set(json.loads((tmp_path / "scorecard.json").read_text())) == {"sft", "sft_more"}
     rows = read_jsonl(tmp_path / "metrics.jsonl")
     loss = {stage: [row["policy/loss"] for row in rows if row["stage"] == stage] for stage in ("sft", "rl")}
@@ -203,8 +209,8 @@ def test_trains_on_pairs_of_which_the_tier_alone_is_known(tmp_path: Path, data_d
         writer = csv.DictWriter(file, kept, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-    overrides = (f"--config.data.path={bare}", "--config.rl.batch_size=4", "--config.sft.source=both")
-    output = finish(start(tmp_path / "run", data_dir, *overrides, config="tiny.py:pairs"))
+    fields = {"data.path": str(bare), "rl.batch_size": 4, "sft.source": "both"}
+    output = train(tmp_path / "run", data_dir, fields, "pairs")
     card = json.loads((tmp_path / "run" / "scorecard.json").read_text())
     assert set(card["agrl"]) == {"test"}
     assert "their tier alone counts" in output

@@ -30,8 +30,6 @@ BASE = ObjectiveConfig(
     mask_truncated=False, treatment="mask", gamma=0.1, imitate_weight=0.5, baseline="pooled", step_weight=0.3,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def having(**changes) -> ObjectiveConfig:
     return dataclasses.replace(BASE, **changes)

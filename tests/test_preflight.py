@@ -187,17 +187,25 @@ def test_matrix_operations_of_ragged_products():
     assert matrix_flops(jax.make_jaxpr(function)(*args).jaxpr, ()) == {"other": 2 * 2 * 6 * 4 * 5}
 
 
-def step_flops(monkeypatch, **fields):
-    """Matrix operations of the step of the tiny config with some fields changed, by phase, without compiling it."""
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Steps are traced and counted; lowering and compiling them takes longer."""
     monkeypatch.setattr("agrl_jax.bounds.compile.traffic", lambda *_: {})
+    monkeypatch.setattr(jax.stages.Traced, "lower", lambda self: _Program())
+
+
+def step_flops(monkeypatch, **fields):
+    """Matrix operations of the step of the tiny config with some fields changed, by phase."""
     monkeypatch.setattr(transformer, "_UNROLLED", 0)
-    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: _Compiled())
     report = compile.compile_step(config(**fields), jax.devices()[:1], CHIP)
     return {name: phase.flops for name, phase in report.phases.items()}
 
 
-class _Compiled:
-    """In place of a compiled program, where only the jaxpr is counted."""
+class _Program:
+    """In place of a lowered and of a compiled program, where only the jaxpr is counted."""
+
+    def compile(self):
+        return self
 
     def memory_analysis(self):
         sizes = ("peak_memory", "argument_size", "output_size", "alias_size", "temp_size")
@@ -214,10 +222,10 @@ def config(**fields):
     return c
 
 
-@pytest.mark.parametrize("layers", [2, 8])
-@pytest.mark.parametrize("length", [16, 64])
-@pytest.mark.parametrize(("micro", "chunk"), [(1, 0), (4, 8)])
-def test_matrix_operations_of_the_step_worked_out_by_hand(monkeypatch, layers, length, micro, chunk):
+@pytest.mark.parametrize(
+    ("layers", "length", "micro", "chunk"), [(2, 16, 1, 0), (8, 64, 1, 0), (8, 16, 4, 8), (2, 64, 4, 8)]
+)
+def test_matrix_operations_of_the_step_worked_out_by_hand(uncompiled, monkeypatch, layers, length, micro, chunk):
     found = step_flops(monkeypatch, **{
         "policy.layers": layers, "data.response_len": length, "rl.micro_batches": micro,
         "objective.logprob_chunk": chunk,
@@ -244,9 +252,7 @@ def test_matrix_operations_of_the_step_worked_out_by_hand(monkeypatch, layers, l
     assert found["replay"] == parallel + slots * replace * again
 
 
-def test_guided_share_weighs_the_replay_alone(monkeypatch):
-    monkeypatch.setattr("agrl_jax.bounds.compile.traffic", lambda *_: {})
-    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: _Compiled())
+def test_guided_share_weighs_the_replay_alone(uncompiled):
     whole, half = (
         compile.compile_step(config(), jax.devices()[:1], CHIP, guided_share=share).phases for share in (1.0, 0.5)
     )
@@ -254,7 +260,7 @@ def test_guided_share_weighs_the_replay_alone(monkeypatch):
     assert half["decode"] == whole["decode"] and half["loss"] == whole["loss"]
 
 
-def test_refill_samples_again_and_stages_without_rl_are_refused(monkeypatch):
+def test_refill_samples_again_and_stages_without_rl_are_refused(uncompiled, monkeypatch):
     plain = {"guidance.enabled": False, "reward.composition": "terminal"}
     once = step_flops(monkeypatch, method="grpo", **plain)
     thrice = step_flops(monkeypatch, method="grpo_ds", **plain, **{"rl.candidates": 3})
@@ -265,7 +271,7 @@ def test_refill_samples_again_and_stages_without_rl_are_refused(monkeypatch):
 
 
 @pytest.mark.slow
-def test_traffic_of_the_step_scales_with_layers_and_length(monkeypatch, quick_compiles):
+def test_traffic_of_the_step_scales_with_layers_and_length(monkeypatch):
     monkeypatch.setattr(transformer, "_UNROLLED", 0)
 
     def phases(**fields):
@@ -318,11 +324,11 @@ def report(total, fits=False, chip=CHIP):
     [("Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G.", False),
      ("the total memory required for HLO temporaries (20.50G) exceeds available HBM (15.75G).", True)],
 )  # fmt: skip
-def test_a_program_that_the_compiler_finds_too_large(monkeypatch, message, temporaries):
+def test_a_program_that_the_compiler_finds_too_large(uncompiled, monkeypatch, message, temporaries):
     def too_large(_):
         raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {message}")
 
-    monkeypatch.setattr(jax.stages.Lowered, "compile", too_large)
+    monkeypatch.setattr(_Program, "compile", too_large)
     found = compile.compile_step(config(), jax.devices()[:1], CHIP)
     memory = found.memory
     assert not found.fits and not found.phases and memory.parameters > 0
@@ -366,9 +372,7 @@ def test_the_memory_of_a_device_is_what_jax_may_take(monkeypatch, stats, memory)
     assert compile.find_devices("")[1] == dataclasses.replace(CHIPS[device.device_kind], memory=memory)
 
 
-def test_the_batch_counts_as_an_input(monkeypatch):
-    monkeypatch.setattr("agrl_jax.bounds.compile.traffic", lambda *_: {})
-    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: _Compiled())
+def test_the_batch_counts_as_an_input(uncompiled):
     inputs = {
         size: compile.compile_step(config(**{"rl.batch_size": size}), jax.devices()[:1], CHIP).memory.inputs
         for size in (8, 16)

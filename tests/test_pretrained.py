@@ -32,8 +32,6 @@ from agrl_jax.training import assemble
 from agrl_jax.training.run import USER_ERRORS, train
 from configs import pairs
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def small_benchmark() -> Iterator[None]:

@@ -27,8 +27,6 @@ from agrl_jax.rl import reader
 from agrl_jax.rl.rollout import rollout, row_keys
 from agrl_jax.rulebook.book import load
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 FOUR_TIER = load("four_tier")
 # One token each: fit (yes 0, part 1, no 2), brand (ok 3, off 4), tier (good 5, fair 6, bad 7), words x 8 and y 9.
 TOKEN_SIZE = np.array([len(word) for word in WORDS] + [0, 0])

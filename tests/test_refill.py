@@ -19,8 +19,6 @@ from agrl_jax.rl.reward import score
 from agrl_jax.rl.rollout import PURPOSE_ROLLOUT, rollout, row_keys
 from agrl_jax.types import Rollout
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 K = 4
 PLAIN = dataclasses.replace(
     CONFIG, guidance=None, shards=2, candidates=K,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import commands
 import polars as pl
 import pytest
 from test_scorecard import BOOK, random_judgements
@@ -14,7 +13,6 @@ from test_scorecard import BOOK, random_judgements
 from agrl_jax import report
 from agrl_jax.evaluation import intervals, judgements, tables
 
-ROOT = Path(__file__).parent.parent
 HOSTILE = "<script>document.title = 'taken'</script><b>shoes</b>"
 
 
@@ -101,8 +99,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
 
 def test_an_output_in_a_folder_that_is_not_there_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     out = tmp_path / "no" / "report.html"
-    command = [sys.executable, "-m", "agrl_jax.report", f"--workdir={make(tmp_path / 'run')}", f"--out={out}"]
-    assert subprocess.run(command, cwd=ROOT).returncode == 2
+    assert commands.exit_code(report.main, f"--workdir={make(tmp_path / 'run')}", f"--out={out}") == 2
     assert capfd.readouterr().err == f"error: --out={out}: there is no folder {tmp_path}/no\n"
 
 

@@ -21,8 +21,6 @@ SUM = RewardConfig(
     composition="sum", tier_kind="exact", tier_weight=1.0, step_weight=0.5, consistent_weight=0.25,
     format_weight=0.125, overlong_weight=2.0, overlong_from=4,
 )
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 T = 8
 TIER, FIT, BRAND, CONSISTENT, FORMAT, OVERLONG = range(6)
 

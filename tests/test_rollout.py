@@ -18,8 +18,6 @@ from agrl_jax.rulebook import wording
 from agrl_jax.rulebook.automaton import compile_tables
 from agrl_jax.rulebook.book import load
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 G, T = 5, 10
 KEY = jax.random.key_data(jax.random.key(7))
 ROWS = [3, 1, 4, 5]
@@ -199,12 +197,12 @@ def test_the_policy_runs_once_for_each_token_but_the_last(small, batch, prefixes
 # -------------------------------------------------------------------------------------------- grammar
 
 
-def test_an_untrained_policy_under_the_grammar_is_always_well_formed():
+def test_an_untrained_policy_under_the_grammar_is_always_well_formed(scanned):
     book = load("four_tier")
     vocabulary = [bytes([i]) for i in range(256)] + [None]
     tables = compile_tables(book, vocabulary, end_token=256)
     shortest = int(tables.grammar_distance[0])
-    config = PolicyConfig(vocab_size=257, width=16, layers=9, heads=2, kv_heads=1, head_dim=8, mlp=16)
+    config = PolicyConfig(vocab_size=257, width=16, layers=3, heads=2, kv_heads=1, head_dim=8, mlp=16)
     policy, init, _ = build(config)
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(init, jax.random.key(0))

@@ -26,8 +26,6 @@ from agrl_jax.training import assemble, run
 ROOT = Path(__file__).parent.parent
 BUNDLED = ROOT / "agrl_jax" / "rulebook" / "four_tier.yaml"
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def pairs_file(path: Path, rows: list[dict[str, str]] | None = None) -> Path:
     """The example's pairs, or those given, as a file of their own."""

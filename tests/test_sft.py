@@ -10,8 +10,6 @@ import pytest
 from agrl_jax.supervised import sft
 from agrl_jax.types import UNKNOWN, Cache, Policy, TrainState
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 KEY = jax.random.key_data(jax.random.key(0))
 
 

@@ -180,7 +180,6 @@ def write_rows(path: Path, rows: list[dict]) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compiles")
 def test_two_stages_of_a_run_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "run").mkdir()
     run = str(make_workdir(tmp_path / "run"))

@@ -23,8 +23,6 @@ from agrl_jax.rl.step import StepConfig, _accumulate, _Example, _learnt_first, _
 from agrl_jax.runtime import optim
 from agrl_jax.types import UNKNOWN, Batch, OwnAnswers, Rollout, TrainState
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 B, G, N = 8, 4, 40
 RATE = 0.5  # of plain gradient descent
 KEY = np.asarray(jax.random.key_data(jax.random.key(3)))  # on the host: a step on a mesh is given its own copy
