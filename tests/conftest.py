@@ -171,6 +171,11 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> str:
     return "gs://bucket"
 
 
+@pytest.fixture
+def quick_compiles() -> None:
+    """What all tests have."""
+
+
 @pytest.fixture(scope="module")
 def scanned() -> Iterator[None]:
     """Policies of three layers are scanned, as deep ones are: they compile in a third of the time."""

@@ -18,7 +18,6 @@ from agrl_jax.policy.families import LoadingError
 from agrl_jax.policy.lora import LoraConfig
 from agrl_jax.policy.transformer import build
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 CFG = LoraConfig(rank=2, alpha=4.0, modules=("q", "down"))
 
 

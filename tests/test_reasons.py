@@ -252,7 +252,6 @@ def written(small, explained):
     return [np.asarray(x) for x in fill(small.params, explained)]
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_reasons_are_written_where_they_are_known(small, explained, written):
     tokens, known, starts, reasons = written
 
@@ -274,7 +273,6 @@ def test_reasons_are_written_where_they_are_known(small, explained, written):
     assert starts.tolist() == [[2, 3, 5], [0, 3, 4], [0, 1, 2]]
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_the_sum_over_unknown_steps_reads_them_after_their_reasons(small, explained, written):
     """By hand: of pairs with unknown steps, the reasons and the tier are learnt, and the label's probability."""
     tokens, known, starts, reasons = map(jnp.asarray, written)
