@@ -31,8 +31,6 @@ STEPS = {4: "same,match,met,kept", 3: "substitute,match,met,kept", 2: "complemen
          1: "different,match,met,kept"}  # fmt: skip
 SURE = (1.0, 0.0, 0.0, 0.0)
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def judged(path: Path, *rows: dict) -> Path:
     """A judged file: of each row its `probs`, and what differs from the likeliest tier with steps that imply it."""
