@@ -176,11 +176,13 @@ class ApplyFn(Protocol):
 
 
 class Policy(NamedTuple):
-    """The three pure functions that sampling and training need of a model."""
+    """The pure functions that sampling and training need of a model."""
 
     apply: ApplyFn  # (params, tokens [B, G, n], offset, prefix, cache, instructions) -> hidden [B, G, n, D], cache
     unembed: Any  # (params, hidden [..., D]) -> logits [..., V] float32
     init_cache: Any  # (params, batch, group, length) -> Cache of zeros
+    # (params, prompt [B, S], prompt_len [B], tokens [B, G, n], instructions) -> hidden of both; for the loss
+    apply_groups: Any
 
 
 @struct.dataclass

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from agrl_jax.policy import scoring
 from agrl_jax.policy.layers import PolicyConfig
-from agrl_jax.policy.scoring import predicting_hidden, prefill
+from agrl_jax.policy.scoring import prefill, run_groups
 from agrl_jax.rl import objective, reader
 from agrl_jax.rl.reward import score
 from agrl_jax.rl.rollout import PURPOSE_ROLLOUT, rollout, row_keys
@@ -131,8 +131,7 @@ def _scored(load: Workload, batch: Batch, rolled: Rollout) -> Any:
 
 
 def _logprobs(load: Workload, params: Params, batch: Batch, rolled: Rollout) -> tuple[Array, Array]:
-    prefix = prefill(load.policy, params, batch.prompt, batch.prompt_len)
-    hidden = predicting_hidden(load.policy, params, prefix, rolled.tokens)
+    _, hidden = run_groups(load.policy, params, batch.prompt, batch.prompt_len, rolled.tokens)
     unembed = partial(load.policy.unembed, params)
     config = load.config
     return scoring.token_logprobs(unembed, hidden, rolled.tokens, config.temperature, config.logprob_chunk)

@@ -13,7 +13,7 @@ from conftest import END, RESPONSE_LEN
 from agrl_jax.rl import reader
 from agrl_jax.supervised import dpo
 from agrl_jax.supervised.dpo import Answers, Preferences
-from agrl_jax.types import Cache, Policy, TrainState
+from agrl_jax.types import Policy, TrainState
 
 KEY = np.asarray(jax.random.key_data(jax.random.key(1)))
 B, N = 6, 8
@@ -83,11 +83,10 @@ def test_the_kth_right_answer_goes_with_the_kth_wrong_one(batch):
 def constant_policy(probability):
     """A policy that gives every token the same probability wherever it stands."""
 
-    def apply(params, tokens, **_):
-        empty = jnp.zeros((1, *tokens.shape, 1, 1))
-        return jnp.zeros((*tokens.shape, 1)), Cache(empty, empty)
+    def apply_groups(params, prompt, prompt_len, tokens):
+        return jnp.zeros((*prompt.shape, 1)), jnp.zeros((*tokens.shape, 1))
 
-    return Policy(apply, lambda params, hidden: jnp.log(jnp.asarray(probability)) + 0 * hidden, None)
+    return Policy(None, lambda params, hidden: jnp.log(jnp.asarray(probability)) + 0 * hidden, None, apply_groups)
 
 
 def test_the_loss_by_hand():

@@ -19,7 +19,7 @@ from agrl_jax.evaluation.evaluator import judge_batch
 from agrl_jax.policy import lora
 from agrl_jax.policy.decoding import for_decoding
 from agrl_jax.policy.lora import LoraConfig
-from agrl_jax.policy.scoring import instructed, predicting_hidden, prefill
+from agrl_jax.policy.scoring import instructed, predicting_hidden, prefill, run_groups
 from agrl_jax.policy.transformer import build
 from agrl_jax.rl.step import make_step
 from agrl_jax.supervised import dpo, sft
@@ -46,16 +46,22 @@ def test_values_and_gradients_are_those_of_whole_prompts(variant, close):
     _, params, _ = drawn(dataclasses.replace(BASE, **variant))
     into = np.random.default_rng(0).normal(size=(*RESPONSE.shape, BASE.width))
 
-    def loss(params, policy, instruct, prompt, prompt_len):
+    def apart(policy, params, prompt, prompt_len):
+        return predicting_hidden(policy, params, prefill(policy, params, prompt, prompt_len), RESPONSE)
+
+    def together(policy, params, prompt, prompt_len):
+        return run_groups(policy, params, prompt, prompt_len, RESPONSE)[1]
+
+    def loss(params, policy, instruct, states, prompt, prompt_len):
         params = instruct(params)
-        hidden = predicting_hidden(policy, params, prefill(policy, params, prompt, prompt_len), RESPONSE)
+        hidden = states(policy, params, prompt, prompt_len)
         return jnp.sum(hidden * into) + jnp.sum(policy.unembed(params, hidden) ** 2), hidden
 
-    run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=(1, 2))
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=(1, 2, 3))
     plain, remat = (build(dataclasses.replace(BASE, **variant, remat=remat))[0] for remat in (False, True))
-    whole = run(params, *instructed(plain, None), *in_front(PROMPT, PROMPT_LEN))
+    whole = run(params, *instructed(plain, None), apart, *in_front(PROMPT, PROMPT_LEN))
     for policy in (plain, remat):
-        close(run(params, *instructed(policy, SHARED), PROMPT, PROMPT_LEN), whole)
+        close(run(params, *instructed(policy, SHARED), together, PROMPT, PROMPT_LEN), whole)
 
 
 @variants

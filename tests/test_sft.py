@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from agrl_jax.supervised import sft
-from agrl_jax.types import UNKNOWN, Cache, Policy, TrainState
+from agrl_jax.types import UNKNOWN, Policy, TrainState
 
 KEY = jax.random.key_data(jax.random.key(0))
 
@@ -22,15 +22,13 @@ def batch(small):
 def constant_policy(probability):
     """A policy that gives every token the same probability wherever it stands."""
 
-    def apply(params, tokens, **_):
-        b, g, n = tokens.shape
-        empty = jnp.zeros((1, b, g, n, 1, 1))
-        return jnp.zeros((b, g, n, 1)), Cache(empty, empty)
+    def apply_groups(params, prompt, prompt_len, tokens):
+        return jnp.zeros((*prompt.shape, 1)), jnp.zeros((*tokens.shape, 1))
 
     def unembed(params, hidden):
         return jnp.log(jnp.asarray(probability)) + 0 * hidden
 
-    return Policy(apply, unembed, None)
+    return Policy(None, unembed, None, apply_groups)
 
 
 def test_the_loss_by_hand(batch):

@@ -15,7 +15,7 @@ import pytest
 from agrl_jax.policy.attention import scaled
 from agrl_jax.policy.decoding import for_decoding
 from agrl_jax.policy.layers import PolicyConfig, RopeScaling, einsum
-from agrl_jax.policy.scoring import predicting_hidden, prefill
+from agrl_jax.policy.scoring import predicting_hidden, prefill, run_groups
 from agrl_jax.policy.transformer import build, count_parameters
 
 pytestmark = pytest.mark.usefixtures("scanned")
@@ -70,6 +70,7 @@ def test_sharing_padding_and_caching_change_nothing(variant):
     def all_ways(params):
         naive = as_one_sequence(policy, params, prompt, PROMPT_LEN, response)
         shared = predicting_hidden(policy, params, prefill(policy, params, padded, PROMPT_LEN), response)
+        _, together = run_groups(policy, params, padded, PROMPT_LEN, response)
         prefix = prefill(policy, params, prompt, PROMPT_LEN)
 
         def decode(cache, t):
@@ -83,10 +84,12 @@ def test_sharing_padding_and_caching_change_nothing(variant):
         second, in_pieces = policy.apply(params, response[..., 2:], offset=2, prefix=prefix, cache=halfway)
         _, fresh = policy.apply(params, response, prefix=prefix)
         decoded = jnp.moveaxis(one_by_one, 0, 2)
-        return naive, shared, decoded, jnp.concatenate([first, second], axis=2), cache, in_pieces, fresh
+        pieces = jnp.concatenate([first, second], axis=2)
+        return naive, shared, together, decoded, pieces, cache, in_pieces, fresh
 
-    naive, shared, decoded, pieces, *caches = all_ways(params)
+    naive, shared, together, decoded, pieces, *caches = all_ways(params)
     np.testing.assert_allclose(shared, naive, atol=1e-5)
+    np.testing.assert_allclose(together, naive, atol=1e-5)
     np.testing.assert_allclose(decoded[:, :, :-1], naive[:, :, 1:], atol=1e-5)
     np.testing.assert_allclose(pieces, decoded, atol=1e-5)
     for cache in caches[1:]:
@@ -136,7 +139,7 @@ def test_rematerialisation_changes_no_gradient(close):
     prompt, response = tokens((2, 4)), tokens((2, 3, 5), seed=1)
 
     def loss(policy, params):
-        hidden = predicting_hidden(policy, params, prefill(policy, params, prompt, PROMPT_LEN), response)
+        _, hidden = run_groups(policy, params, prompt, PROMPT_LEN, response)
         return jnp.mean(jax.nn.logsumexp(policy.unembed(params, hidden), axis=-1))
 
     def gradient(remat):

@@ -100,13 +100,13 @@ class Attention(nnx.Module):
         rope = rope_frequencies(cfg)
         return rotate(q, positions, *rope), rotate(k, positions, *rope).swapaxes(2, 3), v.swapaxes(2, 3)
 
-    def __call__(
+    def attend(
         self, q: Array, k: Array, v: Array, offset: Array | None, prefix: LayerPrefix | None,
         instructions: Instructions | None, placement: Placement,
     ) -> Array:
-        """Attends from n queries at slots offset + i to keys k [B, G, K, t, head_dim] at slots j <= offset + i,
-        to every valid key of the prompt and to every one of the instructions (of this layer). Returns [B, G, n, D].
-        `offset` is None where k are the n tokens' own."""
+        """Attends from n queries at slots offset + i to keys k [B, G, K, t, head_dim] at slots j <= offset + i, to
+        every valid key of the prompt and to every one of the instructions (of this layer). Returns values
+        [B, G, n, H, head_dim]. `offset` is None where k are the n tokens' own."""
         cfg = self.cfg
         b, g, n, _, f = q.shape
         q = scaled(q).reshape(b, g, n, cfg.kv_heads, cfg.heads // cfg.kv_heads, f).transpose(0, 1, 3, 4, 2, 5)
@@ -114,8 +114,30 @@ class Attention(nnx.Module):
             mixed = _attend_once(q[:, :, :, :, 0], k, v, offset, prefix, instructions, placement)[:, :, :, :, None]
         else:
             mixed = _attend(q, k, v, 0 if offset is None else offset, prefix, instructions)
-        mixed = jnp.moveaxis(mixed, 4, 2).astype(v.dtype).reshape(b, g, n, cfg.heads, f)
-        return linear(mixed, cast(self.out, v.dtype), inputs=2)
+        return jnp.moveaxis(mixed, 4, 2).astype(v.dtype).reshape(b, g, n, cfg.heads, f)
+
+    def attend_groups(
+        self, q: Array, k: Array, v: Array, prompt_len: Array, size: tuple[int, int],
+        instructions: Instructions | None, placement: Placement,
+    ) -> Array:
+        """`attend` of prompts and of their answers at once: rows [B, 1, S + G * n, ...], S of the prompt and then those
+        of each answer. `size` is (S, G)."""
+        length, group = size
+        b, _, rows, heads, f = q.shape
+
+        def of_answers(x: Array) -> Array:  # [B, 1, K, rows, f] to [B, G, K, n, f]
+            return x[:, 0, :, length:].reshape(b, x.shape[2], group, -1, f).swapaxes(1, 2)
+
+        (prompt_k, own_k), (prompt_v, own_v) = ((x[:, :, :, :length], of_answers(x)) for x in (k, v))
+        prefix = LayerPrefix(prompt_k[:, 0], prompt_v[:, 0], prompt_len)
+        own_q = q[:, 0, length:].reshape(b, group, -1, heads, f)
+        prompt = self.attend(q[:, :, :length], prompt_k, prompt_v, None, None, instructions, placement)
+        answers = self.attend(own_q, own_k, own_v, None, prefix, instructions, placement)
+        return jnp.concatenate([prompt, answers.reshape(b, 1, rows - length, heads, f)], axis=2)
+
+    def output(self, mixed: Array) -> Array:
+        """[B, G, n, D] from the values [B, G, n, H, head_dim] that were attended to."""
+        return linear(mixed, cast(self.out, mixed.dtype), inputs=2)
 
 
 _QUERY = "bgkqn"  # axes of queries in an einsum, before the head's own

@@ -96,7 +96,7 @@ def over(base: Params, policy: Policy, cfg: LoraConfig) -> Policy:
     def whole(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda adapters, *args, **kwargs: function(attach(base, adapters, cfg), *args, **kwargs)
 
-    return Policy(whole(policy.apply), whole(policy.unembed), whole(policy.init_cache))
+    return Policy(*map(whole, policy))
 
 
 # ------------------------------------------------------------------------------------------- helpers

@@ -106,7 +106,10 @@ def instructed(policy: Policy, tokens: Array | None) -> tuple[Policy, Callable[[
     def init_cache(params: Instructed, batch: int, group: int, length: int) -> Cache:
         return policy.init_cache(params.params, batch, group, length)
 
-    return Policy(apply, unembed, init_cache), instruct
+    def apply_groups(params: Instructed, *groups: Array) -> tuple[Array, Array]:
+        return policy.apply_groups(params.params, *groups, instructions=params.instructions)
+
+    return Policy(apply, unembed, init_cache, apply_groups), instruct
 
 
 def shared_tokens(params: Params) -> int:
@@ -118,9 +121,8 @@ def run_prompt(policy: Policy, params: Params, prompt: Array, prompt_len: Array)
     """Runs the prompts [B, S], right-padded, of `prompt_len` [B] tokens: what responses need of them, and
     the hidden states [B, S, D]."""
     hidden, cache = policy.apply(params, prompt[:, None])
-    last = jnp.take_along_axis(hidden[:, 0], prompt_len[:, None, None] - 1, axis=1)[:, 0]
     k, v = jax.tree.map(lambda x: jnp.squeeze(x, -4), (cache.k, cache.v))
-    return Prefix(k=k, v=v, length=prompt_len, last_hidden=last), hidden[:, 0]
+    return Prefix(k=k, v=v, length=prompt_len, last_hidden=_last_hidden(hidden[:, 0], prompt_len)), hidden[:, 0]
 
 
 def prefill(policy: Policy, params: Params, prompt: Array, prompt_len: Array) -> Prefix:
@@ -163,10 +165,29 @@ def predicting_hidden(policy: Policy, params: Params, prefix: Prefix, tokens: Ar
     return jnp.concatenate([first_hidden(prefix, tokens.shape[1])[:, :, None], hidden], axis=2)
 
 
+def run_groups(
+    policy: Policy, params: Params, prompt: Array, prompt_len: Array, tokens: Array
+) -> tuple[Array, Array]:
+    """The hidden states [B, S, D] of the prompts, and those [B, G, T, D] that predict each of `tokens` [B, G, T], as
+    `run_prompt` and `predicting_hidden` give them one after the other: here in one pass over the layers."""
+    of_prompt, hidden = policy.apply_groups(params, prompt, prompt_len, tokens[:, :, :-1])
+    first = _of_group(_last_hidden(of_prompt, prompt_len), tokens.shape[1])
+    return of_prompt, jnp.concatenate([first[:, :, None], hidden], axis=2)
+
+
 def first_hidden(prefix: Prefix, group_size: int) -> Array:
     """[B, G, D]: the hidden state after the prompt, the same for every sample of its group."""
-    b, d = prefix.last_hidden.shape
-    return jnp.broadcast_to(prefix.last_hidden[:, None], (b, group_size, d))
+    return _of_group(prefix.last_hidden, group_size)
+
+
+def _last_hidden(hidden: Array, prompt_len: Array) -> Array:
+    """[B, D]: of the hidden states [B, S, D] of the prompts, the last."""
+    return jnp.take_along_axis(hidden, prompt_len[:, None, None] - 1, axis=1)[:, 0]
+
+
+def _of_group(hidden: Array, group_size: int) -> Array:
+    """[B, G, D]: [B, D] for each of a group."""
+    return jnp.broadcast_to(hidden[:, None], (len(hidden), group_size, hidden.shape[-1]))
 
 
 # ------------------------------------------------- texts that compete, such as the values of a part of the response

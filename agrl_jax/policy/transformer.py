@@ -57,23 +57,25 @@ class Transformer(nnx.Module):
 
 
 Observe = Callable[[Any, Array], Any]
+# Stores the new keys and values and returns those to attend to.
+Remember = Callable[[Array, Array], tuple[Array, Array]]
+# (attention, queries, keys, values, prefix, instructions, remember) -> values [B, G, n, H, head_dim]
+Attend = Callable[[Attention, Array, Array, Array, LayerPrefix | None, Instructions | None, Remember], Array]
 
 
 def _run_block(
-    block: Block, x: Array, index: Array | int, positions: Array, offset: Array | None, prefix: LayerPrefix | None,
-    instructions: Instructions | None, remember: Callable[[Array, Array], tuple[Array, Array]],
-    placement: Placement, observe: Observe,
+    block: Block, x: Array, index: Array | int, positions: Array, prefix: LayerPrefix | None,
+    instructions: Instructions | None, remember: Remember, attend: Attend, placement: Placement,
+    observe: Observe = lambda mlp, x: None,
 ) -> tuple[Array, Any]:
-    """The layer of number `index`; `remember` stores the new keys and values and returns those to attend to.
-
-    Also returns what `observe` makes of the feed-forward and its input.
-    """
+    """The layer of number `index`. Also returns what `observe` makes of the feed-forward and its input."""
     eps = block.cfg.norm_eps
     if every := block.cfg.unrotated_every:
         positions = jnp.where((index + 1) % every == 0, 0, positions)  # which turns by no angle
     q, k, v = block.attention.project(rms_norm(x, block.attention_norm[...], eps), positions)
     q, k, v = placement.place(q, QUERIES), placement.place(k, KEYS), placement.place(v, KEYS)
-    x = placement.place(x + block.attention(q, *remember(k, v), offset, prefix, instructions, placement), HIDDEN)
+    mixed = attend(block.attention, q, k, v, prefix, instructions, remember)
+    x = placement.place(x + block.attention.output(mixed), HIDDEN)
     y = rms_norm(x, block.mlp_norm[...], eps)
     return placement.place(x + block.mlp(y, placement), HIDDEN), observe(block.mlp, y)
 
@@ -85,15 +87,16 @@ def _forward(
 ) -> tuple[Array, Cache, Any]:
     """See `build` for the contract. Also returns what `observe` saw, by layer."""
     model = merge(params)
-    # Split along D, every device would look up all rows.
-    table = placement.place(model.embedding[...], ("vocab", None))
-    x = placement.place(table[tokens].astype(jnp.dtype(cfg.compute_dtype)), HIDDEN)
     start = 0 if prefix is None else prefix.length[:, None, None]
     if instructions is not None:
         start += instructions.number
     positions = start + offset + jnp.broadcast_to(jnp.arange(tokens.shape[2]), (tokens.shape[0], 1, tokens.shape[2]))
-    run = partial(_run_block, positions=positions, offset=None if cache is None else offset, placement=placement,
-                  observe=observe)  # fmt: skip
+
+    def attend(attention: Attention, q: Array, k: Array, v: Array, prefix: Any, shared: Any, remember: Any) -> Array:
+        return attention.attend(q, *remember(k, v), None if cache is None else offset, prefix, shared, placement)
+
+    x = _embed(cfg, model, tokens, placement)
+    run = partial(_run_block, positions=positions, attend=attend, placement=placement, observe=observe)
     if isinstance(params["blocks"], tuple):
         blocks = [merge({**params, "blocks": weights}).blocks for weights in params["blocks"]]
         x, cache, seen = _loop(blocks, x, offset, prefix, cache, instructions, run)
@@ -102,11 +105,39 @@ def _forward(
     return rms_norm(x, model.final_norm[...], cfg.norm_eps), cache, seen
 
 
+def _forward_groups(
+    cfg: PolicyConfig, merge: Callable[[Params], Transformer], params: Params, prompt: Array, prompt_len: Array,
+    tokens: Array, instructions: Instructions | None, placement: Placement,
+) -> tuple[Array, Array]:
+    """See `build` for the contract. Prompts and answers are the rows of one array: each weight has one product."""
+    model, (b, group, n), length = merge(params), tokens.shape, prompt.shape[1]
+    rows = jnp.concatenate([prompt, tokens.reshape(b, group * n)], axis=1)[:, None]
+    of_prompt = jnp.broadcast_to(jnp.arange(length), (b, length))
+    of_answers = jnp.tile(prompt_len[:, None] + jnp.arange(n), (1, group))
+    positions = jnp.concatenate([of_prompt, of_answers], axis=1)[:, None]
+    if instructions is not None:
+        positions += instructions.number
+
+    def attend(attention: Attention, q: Array, k: Array, v: Array, prefix: None, shared: Any, remember: Any) -> Array:
+        return attention.attend_groups(q, k, v, prompt_len, (length, group), shared, placement)
+
+    x, run = _embed(cfg, model, rows, placement), partial(_run_block, positions=positions, attend=attend)
+    x = _scan(cfg, model.blocks, x, 0, None, None, instructions, partial(run, placement=placement))[0]
+    hidden = rms_norm(x[:, 0], model.final_norm[...], cfg.norm_eps)
+    return hidden[:, :length], hidden[:, length:].reshape(b, group, n, -1)
+
+
+def _embed(cfg: PolicyConfig, model: Transformer, tokens: Array, placement: Placement) -> Array:
+    """[B, G, n, D] of tokens [B, G, n]."""
+    table = placement.place(model.embedding[...], ("vocab", None))  # split along D, every device would look up all rows
+    return placement.place(table[tokens].astype(jnp.dtype(cfg.compute_dtype)), HIDDEN)
+
+
 def _scan(
     cfg: PolicyConfig, blocks: Block, x: Array, offset: Array | int, prefix: Prefix | None, cache: Cache | None,
     instructions: Instructions | None, run: Callable[..., tuple[Array, Any]],
-) -> tuple[Array, Cache, Any]:
-    """The layers as one scan over their stacked weights."""
+) -> tuple[Array, Cache | None, Any]:
+    """The layers as one scan over their stacked weights. The cache is None where no layer remembers anything."""
     graph, weights = nnx.split(blocks)
 
     def layer(carry: tuple[Array, Any], xs: tuple[Any, Any, Any, Array]) -> tuple[tuple[Array, Any], Any]:
@@ -140,7 +171,8 @@ def _scan(
         body = jax.checkpoint(layer, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
     xs = (weights, prefix_kv, instructions, jnp.arange(cfg.layers))
     (x, kept), (fresh, seen) = jax.lax.scan(body, (x, kept), xs, unroll=unroll)
-    return x, Cache(*(fresh if cache is None else kept)), seen
+    kept = fresh if cache is None else kept
+    return x, Cache(*kept) if kept else None, seen
 
 
 def _loop(
@@ -195,6 +227,10 @@ def build(cfg: PolicyConfig, placement: Placement = ANYWHERE) -> tuple[Policy, C
     other, causally, and the returned cache holds their n entries. With one, their entries are written at
     `offset`, and they see instructions, prefix and all slots up to their own. Of parameters whose layers
     are apart (`for_decoding`), so are instructions, prefix and cache.
+
+    `policy.apply_groups(params, prompt, prompt_len, tokens, instructions=None)` runs prompts [B, S], right-padded, of
+    `prompt_len` [B] tokens and their groups' tokens [B, G, n] through each layer together: every weight is read,
+    gathered and differentiated once. It returns the hidden states of both, [B, S, D] and [B, G, n, D].
     """
     template, merge = _structure(cfg)
 
@@ -207,13 +243,18 @@ def build(cfg: PolicyConfig, placement: Placement = ANYWHERE) -> tuple[Policy, C
     ) -> tuple[Array, Cache]:
         return _forward(cfg, merge, params, tokens, offset, prefix, cache, instructions, placement)[:2]
 
+    def apply_groups(
+        params: Params, prompt: Array, prompt_len: Array, tokens: Array, *, instructions: Instructions | None = None
+    ) -> tuple[Array, Array]:
+        return _forward_groups(cfg, merge, params, prompt, prompt_len, tokens, instructions, placement)
+
     def unembed(params: Params, hidden: Array) -> Array:
         return _unembed(cfg, merge(params), hidden, placement)
 
     def init_cache(params: Params, batch: int, group: int, length: int) -> Cache:
         return _init_cache(cfg, isinstance(params["blocks"], tuple), (batch, group, length), placement)
 
-    return Policy(apply, unembed, init_cache), init, _logical_axes(template)
+    return Policy(apply, unembed, init_cache, apply_groups), init, _logical_axes(template)
 
 
 def _logical_axes(template: nnx.State) -> Params:

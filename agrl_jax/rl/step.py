@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from agrl_jax.policy import scoring
-from agrl_jax.policy.scoring import predicting_hidden, prefill
+from agrl_jax.policy.scoring import prefill, run_groups
 from agrl_jax.rl import guidance, objective, reader, refill
 from agrl_jax.rl.guidance import GuidanceConfig, Revelation, Selection
 from agrl_jax.rl.objective import ObjectiveConfig, TokenWeights
@@ -340,8 +340,7 @@ def _advantages(
 
 def _logprobs(parts: _Parts, params: Params, prompt: Array, prompt_len: Array, tokens: Array) -> tuple[Array, Array]:
     """Log-probabilities and entropies [B, G, T], prompts shared by their groups."""
-    prefix = prefill(parts.policy, params, prompt, prompt_len)
-    hidden = predicting_hidden(parts.policy, params, prefix, tokens)
+    _, hidden = run_groups(parts.policy, params, prompt, prompt_len, tokens)
     unembed = partial(parts.policy.unembed, params)
     return scoring.token_logprobs(unembed, hidden, tokens, parts.cfg.temperature, parts.cfg.logprob_chunk)
 

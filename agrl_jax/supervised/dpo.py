@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from agrl_jax.policy.scoring import instructed, predicting_hidden, prefill, shared_tokens, token_logprobs
+from agrl_jax.policy.scoring import instructed, prefill, run_groups, shared_tokens, token_logprobs
 from agrl_jax.rl import reader
 from agrl_jax.rl.rollout import PURPOSE_MINE, rollout, row_keys
 from agrl_jax.rl.step import UpdateFn
@@ -92,8 +92,7 @@ def preference_loss(
     policy: Policy, params: Params, batch: Preferences, beta: float, temperature: float = 1.0, chunk: int = 0
 ) -> tuple[Array, dict[str, Array]]:
     """The mean loss of the preference pairs, and figures."""
-    prefix = prefill(policy, params, batch.prompt, batch.prompt_len)
-    hidden = predicting_hidden(policy, params, prefix, batch.tokens)
+    _, hidden = run_groups(policy, params, batch.prompt, batch.prompt_len, batch.tokens)
     logp, entropy = token_logprobs(partial(policy.unembed, params), hidden, batch.tokens, temperature, chunk)
     change = jnp.sum(jnp.where(batch.valid, logp, 0.0), axis=-1) - batch.reference  # [B, 2]
     margin = beta * (change[:, 0] - change[:, 1])

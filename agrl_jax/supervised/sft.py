@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from agrl_jax.policy.scoring import instructed, predicting_hidden, run_prompt, shared_tokens, token_logprobs
+from agrl_jax.policy.scoring import (
+    instructed,
+    predicting_hidden,
+    run_groups,
+    run_prompt,
+    shared_tokens,
+    token_logprobs,
+)
 from agrl_jax.rl.step import UpdateFn
 from agrl_jax.supervised.fill import Blanks, filled_responses, possible_steps, tokens_scored
 from agrl_jax.supervised.marginal import label_logprob
@@ -30,25 +37,14 @@ def gold_loss(
     scratch has to learn its language here too, and predicting the item from the query makes it compare
     the two. Leave it at 0 for a pretrained one. Instructions that all prompts share are not learnt by heart.
     """
-    tokens, known = batch.gold, jnp.arange(batch.gold.shape[1]) < batch.gold_len[:, None]
-    scored, summed = 0, blanks is not None and blanks.forks is not None
-    prefix, prompt_hidden = run_prompt(policy, params, batch.prompt, batch.prompt_len)
-    if blanks is not None:
-        fixed = jax.lax.stop_gradient((params, prefix))
-        filled = filled_responses(policy, fixed[0], blanks.tables, blanks.texts, fixed[1], batch)
-        tokens, known, starts = filled.tokens, filled.known, filled.starts
-        scored = tokens_scored(blanks.tables, blanks.texts, batch)
-        unknown = jnp.any(batch.steps == UNKNOWN, axis=1)
-    if summed:
-        known &= ~unknown[:, None] | (jnp.arange(known.shape[1]) >= starts[:, -1:]) | filled.reasons
-    tokens, weight = tokens[:, None], known[:, None].astype(jnp.float32)
-    hidden = predicting_hidden(policy, params, prefix, tokens)
-    unembed = partial(policy.unembed, params)
+    tokens, known, starts, hidden, prompt_hidden = _run(policy, params, batch, blanks)
+    tokens, weight, unembed = tokens[:, None], known[:, None].astype(jnp.float32), partial(policy.unembed, params)
     logp, entropy = token_logprobs(unembed, hidden, tokens, 1.0, chunk)
     number = jnp.maximum(jnp.sum(weight), 1)
     response_loss = -jnp.sum(logp * weight) / number
     loss, figures = response_loss, {}
-    if summed:
+    if blanks is not None and blanks.forks is not None:
+        unknown = jnp.any(batch.steps == UNKNOWN, axis=1)
         label_logp = label_logprob(
             policy, params, blanks.tables, blanks.forks, hidden[:, 0], starts, possible_steps(blanks.tables, batch)
         )
@@ -62,6 +58,7 @@ def gold_loss(
     whole = jnp.sum(logp * weight, axis=-1)  # log-probability of each whole response
     trained = shared_tokens(params) + jnp.sum(batch.prompt_len)
     trained += jnp.sum(jnp.max(known * jnp.arange(1, known.shape[1] + 1), axis=-1))
+    scored = 0 if blanks is None else tokens_scored(blanks.tables, blanks.texts, batch)
     return loss, figures | {
         "policy/loss": response_loss,
         "policy/entropy": jnp.sum(entropy * weight) / number,
@@ -69,6 +66,32 @@ def gold_loss(
         "tokens/trained": trained,
         "budget/tokens": scored + 3 * trained,  # forward-equivalent, as in `rl.step`
     }
+
+
+class _Run(NamedTuple):
+    """The responses that are taught, and the policy's states."""
+
+    tokens: Array  # [B, T] int32
+    known: Array  # [B, T] bool tokens that are learnt
+    starts: Array | None  # [B, P] where they are filled in, as in `fill.Filled`
+    hidden: Array  # [B, 1, T, D] that predict the tokens
+    prompt_hidden: Array  # [B, S, D]
+
+
+def _run(policy: Policy, params: Params, batch: Batch, blanks: Blanks | None) -> _Run:
+    place = jnp.arange(batch.gold.shape[1])
+    if blanks is None:
+        prompt_hidden, hidden = run_groups(policy, params, batch.prompt, batch.prompt_len, batch.gold[:, None])
+        return _Run(batch.gold, place < batch.gold_len[:, None], None, hidden, prompt_hidden)
+    prefix, prompt_hidden = run_prompt(policy, params, batch.prompt, batch.prompt_len)
+    fixed = jax.lax.stop_gradient((params, prefix))
+    filled = filled_responses(policy, fixed[0], blanks.tables, blanks.texts, fixed[1], batch)
+    known = filled.known
+    if blanks.forks is not None:
+        whole = jnp.all(batch.steps != UNKNOWN, axis=1)[:, None]
+        known &= whole | (place >= filled.starts[:, -1:]) | filled.reasons
+    hidden = predicting_hidden(policy, params, prefix, filled.tokens[:, None])
+    return _Run(filled.tokens, known, filled.starts, hidden, prompt_hidden)
 
 
 def make_step(
