@@ -125,6 +125,7 @@ def base() -> ConfigDict:
     c.sft.path = ""  # a file of pairs, as data.* says that they are written, or the folder of the release
     c.sft.steps = 600  # updates
     c.sft.batch_size = 32  # pairs
+    c.sft.micro_batches = 1  # pieces of each batch: less memory
     c.sft.learning_rate = 3e-3  # peak; cosine decay to 0
     c.sft.matrix_rate = 0.01  # the same of Muon, which trains the layers' matrices; 0: AdamW trains all
     c.sft.warmup = 30  # steps in which the learning rate rises from 0
@@ -151,6 +152,7 @@ def base() -> ConfigDict:
     c.rl.epochs = 1  # passes over each rollout
     c.rl.minibatches = 1  # updates in each pass
     c.rl.micro_batches = 1  # pieces of each minibatch: less memory, and no work for those where no group can teach
+    c.rl.sample_batches = 1  # pieces in which the batch is sampled: less memory, for keys and values
     c.rl.learning_rate = 3e-4  # peak
     c.rl.matrix_rate = 0.004  # as in sft
     c.rl.schedule = "cosine"  # after warm-up: to 0 at the end; or constant
@@ -165,6 +167,7 @@ def base() -> ConfigDict:
     c.dpo.beta = 0.1  # how strongly the policy is held to the reference
     c.dpo.steps = 400  # updates
     c.dpo.batch_size = 64  # preferences
+    c.dpo.micro_batches = 1  # as in sft
     c.dpo.learning_rate = 3e-4  # peak; cosine decay to 0
     c.dpo.matrix_rate = 0.002  # as in sft
     c.dpo.warmup = 20  # steps in which the learning rate rises from 0
@@ -173,6 +176,7 @@ def base() -> ConfigDict:
     c.more.source = "sft"  # the pairs of the warm start; or train: those that RL sees
     c.more.steps = 400  # updates; sft_more and sft_all set it to what RL would cost
     c.more.batch_size = 32  # pairs
+    c.more.micro_batches = 1  # as in sft
     c.more.learning_rate = 1e-3  # peak; cosine decay to 0
     c.more.matrix_rate = 0.004  # as in sft
     c.more.warmup = 20  # steps in which the learning rate rises from 0

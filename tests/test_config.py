@@ -168,6 +168,9 @@ def test_check_known_names_the_nearest_fields():
          "nearest: 24 or 32"),
         ({"rl.batch_size": 4, "rl.micro_batches": 2, "rl.minibatches": 3}, 1, "equal pieces; nearest: 6"),
         ({"sft.batch_size": 30}, 4, "sft.batch_size=30 cannot be split over 4 data shards; nearest: 28 or 32"),
+        ({"sft.batch_size": 32, "sft.micro_batches": 3}, 4,
+         "sft.batch_size=32 cannot be split over 4 data shards x sft.micro_batches=3 equal pieces; nearest: 24 or 36"),
+        ({"rl.sample_batches": 3}, 4, "x rl.sample_batches=3 equal pieces; nearest: 60 or 72"),
         ({"rl.batch_size": 32, "guidance.capacity": 0.2}, 8,
          "guidance.capacity=0.2 of 4 examples per data shard is less than one group; use at least 0.25, or "
          "guidance.enabled=False"),

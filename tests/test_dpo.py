@@ -151,4 +151,9 @@ def test_a_step_starts_at_the_reference_and_is_that_of_whole_sequences(small, ba
     np.testing.assert_allclose(metrics["policy/loss"], loss, rtol=1e-5)
     close(after.opt_state, gradient, 1e-4)
     assert after.step == 8
-    assert step(after.replace(opt_state=small.params), pairs)[1]["policy/loss"] < metrics["policy/loss"]
+    later = step(after.replace(opt_state=small.params), pairs)
+    assert later[1]["policy/loss"] < metrics["policy/loss"]
+
+    in_pieces = jax.jit(dpo.make_step(small.policy, descend, beta=0.3, temperature=0.7, chunk=5, micro_batches=3))
+    again = in_pieces(after.replace(opt_state=small.params), pairs)
+    close((again[0].opt_state, again[1]), (later[0].opt_state, later[1]))

@@ -145,6 +145,21 @@ def test_values_that_no_single_token_tells_apart_have_no_fork():
     np.testing.assert_array_equal(found.token, [[2, 5], [6, 7]])
 
 
+@pytest.mark.parametrize("summed", [False, True])
+def test_losses_and_figures_of_pieces_add_up_to_those_of_the_batch(small, batch, close, summed):
+    blanks = Blanks(small.tables, TEXTS, forks(TEXTS) if summed else None)
+
+    @jax.jit
+    def losses(params):
+        pieces = [jax.tree.map(lambda x, i=i: x[i::2], batch) for i in range(2)]
+        found = [sft.gold_loss(small.policy, params, piece, 0.5, 0, blanks, batch) for piece in pieces]
+        return sft.gold_loss(small.policy, params, batch, 0.5, 0, blanks), jax.tree.map(jnp.add, *found)
+
+    whole, added = losses(small.params)
+    close(added, whole)
+    assert ("policy/label_loss" in whole[1]) == summed
+
+
 def test_no_gradient_goes_through_the_choice(small, batch, filled, close):
     tokens, known, *_ = filled
     gradient = jax.jit(jax.grad(lambda p: sft.gold_loss(small.policy, p, batch, blanks=Blanks(small.tables, TEXTS))[0]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +82,23 @@ def test_a_step_is_that_of_whole_sequences(small, batch, step, close):
     assert after.step == 8 and after.skipped == 0 and after.guidance is None
     np.testing.assert_array_equal(after.key, KEY)
     assert metrics["optim/rate"] == 0.5 and all(value.dtype == jnp.float32 for value in metrics.values())
+
+
+def test_a_batch_in_pieces_is_the_same_step(small, batch, close):
+    """Prompts weigh in too. Pieces of one pair each, the last of which nothing is known of; instructions count once."""
+
+    def descend(grads, params, opt_state, skipped):
+        return params, grads, skipped, {}
+
+    def run(pieces):
+        make = partial(sft.make_step, small.policy, descend, prompt_weight=0.5, instructions=np.array([1, 4]))
+        state = TrainState(small.params, small.params, jnp.int32(7), KEY, None, jnp.int32(0))
+        return jax.jit(make(micro_batches=pieces))(state, batch)
+
+    (whole, metrics), (summed, figures) = run(1), run(3)
+    close(summed.opt_state, whole.opt_state)
+    close(figures, metrics)
+    assert figures["tokens/trained"] == metrics["tokens/trained"] == 2 + batch.prompt_len.sum() + 5
 
 
 def test_prompts_can_weigh_in(small, batch):

@@ -13,13 +13,23 @@ import optax
 import pytest
 from conftest import RESPONSE_LEN, lenient
 
+from agrl_jax.policy.decoding import for_decoding
 from agrl_jax.policy.scoring import predicting_hidden, prefill, token_logprobs
 from agrl_jax.rl import guidance, objective, reader
 from agrl_jax.rl.guidance import GuidanceConfig
 from agrl_jax.rl.objective import ObjectiveConfig
 from agrl_jax.rl.reward import RewardConfig
 from agrl_jax.rl.rollout import PURPOSE_ROLLOUT, rollout, row_keys
-from agrl_jax.rl.step import StepConfig, _accumulate, _Example, _learnt_first, _rollout_metrics, make_step
+from agrl_jax.rl.step import (
+    StepConfig,
+    _accumulate,
+    _Example,
+    _learnt_first,
+    _Parts,
+    _roll,
+    _rollout_metrics,
+    make_step,
+)
 from agrl_jax.runtime import optim
 from agrl_jax.types import UNKNOWN, Batch, OwnAnswers, Rollout, TrainState
 
@@ -203,6 +213,17 @@ def test_epochs_minibatches_and_micro_batches_are_updates_one_after_the_other(sm
     np.testing.assert_allclose(found, np.mean(expected, axis=0), rtol=1e-4)
     assert found[1] > 0 and found[2] > 0.01  # the later updates do see other ratios
     assert metrics["policy/sampler_gap"] <= 1e-5  # that of the policy which sampled
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])  # layers apart, and stacked
+def test_a_batch_sampled_in_pieces_has_the_same_answers(small, truths, platform):
+    cfg, policy = dataclasses.replace(CONFIG, sample_batches=4), small.policy
+    parts = _Parts(policy, lenient(small.tables), ("fit", "brand"), descend, cfg, None, None, None)
+    state, decoding = fresh_state(small.params, cfg), (policy, for_decoding(small.params, platform))
+    _, rolled = jax.jit(lambda batch: _roll(parts, decoding, state, batch))(truths.easy)
+    np.testing.assert_array_equal(rolled.tokens, truths.plain.tokens)
+    np.testing.assert_array_equal(rolled.valid, truths.plain.valid)
+    np.testing.assert_allclose(rolled.logp, truths.plain.logp, atol=1e-5)
 
 
 def test_groups_to_learn_from_fill_the_first_micro_batches_of_their_shard():

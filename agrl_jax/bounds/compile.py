@@ -197,7 +197,8 @@ def _cache_bytes(config: ConfigDict, model: assemble.Model, mesh: jax.sharding.M
     b, g, shape = config.rl.batch_size, config.rl.group_size, model.shape
     total = 0.0
     for rows, group, length in (
-        (1, 1, len(model.instructions)), (b, 1, config.data.prompt_len), (b, g, config.data.response_len)
+        (1, 1, len(model.instructions)), (b, 1, config.data.prompt_len),
+        (b // config.rl.sample_batches, g, config.data.response_len),
     ):
         size = (shape.layers, rows, group, length, shape.kv_heads, shape.head_dim)
         place = sharding.spec(mesh, ("layers", "batch", None, None, "kv_heads", "head_dim"), size)

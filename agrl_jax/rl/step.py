@@ -71,6 +71,7 @@ class StepConfig:
     reward: RewardConfig
     objective: ObjectiveConfig
     guidance: GuidanceConfig | None  # None: no replay
+    sample_batches: int = 1  # pieces of the batch, sampled one after the other: memory for the answers of one
     candidates: int = 1  # the step is given this many times B examples, to refill groups of equal rewards from
 
 
@@ -140,7 +141,7 @@ def _step(
     with jax.named_scope("prefill"):
         sampling, instruct = scoring.instructed(decoding[0], parts.instructions)
         decoding = sampling, instruct(decoding[1])
-    rounds = _split(batch, cfg.candidates)
+    rounds = split(batch, cfg.candidates)
     batch = jax.tree.map(lambda x: x[0], rounds)
     prefix, rolled = _roll(parts, decoding, state, batch)
     reading, scored = _read_and_score(parts, rolled, batch)
@@ -191,7 +192,12 @@ def _roll(parts: _Parts, decoding: tuple[Policy, Params], state: TrainState, bat
         prefix = prefill(*decoding, batch.prompt, batch.prompt_len)
     with jax.named_scope("decode"):
         keys = row_keys(state.key, PURPOSE_ROLLOUT, state.step, batch.row, parts.cfg.group_size)
-        return prefix, _sample(parts, decoding, prefix, keys)
+        number = parts.cfg.sample_batches
+        if number == 1:
+            return prefix, _sample(parts, decoding, prefix, keys)
+        of_layers = split((prefix.k, prefix.v), number, axis=-4)
+        pieces = Prefix(*of_layers, *split((prefix.length, prefix.last_hidden), number)), split(keys, number)
+        return prefix, _joined(jax.lax.map(lambda piece: _sample(parts, decoding, *piece), pieces))
 
 
 def _sample(
@@ -348,9 +354,8 @@ def _logprobs(parts: _Parts, params: Params, prompt: Array, prompt_len: Array, t
 def _reference_logp(parts: _Parts, reference: Params, batch: Batch, rolled: Rollout) -> Array:
     """Log-probabilities [B, G, T] of the answers under the reference policy, in as many pieces as the loss."""
     arrays = (batch.prompt, batch.prompt_len, rolled.tokens)
-    pieces, reference = _split(arrays, parts.cfg.minibatches * parts.cfg.micro_batches), parts.instruct(reference)
-    logp = jax.lax.map(lambda piece: _logprobs(parts, reference, *piece)[0], pieces)
-    return logp.swapaxes(0, 1).reshape(rolled.tokens.shape)
+    pieces, reference = split(arrays, parts.cfg.minibatches * parts.cfg.micro_batches), parts.instruct(reference)
+    return _joined(jax.lax.map(lambda piece: _logprobs(parts, reference, *piece)[0], pieces))
 
 
 def _updates(parts: _Parts, state: TrainState, examples: _Example) -> tuple[Params, Any, Array, Metrics]:
@@ -374,7 +379,7 @@ def _updates(parts: _Parts, state: TrainState, examples: _Example) -> tuple[Para
         return (params, opt_state, skipped), _loss_metrics(sums) | figures
 
     def epoch(carry: tuple[Params, Any, Array], _: None) -> tuple[Any, Metrics]:
-        return jax.lax.scan(minibatch, carry, _split(examples, cfg.minibatches))
+        return jax.lax.scan(minibatch, carry, split(examples, cfg.minibatches))
 
     carry = (state.params, state.opt_state, state.skipped)
     (params, opt_state, skipped), metrics = jax.lax.scan(epoch, carry, None, length=cfg.epochs)
@@ -422,12 +427,22 @@ def _loss(parts: _Parts, params: Params, example: _Example) -> tuple[Array, Metr
 # ------------------------------------------------------------------------------------------- helpers
 
 
-def _split(tree: Any, number: int) -> Any:
-    """Arrays [B, ...] as [number, B / number, ...]: piece i takes every number-th example from i.
+def split(tree: Any, number: int, axis: int = 0) -> Any:
+    """Arrays [B, ...], with B on `axis`, as [number, B / number, ...]: piece i takes every number-th example from i.
 
     Strided, so that each piece is spread over the data shards as evenly as the batch is.
     """
-    return jax.tree.map(lambda x: x.reshape(-1, number, *x.shape[1:]).swapaxes(0, 1), tree)
+
+    def pieces(x: Array) -> Array:
+        at = axis % x.ndim
+        return jnp.moveaxis(x.reshape(*x.shape[:at], -1, number, *x.shape[at + 1 :]), at + 1, 0)
+
+    return jax.tree.map(pieces, tree)
+
+
+def _joined(tree: Any) -> Any:
+    """Arrays [number, B / number, ...] of pieces as `split` makes them, as [B, ...]."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
 def _accumulate(value_and_grad: Callable[..., Any], pieces: _Example, number: Array) -> tuple[Params, Metrics]:

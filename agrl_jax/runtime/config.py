@@ -233,6 +233,7 @@ RULES: Mapping[str, Rule] = {
     "sft.path": _TEXT,
     "sft.steps": _COUNT,
     "sft.batch_size": _SIZE,
+    "sft.micro_batches": _SIZE,
     "sft.learning_rate": _POSITIVE,
     "sft.matrix_rate": _WEIGHT,
     "sft.warmup": _COUNT,
@@ -254,6 +255,7 @@ RULES: Mapping[str, Rule] = {
     "rl.epochs": _SIZE,
     "rl.minibatches": _SIZE,
     "rl.micro_batches": _SIZE,
+    "rl.sample_batches": _SIZE,
     "rl.learning_rate": _POSITIVE,
     "rl.matrix_rate": _WEIGHT,
     "rl.schedule": _one_of("cosine", "constant"),
@@ -267,6 +269,7 @@ RULES: Mapping[str, Rule] = {
     "dpo.beta": _POSITIVE,
     "dpo.steps": _COUNT,
     "dpo.batch_size": _SIZE,
+    "dpo.micro_batches": _SIZE,
     "dpo.learning_rate": _POSITIVE,
     "dpo.matrix_rate": _WEIGHT,
     "dpo.warmup": _COUNT,
@@ -274,6 +277,7 @@ RULES: Mapping[str, Rule] = {
     "more.source": _one_of("sft", "train"),
     "more.steps": _COUNT,
     "more.batch_size": _SIZE,
+    "more.micro_batches": _SIZE,
     "more.learning_rate": _POSITIVE,
     "more.matrix_rate": _WEIGHT,
     "more.warmup": _COUNT,
@@ -422,12 +426,17 @@ def _batch_problems(config: ConfigDict, data_shards: int) -> Iterator[str]:
         yield (f"rl.batch_size={rl.batch_size} cannot be split into {data_shards} data shards x "
                f"rl.minibatches={rl.minibatches} x rl.micro_batches={rl.micro_batches} equal pieces; "
                f"nearest: {_multiple(rl.batch_size, pieces)}")
+    if rl.batch_size % (data_shards * rl.sample_batches):
+        yield (f"rl.batch_size={rl.batch_size} cannot be split into {data_shards} data shards x "
+               f"rl.sample_batches={rl.sample_batches} equal pieces; "
+               f"nearest: {_multiple(rl.batch_size, data_shards * rl.sample_batches)}")
     last = last_branch(config.method)
-    branches = ("sft", "eval") if last == "rl" else ("sft", "eval", last)
-    for name, size in ((f"{branch}.batch_size", config[branch].batch_size) for branch in branches):
-        if size % data_shards:
-            yield (f"{name}={size} cannot be split over {data_shards} data shards; "
-                   f"nearest: {_multiple(size, data_shards)}")
+    for branch in ("sft", "eval") if last == "rl" else ("sft", "eval", last):
+        size, micro = config[branch].batch_size, config[branch].get("micro_batches", 1)
+        if size % (data_shards * micro):
+            pieces = f" x {branch}.micro_batches={micro} equal pieces" if micro > 1 else ""
+            yield (f"{branch}.batch_size={size} cannot be split over {data_shards} data shards{pieces}; "
+                   f"nearest: {_multiple(size, data_shards * micro)}")
     if not guidance.enabled:
         return
     if rl.candidates > 1:

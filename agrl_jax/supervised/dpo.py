@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from agrl_jax.policy.scoring import instructed, prefill, run_groups, shared_tokens, token_logprobs
+from agrl_jax.policy.scoring import instructed, prefill, run_groups, token_logprobs
 from agrl_jax.rl import reader
 from agrl_jax.rl.rollout import PURPOSE_MINE, rollout, row_keys
 from agrl_jax.rl.step import UpdateFn
@@ -89,22 +89,24 @@ def preferences(batch: Batch, answers: Answers, most: int) -> Preferences:
 
 
 def preference_loss(
-    policy: Policy, params: Params, batch: Preferences, beta: float, temperature: float = 1.0, chunk: int = 0
+    policy: Policy, params: Params, batch: Preferences, beta: float, temperature: float = 1.0, chunk: int = 0,
+    of: Preferences | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """The mean loss of the preference pairs, and figures."""
+    """The mean loss of preference pairs, and figures; of a piece of the batch `of`, its part in the batch's."""
+    of = batch if of is None else of
     _, hidden = run_groups(policy, params, batch.prompt, batch.prompt_len, batch.tokens)
     logp, entropy = token_logprobs(partial(policy.unembed, params), hidden, batch.tokens, temperature, chunk)
     change = jnp.sum(jnp.where(batch.valid, logp, 0.0), axis=-1) - batch.reference  # [B, 2]
     margin = beta * (change[:, 0] - change[:, 1])
-    loss = jnp.mean(jax.nn.softplus(-margin))
-    tokens = shared_tokens(params) + jnp.sum(batch.prompt_len) + jnp.sum(batch.valid)
+    loss = jnp.sum(jax.nn.softplus(-margin)) / len(of)
+    tokens = jnp.sum(batch.prompt_len) + jnp.sum(batch.valid)
     return loss, {
         "policy/loss": loss,
-        "policy/entropy": jnp.sum(jnp.where(batch.valid, entropy, 0.0)) / jnp.maximum(jnp.sum(batch.valid), 1),
-        "dpo/accuracy": jnp.mean(margin > 0),
-        "dpo/margin": jnp.mean(margin),
-        "dpo/chosen": beta * jnp.mean(change[:, 0]),  # implicit rewards: both may fall while the margin grows
-        "dpo/rejected": beta * jnp.mean(change[:, 1]),
+        "policy/entropy": jnp.sum(jnp.where(batch.valid, entropy, 0.0)) / jnp.maximum(jnp.sum(of.valid), 1),
+        "dpo/accuracy": jnp.sum(margin > 0) / len(of),
+        "dpo/margin": jnp.sum(margin) / len(of),
+        "dpo/chosen": beta * jnp.sum(change[:, 0]) / len(of),  # implicit rewards: both may fall while the margin grows
+        "dpo/rejected": beta * jnp.sum(change[:, 1]) / len(of),
         "tokens/trained": tokens,
         "budget/tokens": 3 * tokens,  # forward-equivalent, as in `rl.step`
     }
@@ -112,15 +114,15 @@ def preference_loss(
 
 def make_step(
     policy: Policy, update: UpdateFn, beta: float, temperature: float = 1.0, chunk: int = 0,
-    instructions: Array | None = None,
+    instructions: Array | None = None, micro_batches: int = 1,
 ) -> Callable[[TrainState, Preferences], tuple[TrainState, dict[str, Array]]]:
     """Returns the pure function `step(state, batch) -> (state, metrics)`; metrics are float32 scalars.
 
-    `instructions` [I] are the tokens before all prompts; they are run once a step.
+    `instructions` and `micro_batches` as in `sft.make_step`.
     """
     policy, instruct = instructed(policy, instructions)
 
-    def loss(params: Params, batch: Preferences) -> tuple[Array, dict[str, Array]]:
-        return preference_loss(policy, instruct(params), batch, beta, temperature, chunk)
+    def loss(params: Params, piece: Preferences, batch: Preferences) -> tuple[Array, dict[str, Array]]:
+        return preference_loss(policy, params, piece, beta, temperature, chunk, batch)
 
-    return descending(loss, update)
+    return descending(loss, instruct, update, micro_batches)

@@ -90,6 +90,19 @@ def tokens_scored(tables: RuleTables, texts: PartTexts, batch: Batch) -> Array:
     return jnp.sum((batch.steps == UNKNOWN) * sizes[: tables.num_steps])
 
 
+def tokens_learnt(blanks: Blanks, batch: Batch) -> Array:
+    """How many tokens [] of the filled responses are learnt: what is known, and the end tokens; with `forks` no step of
+    a pair with unknown ones."""
+    sizes, total = jnp.asarray(blanks.texts.length), 1
+    whole = jnp.all(batch.steps != UNKNOWN, axis=1) | (blanks.forks is None)
+    for place, part in enumerate(blanks.tables.order):
+        is_step = part < blanks.tables.num_steps
+        truth = batch.steps[:, part] if is_step else batch.tier
+        learnt = (truth != UNKNOWN) & (whole | (not is_step))
+        total += jnp.where(learnt, sizes[place, truth], 0)
+    return jnp.sum(total)
+
+
 def possible_steps(tables: RuleTables, batch: Batch) -> Array:
     """[B, values of step 0, ..., values of step R - 1] bool: combinations that agree with what is known."""
     possible = jnp.asarray(tables.tier_of).reshape(tables.num_values) == jnp.expand_dims(

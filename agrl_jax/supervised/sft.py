@@ -17,17 +17,19 @@ from agrl_jax.policy.scoring import (
     shared_tokens,
     token_logprobs,
 )
-from agrl_jax.rl.step import UpdateFn
-from agrl_jax.supervised.fill import Blanks, filled_responses, possible_steps, tokens_scored
+from agrl_jax.rl.step import UpdateFn, split
+from agrl_jax.supervised.fill import Blanks, filled_responses, possible_steps, tokens_learnt, tokens_scored
 from agrl_jax.supervised.marginal import label_logprob
 from agrl_jax.types import UNKNOWN, Array, Batch, Params, Policy, TrainState
 
 
 def gold_loss(
     policy: Policy, params: Params, batch: Batch, prompt_weight: float = 0.0, chunk: int = 0,
-    blanks: Blanks | None = None,
+    blanks: Blanks | None = None, of: Batch | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Cross-entropy of the gold responses, mean over their tokens (end token included) [nats].
+
+    Of a piece of a batch, `of` is that batch, whose means are then asked for: losses and figures of its pieces add up.
 
     Where steps are unknown, the gold response ends before the first of them and the loss with it; with
     `blanks` the policy fills them in, and the loss falls on all that is known (`fill`). With its `forks`, the steps of
@@ -40,7 +42,8 @@ def gold_loss(
     tokens, known, starts, hidden, prompt_hidden = _run(policy, params, batch, blanks)
     tokens, weight, unembed = tokens[:, None], known[:, None].astype(jnp.float32), partial(policy.unembed, params)
     logp, entropy = token_logprobs(unembed, hidden, tokens, 1.0, chunk)
-    number = jnp.maximum(jnp.sum(weight), 1)
+    of = batch if of is None else of
+    number = jnp.maximum(jnp.sum(of.gold_len) if blanks is None else tokens_learnt(blanks, of), 1)
     response_loss = -jnp.sum(logp * weight) / number
     loss, figures = response_loss, {}
     if blanks is not None and blanks.forks is not None:
@@ -50,19 +53,19 @@ def gold_loss(
         )
         label_loss = -jnp.sum(label_logp * unknown)
         loss += label_loss / number
-        figures["policy/label_loss"] = label_loss / jnp.maximum(jnp.sum(unknown), 1)
+        figures["policy/label_loss"] = label_loss / jnp.maximum(jnp.sum(jnp.any(of.steps == UNKNOWN, axis=1)), 1)
     if prompt_weight:
         following, inside = batch.prompt[:, 1:], jnp.arange(1, batch.prompt.shape[1]) < batch.prompt_len[:, None]
         prompt_logp, _ = token_logprobs(unembed, prompt_hidden[:, :-1], following, 1.0, chunk)
-        loss += prompt_weight * -jnp.sum(prompt_logp * inside) / jnp.sum(inside)
+        loss += prompt_weight * -jnp.sum(prompt_logp * inside) / jnp.sum(of.prompt_len - 1)
     whole = jnp.sum(logp * weight, axis=-1)  # log-probability of each whole response
-    trained = shared_tokens(params) + jnp.sum(batch.prompt_len)
+    trained = jnp.sum(batch.prompt_len)
     trained += jnp.sum(jnp.max(known * jnp.arange(1, known.shape[1] + 1), axis=-1))
     scored = 0 if blanks is None else tokens_scored(blanks.tables, blanks.texts, batch)
     return loss, figures | {
         "policy/loss": response_loss,
         "policy/entropy": jnp.sum(entropy * weight) / number,
-        "policy/gold_probability": jnp.mean(jnp.exp(whole)),
+        "policy/gold_probability": jnp.sum(jnp.exp(whole)) / len(of.gold_len),
         "tokens/trained": trained,
         "budget/tokens": scored + 3 * trained,  # forward-equivalent, as in `rl.step`
     }
@@ -96,29 +99,50 @@ def _run(policy: Policy, params: Params, batch: Batch, blanks: Blanks | None) ->
 
 def make_step(
     policy: Policy, update: UpdateFn, prompt_weight: float = 0.0, chunk: int = 0,
-    blanks: Blanks | None = None, instructions: Array | None = None,
+    blanks: Blanks | None = None, instructions: Array | None = None, micro_batches: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Returns the pure function `step(state, batch) -> (state, metrics)`; metrics are float32 scalars.
 
-    `instructions` [I] are the tokens before all prompts; they are run once a step.
+    `instructions` [I] are the tokens before all prompts; they are run once a step. The gradient is a sum over
+    `micro_batches` pieces of the batch.
     """
     policy, instruct = instructed(policy, instructions)
 
-    def loss(params: Params, batch: Batch) -> tuple[Array, dict[str, Array]]:
-        return gold_loss(policy, instruct(params), batch, prompt_weight, chunk, blanks)
+    def loss(params: Params, piece: Batch, batch: Batch) -> tuple[Array, dict[str, Array]]:
+        return gold_loss(policy, params, piece, prompt_weight, chunk, blanks, batch)
 
-    return descending(loss, update)
+    return descending(loss, instruct, update, micro_batches)
 
 
 def descending(
-    loss: Callable[[Params, Any], tuple[Array, dict[str, Array]]], update: UpdateFn
+    loss: Callable[[Params, Any, Any], tuple[Array, dict[str, Array]]], instruct: Callable[[Params], Params],
+    update: UpdateFn, micro_batches: int,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
-    """The step `(state, batch) -> (state, metrics)` that goes down `loss(params, batch) -> loss, metrics`."""
+    """The step `(state, batch) -> (state, metrics)` that goes down the sum of `loss(params, piece, batch) -> loss,
+    metrics` over pieces of the batch, as many as `micro_batches`; all share one run of the instructions."""
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
-        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch)
+        params, pull = jax.vjp(instruct, state.params)
+
+        def one(piece: Any) -> tuple[Params, dict[str, Array]]:
+            (_, figures), grads = jax.value_and_grad(loss, has_aux=True)(params, piece, batch)
+            return grads, figures
+
+        grads, metrics = _summed(one, split(batch, micro_batches), micro_batches)
+        (grads,) = pull(grads)
+        metrics["tokens/trained"] += shared_tokens(params)
+        metrics["budget/tokens"] += 3 * shared_tokens(params)
         params, opt_state, skipped, figures = update(grads, state.params, state.opt_state, state.skipped)
         state = state.replace(params=params, opt_state=opt_state, skipped=skipped, step=state.step + 1)
         return state, {name: jnp.asarray(value, jnp.float32) for name, value in (metrics | figures).items()}
 
     return step
+
+
+def _summed(one: Callable[[Any], Any], pieces: Any, number: int) -> Any:
+    """The sum of `one(piece)` over pieces [number, ...]."""
+    first = jax.tree.map(lambda x: x[0], pieces)
+    if number == 1:
+        return one(first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first))
+    return jax.lax.scan(lambda total, piece: (jax.tree.map(jnp.add, total, one(piece)), None), zeros, pieces)[0]

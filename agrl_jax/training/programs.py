@@ -78,6 +78,7 @@ def step_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> StepConfig:
         reward=RewardConfig(**config.reward.to_dict()),
         objective=ObjectiveConfig(**objective, **loss, step_weight=config.reward.step_weight),
         guidance=GuidanceConfig(**guide) if enabled else None,
+        sample_batches=config.rl.sample_batches,
         candidates=config.rl.candidates,
     )
 
@@ -113,7 +114,8 @@ def _supervised_program(
 
     def make(policy: Policy, sampler: Any) -> Callable[..., Any]:
         return sft.make_step(
-            policy, _updater(tx), config.sft.prompt_weight, _chunk(config, mesh), blanks, model.instructions
+            policy, _updater(tx), config.sft.prompt_weight, _chunk(config, mesh), blanks, model.instructions,
+            config[branch_of(config, stage)].micro_batches,
         )
 
     fresh, template = _fresh_state(config, mesh, model, stage, tx, start)
@@ -152,7 +154,8 @@ def dpo_program(config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, refer
 
     def make(policy: Policy, sampler: Any) -> Callable[..., Any]:
         return dpo.make_step(
-            policy, _updater(tx), config.dpo.beta, config.rl.temperature, _chunk(config, mesh), model.instructions
+            policy, _updater(tx), config.dpo.beta, config.rl.temperature, _chunk(config, mesh), model.instructions,
+            config.dpo.micro_batches,
         )
 
     fresh, template = _fresh_state(config, mesh, model, "rl", tx, start)
