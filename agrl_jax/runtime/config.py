@@ -426,7 +426,7 @@ def _batch_problems(config: ConfigDict, data_shards: int) -> Iterator[str]:
         yield (f"rl.batch_size={rl.batch_size} cannot be split into {data_shards} data shards x "
                f"rl.minibatches={rl.minibatches} x rl.micro_batches={rl.micro_batches} equal pieces; "
                f"nearest: {_multiple(rl.batch_size, pieces)}")
-    if rl.batch_size % (data_shards * rl.sample_batches):
+    if rl.sample_batches > 1 and rl.batch_size % (data_shards * rl.sample_batches):
         yield (f"rl.batch_size={rl.batch_size} cannot be split into {data_shards} data shards x "
                f"rl.sample_batches={rl.sample_batches} equal pieces; "
                f"nearest: {_multiple(rl.batch_size, data_shards * rl.sample_batches)}")
