@@ -25,7 +25,7 @@ from flax import nnx
 from agrl_jax.policy.attention import Attention, LayerPrefix
 from agrl_jax.policy.experts import MixtureOfExperts
 from agrl_jax.policy.layers import HIDDEN, KEYS, QUERIES, FeedForward, PolicyConfig, einsum, ones, param, rms_norm
-from agrl_jax.types import ANYWHERE, Array, Cache, Instructions, Params, Placement, Policy, Prefix
+from agrl_jax.types import ANYWHERE, Array, Axes, Cache, Instructions, Params, Placement, Policy, Prefix
 
 _UNROLLED = 8  # stacks up to this deep are unrolled: a quarter off the gradient's time on a CPU, for more to compile
 
@@ -121,7 +121,11 @@ def _forward_groups(
     def attend(attention: Attention, q: Array, k: Array, v: Array, prefix: None, shared: Any, remember: Any) -> Array:
         return attention.attend_groups(q, k, v, prompt_len, (length, group), shared, placement)
 
-    x, run = _embed(cfg, model, rows, placement), partial(_run_block, positions=positions, attend=attend)
+    # Each device looks up its part of D of all rows, and then hands the rows over: the table is not gathered, nor is
+    # its gradient, which is as large, summed over all devices.
+    looked_up = placement.place(model.embedding[...][rows], ("data_batch", None, None, "embed"))
+    x = placement.place(looked_up.astype(jnp.dtype(cfg.compute_dtype)), HIDDEN)
+    run = partial(_run_block, positions=positions, attend=attend)
     x = _scan(cfg, model.blocks, x, 0, None, None, instructions, partial(run, placement=placement))[0]
     hidden = rms_norm(x[:, 0], model.final_norm[...], cfg.norm_eps)
     return hidden[:, :length], hidden[:, length:].reshape(b, group, n, -1)
@@ -268,11 +272,22 @@ def _logical_axes(template: nnx.State) -> Params:
 
 def _unembed(cfg: PolicyConfig, model: Transformer, hidden: Array, placement: Placement) -> Array:
     """Logits [B, ..., V] in float32 from hidden states [B, ..., D]."""
-    head = model.embedding[...].T if cfg.tied else model.head[...]
+    if cfg.tied:
+        head = _summed_in_place(model.embedding[...], ("vocab", "embed"), placement).T
+    else:
+        head = _summed_in_place(model.head[...], ("embed", "vocab"), placement)
     # One product of two matrices, as in `linear`: a gradient 1.4 times as fast on a CPU.
     flat, head = hidden.reshape(-1, cfg.width), head.astype(hidden.dtype)
     logits = einsum("nd,dv->nv", flat, head).reshape(*hidden.shape[:-1], -1)
     return placement.place(logits, ("batch", *[None] * (logits.ndim - 2), "vocab"))
+
+
+def _summed_in_place(weight: Array, axes: Axes, placement: Placement) -> Array:
+    """`weight` itself, whose gradient goes, as it is summed over devices, to those that hold its parts, not whole to
+    all of them."""
+    same = jax.custom_vjp(lambda x: x)
+    same.defvjp(lambda x: (x, None), lambda _, slope: (placement.place(slope, axes),))
+    return same(weight)
 
 
 def _init_cache(cfg: PolicyConfig, apart: bool, size: tuple[int, int, int], placement: Placement) -> Cache:

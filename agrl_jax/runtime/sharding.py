@@ -25,6 +25,7 @@ _AUTO = (jax.sharding.AxisType.Auto,) * 3  # the compiler fills in what the bord
 # What each logical axis of a parameter or an input is split over; () is replicated.
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "data_batch": ("data",),  # the same, where another axis of the array is split over fsdp
     "vocab": ("tensor",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
