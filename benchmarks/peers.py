@@ -1,6 +1,6 @@
 """One full GRPO step against those of TRL and Tunix, on the same work and weights.
 
-    python -m benchmarks.peers [--work=A|B] [--repeats=3] [--only=ours,trl,tunix] [--out=FILE.json]
+    python -m benchmarks.peers [--work=A|B|C] [--repeats=3] [--only=ours,trl,tunix] [--out=FILE.json]
 
 A step samples, scores, takes the reference's log-probabilities, loss and gradient, and updates with AdamW: in float32
 on a CPU, with arithmetic in bfloat16 on a GPU. Each contender runs in a process of its own, in turn, `--repeats` times
@@ -14,23 +14,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import subprocess
-import sys
 import tempfile
-import venv
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import app, flags
 
-from agrl_jax.policy import huggingface, loading
+from agrl_jax.policy import loading
 from agrl_jax.runtime.memory import with_huge_pages
-from benchmarks import results, table, workload
+from benchmarks import environments, results, table, workload
 from benchmarks.contenders import protocol
+from benchmarks.environments import Contender
 from benchmarks.machine import ROOT
 from benchmarks.options import DTYPE, MODEL, OUT, REPEATS, WORK
 from benchmarks.workload import Work
@@ -38,20 +35,6 @@ from benchmarks.workload import Work
 _STEPS = flags.DEFINE_integer("steps", 1, "timed steps in each round, after one that warms up", lower_bound=1)
 _ONLY = flags.DEFINE_list("only", ["ours", "trl", "trl_vllm", "tunix"], "the contenders")
 _SETTINGS = flags.DEFINE_string("settings", "{}", 'JSON: other settings of contenders, {"trl": {"micro_batch": 8}}')
-_HERE = flags.DEFINE_list("here", [], "contenders to run in this very environment, which has their packages")
-_CACHE = flags.DEFINE_string("cache", "", "folder of weights and environments; by default `cache` beside --out")
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A module of `benchmarks.contenders`, and what its environment is made of."""
-
-    module: str
-    install: tuple[tuple[str, ...], ...] = ()  # one pip command after the other; none: this very environment
-    gpu_install: tuple[str, ...] = ()  # on a GPU, too
-    needs_gpu: bool = False
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-
 
 CONTENDERS = {
     "ours": Contender("ours"),
@@ -67,7 +50,10 @@ CONTENDERS = {
 SETTINGS: dict[tuple[str, str, str], dict[str, Any]] = {
     ("ours", "B", "cpu"): {"micro_batches": 4},
     ("trl", "B", "cpu"): {"micro_batch": 4},
+    ("ours", "C", "cpu"): {"micro_batches": 4},
+    ("trl", "C", "cpu"): {"micro_batch": 4},
     ("tunix", "B", "cpu"): {"micro_batch": 1, "logps_batch": 1},
+    ("tunix", "C", "cpu"): {"micro_batch": 1, "logps_batch": 1},
 }
 
 
@@ -77,11 +63,11 @@ class BenchmarkError(ValueError):
 
 def compare(names: Sequence[str], overrides: dict[str, Any], cache: Path, out: Path) -> dict[str, Any]:
     """Runs the contenders in turn and writes the results as they come."""
-    for flag, listed in (("only", names), ("here", _HERE.value)):
+    for flag, listed in (("only", names), ("here", environments.here())):
         for name in set(listed) - set(CONTENDERS):
             raise BenchmarkError(f"--{flag}={name}: not one of {', '.join(CONTENDERS)}")
     work = workload.WORKS[WORK.value]
-    before = _machine(DTYPE.value)
+    before = environments.machine(DTYPE.value)
     dtype = before.pop("dtype")
     names = [name for name in names if _can_run(name, before["platform"])]
     task = _task(cache, work, dtype)
@@ -89,7 +75,7 @@ def compare(names: Sequence[str], overrides: dict[str, Any], cache: Path, out: P
         "benchmark": "peers", "work": WORK.value, **dataclasses.asdict(work), "model": MODEL.value, "dtype": dtype,
         "weights": "pretrained" if workload.is_pretrained(MODEL.value) else "random", "machine": before, "runs": [],
     }  # fmt: skip
-    pythons = {name: _environment(name, cache, before["platform"]) for name in names}
+    pythons = {name: environments.python_of(name, CONTENDERS[name], cache, before["platform"]) for name in names}
     for round_ in range(REPEATS.value):
         for name in (name for name in names if pythons[name]):
             settings = CONTENDERS[name].settings | SETTINGS.get((name, WORK.value, before["platform"]), {})
@@ -97,7 +83,7 @@ def compare(names: Sequence[str], overrides: dict[str, Any], cache: Path, out: P
             if name == "ours" and round_ == 0:
                 settings["parts"] = True
             run = _run(name, pythons[name], dataclasses.replace(task, settings=settings))
-            after = _machine(dtype)
+            after = environments.machine(dtype)
             found["runs"].append({
                 "contender": name, "round": round_, "settings": settings, **run,
                 "ceilings": [before["ceilings"], after["ceilings"]],
@@ -110,16 +96,12 @@ def compare(names: Sequence[str], overrides: dict[str, Any], cache: Path, out: P
 
 def _task(cache: Path, work: Work, dtype: str) -> protocol.Task:
     """What every contender is given; writes the weights where they are not yet."""
-    folder = cache / f"{MODEL.value}-{'pretrained' if workload.is_pretrained(MODEL.value) else 'random'}"
-    if not folder.exists():
-        fresh = folder.with_suffix(".part")
-        shutil.rmtree(fresh, ignore_errors=True)
-        huggingface.save_pretrained(fresh, *workload.load(MODEL.value))
-        fresh.rename(folder)
+    folder = environments.weights(MODEL.value, cache)
     tokenizer = loading.read_tokenizer(folder)
     texts = [tokenizer.decode(prompt) for prompt in workload.prompts(tokenizer, work)]
     return protocol.Task(
-        str(folder), texts, work.prompt_len, work.group_size, work.response_len, dtype, 1, _STEPS.value, {}
+        str(folder), texts, work.prompt_len, work.group_size, work.response_len, dtype, 1, _STEPS.value, {},
+        work.shared_len,
     )
 
 
@@ -128,25 +110,6 @@ def _can_run(name: str, platform: str) -> bool:
         print(f"{name}: left out, since it needs a GPU")
         return False
     return True
-
-
-def _environment(name: str, cache: Path, platform: str) -> str | None:
-    """The Python of a contender's virtual environment, made if it is not there yet; None where it cannot be."""
-    contender = CONTENDERS[name]
-    if not contender.install or name in _HERE.value:
-        return sys.executable
-    commands = [*contender.install, *([contender.gpu_install] if contender.gpu_install and platform == "gpu" else [])]
-    words = json.dumps(commands)
-    folder = cache / "venv" / "-".join(package.split("==")[0] for command in commands for package in command)
-    python, mark = str(folder / "bin" / "python"), folder / "made_of.json"
-    if not mark.exists() or mark.read_text() != words:
-        venv.create(folder, clear=True, with_pip=True)
-        for packages in commands:
-            if subprocess.run([python, "-m", "pip", "install", "--quiet", *packages]).returncode:
-                print(f"{name}: left out, since {' '.join(packages)} cannot be installed here")
-                return None
-        mark.write_text(words)
-    return python
 
 
 def _run(name: str, python: str, task: protocol.Task) -> dict[str, Any]:
@@ -168,12 +131,6 @@ def _run(name: str, python: str, task: protocol.Task) -> dict[str, Any]:
     return end | {"steps": steps, "parts": parts}
 
 
-def _machine(dtype: str) -> dict[str, Any]:
-    """The machine as it is now, told by a process of its own, which holds no memory of a GPU afterwards."""
-    command = [sys.executable, "-m", "benchmarks.machine", f"--dtype={dtype}"]
-    return json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout)
-
-
 def _outcome(run: dict[str, Any]) -> str:
     if "error" in run:
         return run["error"] + "\n" + run["output"]
@@ -185,9 +142,8 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     jax.config.update("jax_platforms", "cpu")  # in this process alone: the device is the contenders'
     out = results.path_of(OUT.value, f"peers_{WORK.value}")
-    cache = Path(_CACHE.value) if _CACHE.value else out.parent / "cache"
     try:
-        found = compare(_ONLY.value, json.loads(_SETTINGS.value), cache.absolute(), out)
+        found = compare(_ONLY.value, json.loads(_SETTINGS.value), environments.cache_beside(out), out)
     except ValueError as error:
         raise app.UsageError(str(error)) from error
     print(table.of(found))

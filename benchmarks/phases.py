@@ -2,6 +2,7 @@
 
 A step is one program, whose parts cannot be timed from outside; so each phase is compiled by itself, from the functions
 that the step is made of. Where the step works in micro-batches, a phase runs one of them and says how many `times`.
+Tokens that all prompts begin with are run in `prefill`, `reference` and `gradient` alike.
 
 Counted are products of matrices, two operations to each multiply and add, attention over the positions that are seen;
 and for traffic, weights, caches and logits, each read or written once. What is recomputed counts once: lower bounds.
@@ -23,7 +24,7 @@ from agrl_jax.policy.scoring import prefill, run_groups
 from agrl_jax.rl import objective, reader
 from agrl_jax.rl.reward import score
 from agrl_jax.rl.rollout import PURPOSE_ROLLOUT, rollout, row_keys
-from agrl_jax.types import Array, Batch, Params, Rollout
+from agrl_jax.types import Array, Batch, Params, Prefix, Rollout
 from benchmarks.workload import NEVER, Workload
 
 
@@ -58,20 +59,27 @@ def of(load: Workload) -> Iterator[tuple[str, Phase]]:
     work, config, count = load.work, load.config, _Count(load.shape)
     batch, params = load.batch, load.state.params
     pieces, answers = config.micro_batches * config.minibatches, work.prompts * work.group_size
-    prompt_flops = count.flops(work.prompts * work.prompt_len, seen=(work.prompt_len + 1) / 2)
+    shared, own = work.shared_len, work.prompt_len - work.shared_len
+    shared_flops = count.flops(shared, seen=(shared + 1) / 2)
+    prompt_flops = count.flops(work.prompts * own, seen=shared + (own + 1) / 2)
     seen = work.prompt_len + (work.response_len + 1) / 2
 
-    decoding = jax.jit(load.for_decoding)(params)
-    run = Program(partial(prefill, load.policy), decoding, batch.prompt, batch.prompt_len)
-    yield "prefill", Phase(run, prompt_flops, count.weights)
-    prefix = run()
+    policy, instruct = scoring.instructed(load.policy, load.instructions)
+
+    def prefilled(params: Params, *prompts: Array) -> tuple[Params, Prefix]:
+        params = instruct(params)
+        return params, prefill(policy, params, *prompts)
+
+    run = Program(prefilled, jax.jit(load.for_decoding)(params), batch.prompt, batch.prompt_len)
+    yield "prefill", Phase(run, shared_flops + prompt_flops, count.weights)
+    decoding, prefix = run()
 
     tokens = answers * work.response_len
     sample = partial(
-        rollout, load.policy, length=work.response_len, temperature=config.temperature, end_token=NEVER
+        rollout, policy, length=work.response_len, temperature=config.temperature, end_token=NEVER
     )  # fmt: skip
     run = Program(sample, decoding, prefix, row_keys(load.state.key, PURPOSE_ROLLOUT, 0, batch.row, work.group_size))
-    read_each = count.weights + count.cache(work.prompts * work.prompt_len) + count.logits(answers)
+    read_each = count.weights + count.cache(shared + work.prompts * own) + count.logits(answers)
     read = work.response_len * read_each + count.cache(tokens) * (work.response_len + 1) / 2
     yield "decode", Phase(run, count.flops(tokens, seen, logits=tokens), read)
     rolled = run()
@@ -79,7 +87,7 @@ def of(load: Workload) -> Iterator[tuple[str, Phase]]:
     yield "read and score", Phase(Program(partial(_scored, load), batch, rolled), 0.0, 0.0)
 
     piece = jax.tree.map(lambda x: x[: work.prompts // pieces], (batch, rolled))
-    flops = (prompt_flops + count.flops(tokens - answers, seen, logits=tokens)) / pieces
+    flops = shared_flops + (prompt_flops + count.flops(tokens - answers, seen, logits=tokens)) / pieces
     logits = count.logits(tokens) / pieces
     run = Program(lambda *args: _logprobs(load, *args)[0], load.reference, *piece)
     yield "reference", Phase(run, flops, count.weights + logits, pieces)
@@ -131,8 +139,10 @@ def _scored(load: Workload, batch: Batch, rolled: Rollout) -> Any:
 
 
 def _logprobs(load: Workload, params: Params, batch: Batch, rolled: Rollout) -> tuple[Array, Array]:
-    _, hidden = run_groups(load.policy, params, batch.prompt, batch.prompt_len, rolled.tokens)
-    unembed = partial(load.policy.unembed, params)
+    policy, instruct = scoring.instructed(load.policy, load.instructions)
+    params = instruct(params)
+    _, hidden = run_groups(policy, params, batch.prompt, batch.prompt_len, rolled.tokens)
+    unembed = partial(policy.unembed, params)
     config = load.config
     return scoring.token_logprobs(unembed, hidden, rolled.tokens, config.temperature, config.logprob_chunk)
 

@@ -213,9 +213,36 @@ def _instructions(found: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
+def _judges(found: dict[str, Any]) -> str:
+    """Rows a second of each judge, and its time over ours."""
+    rows = judges_summary(found)
+    columns = ["", "rows a second", "time over ours", "CPU time over ours", "answers the same as ours", "peak GB"]
+    peak = {one["contender"]: one.get("peak_rss") for one in found["runs"]}
+    cells = [
+        [name, found["rows"] / row["seconds"],
+         *(row[key] / rows["ours"][key] if "ours" in rows else None for key in ("seconds", "cpu_seconds")),
+         row["same"], _gigabytes(peak[name])]
+        for name, row in rows.items()
+    ]  # fmt: skip
+    return _markdown(columns, cells)
+
+
+def judges_summary(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """By contender: median seconds of a round by both clocks, and the share of answers that are the same as ours."""
+    runs = {one["contender"]: one for one in found["runs"] if "error" not in one}
+    rows = {}
+    for name, one in runs.items():
+        same = [answer.strip() == ours.strip() for answer, ours in
+                zip(one["answers"], runs.get("ours", {}).get("answers", []), strict=False)]  # fmt: skip
+        rows[name] = {
+            key: statistics.median(round_[key] for round_ in one["rounds"]) for key in ("seconds", "cpu_seconds")
+        } | {"same": statistics.mean(same) if same else None}
+    return rows
+
+
 _TABLES = {
     "peers": _peers, "limits": _limits, "guidance": _guidance, "growth": _growth, "startup": _startup,
-    "instructions": _instructions,
+    "instructions": _instructions, "judges": _judges,
 }  # fmt: skip
 
 

@@ -53,16 +53,19 @@ class Work:
     """How much one step samples and learns from."""
 
     prompts: int  # B
-    prompt_len: int  # S, of every prompt
+    prompt_len: int  # tokens of every prompt
     group_size: int  # G
     response_len: int  # T, of every answer
+    shared_len: int = 0  # tokens at the head of a prompt that are the same in all: I, and S is what is left
 
 
 WORKS = {
     "A": Work(prompts=4, prompt_len=93, group_size=8, response_len=64),
     "B": Work(prompts=4, prompt_len=600, group_size=16, response_len=96),  # the shape of real relevance judging
+    "C": Work(prompts=16, prompt_len=710, group_size=8, response_len=32, shared_len=650),  # with instructions
     "quickstart": Work(prompts=64, prompt_len=40, group_size=4, response_len=17),
     "tiny": Work(prompts=4, prompt_len=12, group_size=2, response_len=16),
+    "tiny_shared": Work(prompts=4, prompt_len=12, group_size=2, response_len=16, shared_len=7),
 }
 
 
@@ -81,6 +84,7 @@ class Workload:
     state: TrainState
     batch: Batch
     reference: Params
+    instructions: np.ndarray  # [I] the tokens at the head of all prompts
 
 
 def load(name: str, dtype: str = "float32", folder: str = "") -> tuple[PolicyConfig, Params, Tokenizer]:
@@ -122,6 +126,7 @@ def prompts(tokenizer: Tokenizer, work: Work, seed: int = 0) -> list[list[int]]:
         and tokenizer.encode(piece.decode()) == [token]
     ]  # fmt: skip
     chosen = np.random.default_rng(seed).choice(words, (work.prompts, work.prompt_len))
+    chosen[:, : work.shared_len] = chosen[0, : work.shared_len]
     return chosen.tolist()
 
 
@@ -174,18 +179,22 @@ def build(
     key = jax.random.key_data(jax.random.key(0))
     reference = jax.tree.map(jnp.copy, params)
     state = TrainState(params, jax.jit(tx.init)(params), jnp.int32(0), key, memory, jnp.int32(0))
-    batch = _batch(rules, work, prompts(tokenizer, work) if tokens is None else tokens)
+    whole = np.array(prompts(tokenizer, work) if tokens is None else tokens, np.int32)
+    shared = whole[0, : work.shared_len]
+    if (whole[:, : work.shared_len] != shared).any():
+        raise ValueError(f"the prompts do not begin with the same {work.shared_len} tokens")
+    batch = _batch(rules, work, whole[:, work.shared_len :])
     names = tuple(step.name for step in rules.steps)
 
     def for_decoding(params: Params) -> Params:
         return decoding.for_decoding(transformer.cast_weights(shape, params), jax.default_backend())
 
-    step = make_step(policy, tables, names, update, config, lambda params: (policy, for_decoding(params)))
+    step = make_step(policy, tables, names, update, config, lambda params: (policy, for_decoding(params)), shared)
     batch = jax.device_put(batch)
-    return Workload(policy, shape, work, config, tables, for_decoding, update, step, state, batch, reference)
+    return Workload(policy, shape, work, config, tables, for_decoding, update, step, state, batch, reference, shared)
 
 
-def _batch(rules: book.RuleBook, work: Work, tokens: list[list[int]]) -> Batch:
+def _batch(rules: book.RuleBook, work: Work, tokens: np.ndarray) -> Batch:
     """Prompts with a truth that no answer will meet by chance, its gold response spread evenly over the T tokens."""
     steps, parts = [0] * len(rules.steps), len(rules.parts)
 
@@ -193,8 +202,8 @@ def _batch(rules: book.RuleBook, work: Work, tokens: list[list[int]]) -> Batch:
         return np.broadcast_to(np.asarray(value, np.int32), (work.prompts, *np.shape(value))).copy()
 
     return Batch(
-        prompt=np.array(tokens, np.int32),
-        prompt_len=each(work.prompt_len),
+        prompt=tokens,
+        prompt_len=each(tokens.shape[1]),
         gold=each(np.resize(tokens[0], work.response_len)),
         gold_len=each(work.response_len),
         part_end=each(work.response_len * np.arange(1, parts + 1) // parts),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -15,8 +16,8 @@ from tiny import get_config
 
 from agrl_jax.data.bundled import benchmark, catalog
 from agrl_jax.policy import huggingface
-from benchmarks import growth, guidance, phases, startup, table, workload
-from benchmarks.contenders import ours, protocol
+from benchmarks import growth, guidance, judges, phases, startup, table, workload
+from benchmarks.contenders import our_judge, ours, protocol
 
 ROOT = Path(__file__).parent.parent
 TINY = workload.WORKS["tiny"]
@@ -33,13 +34,16 @@ def load(model: tuple) -> workload.Workload:
     return workload.build(model, TINY, workload.step_config(TINY))
 
 
+@pytest.mark.parametrize("shared", [0, 7])
 def test_our_contender_makes_whole_steps_of_the_work(
-    model: tuple, tmp_path: Path, capsys: pytest.CaptureFixture
+    model: tuple, tmp_path: Path, capsys: pytest.CaptureFixture, shared: int
 ) -> None:
     huggingface.save_pretrained(tmp_path / "model", *model)
     tokenizer = model[2]
-    texts = [tokenizer.decode(prompt) for prompt in workload.prompts(tokenizer, TINY)]
-    task = protocol.Task(str(tmp_path / "model"), texts, 12, 2, 16, "float32", 1, 1, {"micro_batches": 2})
+    prompts = workload.prompts(tokenizer, dataclasses.replace(TINY, shared_len=shared))
+    assert all(prompt[:shared] == prompts[0][:shared] for prompt in prompts) and prompts[0] != prompts[1]
+    texts = [tokenizer.decode(prompt) for prompt in prompts]
+    task = protocol.Task(str(tmp_path / "model"), texts, 12, 2, 16, "float32", 1, 1, {"micro_batches": 2}, shared)
     ours.run(task, protocol.Report(task))
     said = protocol.answers(capsys.readouterr().out)
     assert [answer["kind"] for answer in said] == ["ready", "step", "step", "end"]
@@ -73,6 +77,15 @@ def test_phases_cover_the_step_and_do_its_arithmetic(load: workload.Workload) ->
     assert found["update"].bytes == 8 * 4 * sum(leaf.size for leaf in jax.tree.leaves(load.state.params))
     rolled = found["decode"].run()
     assert rolled.valid.all() and not rolled.finished.any()  # exactly T tokens each
+
+
+def test_what_prompts_share_is_counted_once(model: tuple) -> None:
+    work = workload.WORKS["tiny_shared"]
+    found = dict(phases.of(workload.build(model, work, workload.step_config(work))))
+    layers = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
+    # 7 tokens that see 4 on average, and 4 times 5 that see 7 and 3 more.
+    assert found["prefill"].flops == 7 * (2 * layers + 2 * 4 * 32 * 4) + 20 * (2 * layers + 2 * 4 * 32 * 10)
+    assert found["gradient"].flops == 3 * found["reference"].flops
 
 
 def test_shares_are_of_the_ceilings() -> None:
@@ -119,6 +132,31 @@ def test_a_peer_is_set_over_ours() -> None:
     assert rows[2] == "| ours | 3 | 1 | 1 | 1 | 0.5 | 0.25 | 0.125 | 6 | 2 |"
     assert rows[3].startswith("| trl | 12 | 4 | 4 | ") and rows[4] == ""
     assert "reached 2 to 3 GFLOP/s" in rows[5]
+
+
+def test_judges_are_given_the_same_tokens_and_set_over_ours(
+    model: tuple, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    huggingface.save_pretrained(tmp_path / "model", *model)
+    rows = judges.rows_of(3)
+    task = judges.task_of(tmp_path / "model", "", rows, batch=2, rounds=2)
+    head = os.path.commonprefix(task.prompts)
+    assert len(head) > 64 and len({tuple(prompt) for prompt in task.prompts}) == 3  # instructions first
+    assert rows[0].title in model[2].decode(task.prompts[0])
+    (tmp_path / "task.json").write_text(json.dumps(dataclasses.asdict(task)))
+    monkeypatch.setattr(sys, "argv", ["our_judge", str(tmp_path / "task.json")])
+    protocol.judge_main(our_judge.make)
+    *rounds, end = protocol.answers(capsys.readouterr().out)
+    assert [one["kind"] for one in rounds] == ["round", "round"] and len(end["answers"]) == 3
+    assert all(answer.startswith("Category: ") for answer in end["answers"])
+
+    def run(name: str, seconds: float, answers: list[str]) -> dict:
+        rounds = [{"seconds": seconds, "cpu_seconds": 2 * seconds}]
+        return {"contender": name, "rounds": rounds, "answers": answers, "peak_rss": 1e9}
+
+    runs = [run("ours", 2.0, ["a", "b"]), run("hf", 8.0, [" a", "c"]), {"contender": "llama", "error": "exit code 1"}]
+    lines = table.of({"benchmark": "judges", "rows": 4, "runs": runs}).splitlines()
+    assert lines[2:] == ["| ours | 2 | 1 | 1 | 1 | 1 |", "| hf | 0.5 | 4 | 4 | 0.5 | 1 |"]
 
 
 def test_a_run_is_timed_to_the_first_row_of_its_log(tmp_path: Path) -> None:

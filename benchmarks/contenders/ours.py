@@ -19,7 +19,7 @@ def run(task: Task, report: Report) -> None:
     settings = dict(task.settings)
     parts, remat = settings.pop("parts", False), settings.pop("remat", False)
     shape, params, tokenizer = workload.load("", task.dtype, task.folder)
-    work = workload.Work(len(task.texts), task.prompt_len, task.group_size, task.response_len)
+    work = workload.Work(len(task.texts), task.prompt_len, task.group_size, task.response_len, task.shared_len)
     load = workload.build(
         (dataclasses.replace(shape, remat=remat), params, tokenizer), work, workload.step_config(work, **settings),
         [tokenizer.encode(text) for text in task.texts],
@@ -29,7 +29,8 @@ def run(task: Task, report: Report) -> None:
     report.begin()
     for _ in range(task.warmup + task.steps):
         state, metrics, _ = jax.block_until_ready(step(state, load.batch, load.reference))
-        report.step(int(metrics["tokens/prompt"]), int(metrics["tokens/rolled"]))
+        prompts = int(metrics["tokens/prompt"]) + work.shared_len * work.prompts
+        report.step(prompts, int(metrics["tokens/rolled"]))
     stats = jax.devices()[0].memory_stats() or {}
     report.end(
         versions=describe()["versions"],

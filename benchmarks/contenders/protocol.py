@@ -37,6 +37,21 @@ class Task:
     warmup: int  # steps before those that are timed
     steps: int
     settings: dict[str, Any]  # of this contender
+    shared_len: int = 0  # tokens that all prompts begin with; a contender may run them once
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeTask:
+    """What a contender judges with, and what."""
+
+    folder: str  # the model as Hugging Face lays it out
+    gguf: str  # the same as a GGUF file; empty where there is none
+    rows: list[dict[str, str]]  # query and title
+    prompts: list[list[int]]  # the tokens of each row's prompt, instructions included
+    grammar: str  # of the answers, as GBNF
+    longest: int  # tokens of the longest answer
+    batch: int  # rows judged at once, where a contender batches
+    rounds: int
 
 
 class Report:
@@ -107,6 +122,19 @@ def main(run: Callable[[Task, Report], None]) -> None:
     with open(sys.argv[1]) as file:
         task = Task(**json.load(file))
     run(task, Report(task))
+
+
+def judge_main(make: Callable[[JudgeTask], Callable[[], list[str]]]) -> None:
+    """Makes a judge of the task whose file is named on the command line, and times its rounds after one to warm up."""
+    with open(sys.argv[1]) as file:
+        task = JudgeTask(**json.load(file))
+    judge = make(task)
+    found = judge()
+    for _ in range(task.rounds):
+        began, cpu = time.monotonic(), time.process_time()
+        judge()
+        _say(kind="round", seconds=time.monotonic() - began, cpu_seconds=time.process_time() - cpu)
+    _say(kind="end", answers=found, peak_rss=peak_rss())
 
 
 def answers(output: str) -> list[dict[str, Any]]:

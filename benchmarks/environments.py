@@ -1,0 +1,78 @@
+"""What contenders run with: the machine, weights as Hugging Face lays them out, a virtual environment for each peer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import venv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from agrl_jax.policy import huggingface
+from benchmarks import workload
+from benchmarks.machine import ROOT
+
+_HERE = flags.DEFINE_list("here", [], "contenders to run in this very environment, which has their packages")
+_CACHE = flags.DEFINE_string("cache", "", "folder of weights and environments; by default `cache` beside --out")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A module of `benchmarks.contenders`, and what its environment is made of."""
+
+    module: str
+    install: tuple[tuple[str, ...], ...] = ()  # one pip command after the other; none: this very environment
+    gpu_install: tuple[str, ...] = ()  # on a GPU, too
+    needs_gpu: bool = False
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def here() -> list[str]:
+    """The contenders of `--here`."""
+    return _HERE.value
+
+
+def cache_beside(out: Path) -> Path:
+    """The folder of `--cache`, or the one beside the results."""
+    return (Path(_CACHE.value) if _CACHE.value else out.parent / "cache").absolute()
+
+
+def machine(dtype: str) -> dict[str, Any]:
+    """The machine as it is now, told by a process of its own, which holds no memory of a GPU afterwards."""
+    command = [sys.executable, "-m", "benchmarks.machine", f"--dtype={dtype}"]
+    return json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def weights(model: str, cache: Path) -> Path:
+    """The folder of a model by the name of its shape, written if it is not there yet."""
+    folder = cache / f"{model}-{'pretrained' if workload.is_pretrained(model) else 'random'}"
+    if not folder.exists():
+        fresh = folder.with_suffix(".part")
+        shutil.rmtree(fresh, ignore_errors=True)
+        huggingface.save_pretrained(fresh, *workload.load(model))
+        fresh.rename(folder)
+    return folder
+
+
+def python_of(name: str, contender: Contender, cache: Path, platform: str) -> str | None:
+    """The Python of a contender's virtual environment, made if it is not there yet; None where it cannot be."""
+    if not contender.install or name in _HERE.value:
+        return sys.executable
+    commands = [*contender.install, *([contender.gpu_install] if contender.gpu_install and platform == "gpu" else [])]
+    words = json.dumps(commands)
+    folder = cache / "venv" / "-".join(package.split("==")[0] for command in commands for package in command)
+    python, mark = str(folder / "bin" / "python"), folder / "made_of.json"
+    if not mark.exists() or mark.read_text() != words:
+        venv.create(folder, clear=True, with_pip=True)
+        for packages in commands:
+            if subprocess.run([python, "-m", "pip", "install", "--quiet", *packages]).returncode:
+                print(f"{name}: left out, since {' '.join(packages)} cannot be installed here")
+                return None
+        mark.write_text(words)
+    return python
