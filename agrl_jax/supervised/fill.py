@@ -91,9 +91,10 @@ def tokens_scored(tables: RuleTables, texts: PartTexts, batch: Batch) -> Array:
 
 
 def tokens_learnt(blanks: Blanks, batch: Batch) -> Array:
-    """How many tokens [] of the filled responses are learnt: what is known, and the end tokens; with `forks` no step of
-    a pair with unknown ones."""
-    sizes, total = jnp.asarray(blanks.texts.length), 1
+    """How many tokens [] of the filled responses are learnt: what is known, reasons, and the end tokens; with `forks`
+    no step of a pair with unknown ones."""
+    sizes = jnp.asarray(blanks.texts.length)
+    total = 1 if batch.reason is None else 1 + jnp.sum(batch.reason_len, axis=1)
     whole = jnp.all(batch.steps != UNKNOWN, axis=1) | (blanks.forks is None)
     for place, part in enumerate(blanks.tables.order):
         is_step = part < blanks.tables.num_steps
