@@ -62,6 +62,12 @@ def test_the_splits_of_a_dataset_are_those_of_the_pairs(tmp_path: Path) -> None:
     assert [pair.query for pair in trained.splits["train"]] == ["a", "b"]
 
 
+def test_the_api_takes_a_dataset_and_the_names_of_its_classes() -> None:
+    """Class 3, E, is not grade 3."""
+    pairs = read_labelled(made("ab", "EC"), BOOK, FORM).pairs
+    assert [(pair.query, pair.tier) for pair in pairs] == [("a", 0), ("b", 2)]
+
+
 def test_test_pairs_may_be_a_dataset_of_their_own(tmp_path: Path) -> None:
     made("abcdef", "ESCIES").save_to_disk(tmp_path / "mine")
     made("xy", "ES").save_to_disk(tmp_path / "tests")

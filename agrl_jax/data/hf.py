@@ -14,7 +14,7 @@ from etils import epath
 
 from agrl_jax.data.cells import plain
 from agrl_jax.data.pairs import SPLITS
-from agrl_jax.data.rows import PairsError, Row, RowTable
+from agrl_jax.data.rows import PairsError, Row, RowTable, with_class_names
 
 _NAMES = {"dev": "validation", "valid": "validation", "val": "validation"}  # of splits, besides ours
 _KINDS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
@@ -40,14 +40,8 @@ class Splits(RowTable):
     def rows(self) -> Iterator[Row]:
         """All rows in order; class labels by their names."""
         for name, split in self.splits.items():
-            classes = {column: kind for column, kind in split.features.items() if hasattr(kind, "int2str")}
             for record in split:
-                named = {
-                    column: kind.int2str(record[column])
-                    for column, kind in classes.items() if record[column] is not None and record[column] >= 0
-                }  # fmt: skip
-                unnamed = dict.fromkeys(classes, None)
-                yield Row(plain(record | unnamed | named | ({"split": name} if name else {})))
+                yield Row(plain(with_class_names(record, split.features) | ({"split": name} if name else {})))
 
 
 def open_dataset(path: epath.PathLike) -> Splits:

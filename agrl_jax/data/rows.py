@@ -160,11 +160,24 @@ def records_of(source: Source) -> Sequence[Record]:
     """The rows of a frame (pandas, polars, pyarrow), a dataset or any records, each as a dict by column."""
     if hasattr(source, "to_pylist"):  # pyarrow
         return source.to_pylist()
+    if hasattr(source, "column_names") and hasattr(source, "features"):  # datasets
+        return [with_class_names(record, source.features) for record in source]
     if hasattr(source, "iter_rows"):  # polars
         return list(source.iter_rows(named=True))
     if hasattr(source, "to_records"):  # pandas
         return source.to_dict("records")
     return list(source)
+
+
+def with_class_names(record: Record, features: Mapping[str, Any] | None) -> Record:
+    """A row of the library `datasets` with the names of its class labels, which are numbers there; a missing one is
+    None."""
+    classes = {name: kind for name, kind in (features or {}).items() if hasattr(kind, "int2str")}
+    named = {
+        name: kind.int2str(record[name]) if record[name] is not None and record[name] >= 0 else None
+        for name, kind in classes.items()
+    }
+    return record | named
 
 
 def read_rows(source: Source) -> RowFile | RowTable:
