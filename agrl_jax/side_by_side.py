@@ -36,7 +36,7 @@ from agrl_jax.evaluation.html import render
 from agrl_jax.judging import STAGES
 from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
 from agrl_jax.runtime.console import console_table, progress, say
-from agrl_jax.runtime.files import check_writable, write_json, write_text
+from agrl_jax.runtime.files import check_writable, read_json, write_json, write_text
 
 if TYPE_CHECKING:  # JAX takes seconds to start: functions import what needs it, so that flags are answered at once
     from agrl_jax.data.rows import Record
@@ -186,13 +186,8 @@ def read_answers(path: Path, key: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _read(path: Path, names: Sequence[str], what: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SideBySideError(f"{path}: cannot be read: {error.strerror or error}; it should be {what}") from error
-    except ValueError as error:
-        raise SideBySideError(f"{path}: not JSON ({error}); it should be {what}") from error
-    missing = [name for name in names if not isinstance(content, dict) or name not in content]
+    content = read_json(path, SideBySideError, f"; it should be {what}")
+    missing = [name for name in names if name not in content]
     if missing:
         raise SideBySideError(f"{path}: lacks {missing[0]!r}; it should be {what}")
     return content

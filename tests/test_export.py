@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from workdirs import make_workdir
 
 from agrl_jax.evaluation import probabilities, tables
@@ -55,6 +56,17 @@ def test_the_export_judges_as_the_workdir_does(workdir: Path, exported: Path) ->
     judged = theirs.judge(ROWS)
     assert judged == ours.judge(ROWS)
     assert judged[0].response.startswith("Tier: ") and judged[2].error == "title is empty"
+
+
+def test_an_export_in_a_bucket_judges_alike(exported: Path, bucket: str) -> None:
+    folder = epath.Path(f"{bucket}/my_judge")
+    folder.mkdir(parents=True)
+    for file in exported.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    theirs = Judge.from_checkpoint(str(folder), batch_size=2)
+    assert theirs.identity == Judge.from_checkpoint(str(exported), batch_size=2).identity
+    cuts.save(theirs._loaded.cuts_file, [tier.name for tier in theirs.book.tiers], Fit((0.2, 0.4, 0.6), 0.9, 0.8), {})
+    assert (folder / "cuts.json").exists()
 
 
 def test_the_folder_says_what_it_is(workdir: Path, exported: Path) -> None:

@@ -225,8 +225,8 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "not JSON"),
-        ('["left"]', "lacks 'page'"),
+        ("{", "not valid JSON"),
+        ('["left"]', "should be a JSON object; it should be"),
         ('{"page": "p2", "answers": {}}', "answers to the page p2"),
         ('{"page": "p1", "answers": []}', "should be {query: answer}"),
         ('{"page": "p1", "answers": {"hat": "left"}}', "does not ask for 'hat'"),

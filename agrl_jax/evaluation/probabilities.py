@@ -14,7 +14,6 @@ distributions is fitted on validation pairs (Guo et al., arXiv 1706.04599, there
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -30,7 +29,7 @@ from agrl_jax.evaluation.metrics import LEAST_PROB, Estimator, Judgements
 from agrl_jax.policy.scoring import cut, run_on, score_parts, text_logprobs
 from agrl_jax.policy.tokenizer import Tokenizer
 from agrl_jax.rulebook.book import RuleBook
-from agrl_jax.runtime.files import write_json
+from agrl_jax.runtime.files import read_json, write_json
 from agrl_jax.types import Array, Params, Policy, Prefix, Reading
 
 FILE = "calibration.json"
@@ -233,11 +232,7 @@ def load(path: epath.PathLike, checkpoint: str, book: RuleBook) -> Calibration |
 
 
 def _read(path: epath.PathLike) -> dict[str, dict]:
-    path = epath.Path(path)
-    try:
-        kept = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise CalibrationError(f"{path}: not JSON ({error}); move it away") from error
-    if not isinstance(kept, dict) or not all(isinstance(entry, dict) for entry in kept.values()):
+    kept = read_json(path, CalibrationError, "; move it away") if epath.Path(path).exists() else {}
+    if not all(isinstance(entry, dict) for entry in kept.values()):
         raise CalibrationError(f"{path}: not a calibration by the name of each checkpoint; move it away")
     return kept

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from etils import epath
 from agrl_jax.evaluation.intervals import FEW
 from agrl_jax.evaluation.metrics import ScorecardError, Scorecards, Scores
 from agrl_jax.runtime import markdown
-from agrl_jax.runtime.files import write_json
+from agrl_jax.runtime.files import read_json, write_json
 
 SMALL = 50  # a support below this is flagged
 
@@ -50,14 +49,8 @@ def read(path: epath.PathLike) -> Scorecards:
     Raises:
       ScorecardError: the file is missing or is no scorecard.
     """
-    path = epath.Path(path)
-    try:
-        cards = json.loads(path.read_text())
-    except OSError as error:
-        raise ScorecardError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ScorecardError(f"{path}: not JSON ({error}); move it away, or write to another file") from error
-    if not isinstance(cards, dict) or not all(isinstance(card, dict) for card in cards.values()):
+    cards = read_json(path, ScorecardError, "; move it away, or write to another file")
+    if not all(isinstance(card, dict) for card in cards.values()):
         raise ScorecardError(f"{path}: not a scorecard, which is {{stage: {{split: {{metric: ...}}}}}}")
     return cards
 

@@ -104,14 +104,14 @@ def judge_file(
         if name not in TEXTS:
             raise PairsError(f"columns: there is no column {name!r}; there are {', '.join(TEXTS)}")
     rows.check_columns(file, {"query": "query", "title": "title", **columns}.values())
-    added = _columns(judge.book, prefix)
+    added = added_columns(judge.book, prefix)
     rows.check_output(output, file, added)
     check_free(output, overwrite)
     summary, repeated = Summary(file.first), judge.repeated
     identity = judge.identity | {"input": file.digest, "columns": columns, "shard": list(shard)}
     with Journal(_partial(output), identity, judge.chunk, overwrite) as journal:
         _judge_rest(judge, file, journal, columns, rows.keeps_lines(output, file))
-        rows.write_rows(output, file, added, _cells(journal, summary, added))
+        rows.write_rows(output, file, added, _counted(journal, summary, added))
         journal.path.unlink()
     summary.repeated = judge.repeated - repeated
     return summary
@@ -158,7 +158,7 @@ def _judge_rest(
             bar.update(journal.done, {"rows/s": (journal.done - first) / (time.monotonic() - began)})
 
 
-def _columns(book: RuleBook, prefix: str) -> pa.Schema:
+def added_columns(book: RuleBook, prefix: str) -> pa.Schema:
     """The columns that are added, with their types."""
     text, number = pa.string(), pa.float64()
     return pa.schema([
@@ -175,13 +175,19 @@ def _columns(book: RuleBook, prefix: str) -> pa.Schema:
     ])  # fmt: skip
 
 
-def _cells(journal: Journal, summary: Summary, added: pa.Schema) -> Iterator[Record]:
-    """The journal's judgements as cells of the added columns, each counted in the summary."""
+def cells(judged: Mapping[str, Any], added: pa.Schema) -> Record:
+    """A judgement, its fields by name, as cells of the added columns."""
+    if judged["error"]:
+        values = [None] * (len(added) - 1) + [judged["error"]]
+    else:
+        stated, likeliest = judged["stated"], judged["likeliest"]
+        values = [judged["tier"], judged["tier_from"], *judged["probs"].values(), stated, likeliest]
+        values += [stated != likeliest, *judged["steps"].values(), judged["consistent"], judged["response"], ""]
+    return dict(zip(added.names, values, strict=True))
+
+
+def _counted(journal: Journal, summary: Summary, added: pa.Schema) -> Iterator[Record]:
+    """The journal's judgements as cells, each counted in the summary."""
     for judged in journal.records():
         summary.add(judged)
-        stated, likeliest = judged["stated"], judged["likeliest"]
-        cells = [judged["tier"], judged["tier_from"], *judged["probs"].values(), stated, likeliest, stated != likeliest]
-        cells += [*judged["steps"].values(), judged["consistent"], judged["response"], judged["error"]]
-        if judged["error"]:
-            cells = [None] * (len(added) - 1) + [judged["error"]]
-        yield dict(zip(added.names, cells, strict=True))
+        yield cells(judged, added)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +32,7 @@ from agrl_jax.rulebook.book import RuleBook, RuleBookError
 from agrl_jax.runtime import sharding
 from agrl_jax.runtime.checkpoint import SFT_END, Checkpointer, CheckpointError
 from agrl_jax.runtime.config import ConfigError
+from agrl_jax.runtime.files import is_remote, read_json
 from agrl_jax.runtime.sharding import ShardingError
 from agrl_jax.training import assemble
 from agrl_jax.types import Array, Params, Policy, RuleTables
@@ -226,12 +229,13 @@ def _load_model(path: epath.Path, settings: Settings, mesh: jax.sharding.Mesh) -
     own_book = path / record["rulebook"] if record else "four_tier"
     rules = book.load(settings.rulebook or own_book, settings.order or record.get("order"))
     _check_digest(rules, record.get("rulebook_digest"), str(path))
-    shape, params, tokenizer = loading.load_pretrained(
-        str(path),
-        settings.dtype or record.get("dtype", "float32"),
-        settings.dtype or record.get("compute_dtype", "float32"),
-        partial(sharding.param_shardings, mesh),
-    )
+    with _local(path) as local:
+        shape, params, tokenizer = loading.load_pretrained(
+            str(local),
+            settings.dtype or record.get("dtype", "float32"),
+            settings.dtype or record.get("compute_dtype", "float32"),
+            partial(sharding.param_shardings, mesh),
+        )
     style = settings.style or record.get("style") or ("full" if tokenizer.chat_template is None else "chat")
     if style == "chat" and not record:  # an export's tokenizer ends where training had it end
         tokenizer = tokenizer.ending_with(chat.end_of_turn(tokenizer))
@@ -255,12 +259,25 @@ def _load_model(path: epath.Path, settings: Settings, mesh: jax.sharding.Mesh) -
     )
 
 
+@contextmanager
+def _local(path: epath.Path) -> Iterator[epath.Path]:
+    """A model as a local folder or file while the block lasts: what reads weights and tokenizers knows no buckets."""
+    if not is_remote(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for file in path.iterdir() if path.is_dir() else [path]:
+            if not file.is_dir():
+                with file.open("rb") as there, (epath.Path(folder) / file.name).open("wb") as here:
+                    shutil.copyfileobj(there, here)
+        yield epath.Path(folder) if path.is_dir() else epath.Path(folder) / path.name
+
+
 def _read_record(file: epath.Path) -> dict[str, Any]:
-    try:
-        record = json.loads(file.read_text())
-        return {name: record[name] for name in RECORDED}
-    except (ValueError, KeyError, TypeError) as error:
-        raise TrainedError(f"{file}: not the record of an export ({error!r}); export the workdir again") from error
+    record = read_json(file, TrainedError, "; export the workdir again")
+    if missing := [name for name in RECORDED if name not in record]:
+        raise TrainedError(f"{file}: not the record of an export: lacks {missing[0]!r}; export the workdir again")
+    return {name: record[name] for name in RECORDED}
 
 
 def _check_digest(rules: RuleBook, trained_by: str | None, checkpoint: str) -> None:

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from safetensors.numpy import save_file
 from agrl_jax.policy.families import CLASSES, CONFIG, INDEX, WEIGHTS, Entry, Leaf, LoadingError, family_of, leaves_of
 from agrl_jax.policy.layers import PolicyConfig, RopeScaling
 from agrl_jax.policy.tokenizer import Tokenizer
+from agrl_jax.runtime.files import read_json, write_json
 from agrl_jax.types import Params
 
 # What a config.json leaves out where it is the family's default, and other than that of most families.
@@ -43,7 +43,7 @@ PICKLE = "a pickle, which can run any code when it is read; bring the model as s
 
 def hf_config(file: Path, param_dtype: str, compute_dtype: str) -> PolicyConfig:
     """The shape that a config.json describes; refuses what this transformer does not compute."""
-    raw = _json(file)
+    raw = read_json(file, LoadingError)
     family = raw.get("model_type")
     if family not in CLASSES:
         raise LoadingError(f"{file}: model_type is {family!r}; known are: {', '.join(CLASSES)}")
@@ -156,7 +156,7 @@ def _yarn_attention(rope: Mapping[str, Any]) -> float:
 def open_safetensors(folder: Path) -> dict[str, Entry]:
     """The tensors of a folder, in one file or in the shards that its index names."""
     if (folder / INDEX).exists():
-        index = _json(folder / INDEX).get("weight_map")
+        index = read_json(folder / INDEX, LoadingError).get("weight_map")
         if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
             raise LoadingError(f"{folder / INDEX}: weight_map should name the file of each tensor")
         files = sorted(set(index.values()))
@@ -190,18 +190,6 @@ def _open_shard(file: Path) -> dict[str, Entry]:
         return tensors
     except (OSError, SafetensorError) as error:
         raise LoadingError(f"{file}: missing, truncated or corrupt: {error}") from error
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except OSError as error:
-        raise LoadingError(f"{file}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise LoadingError(f"{file}: not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise LoadingError(f"{file}: should be a JSON object")
-    return content
 
 
 # --------------------------------------------------------------------------------------------- written
@@ -252,15 +240,11 @@ def save_pretrained(
     if tokenizer.bos_token is not None:
         special["bos_token_id"] = tokenizer.bos_token
     tokenizer.save(folder)
-    _write_json(folder / "generation_config.json", {"do_sample": False} | special | dict(generation_config or {}))
+    write_json(folder / "generation_config.json", {"do_sample": False} | special | dict(generation_config or {}))
     _save_tensors(folder, cfg, params, jnp.dtype(dtype), max_shard_bytes)
-    _write_json(folder / CONFIG, description | special | {"torch_dtype": dtype})
+    write_json(folder / CONFIG, description | special | {"torch_dtype": dtype})
     if card is not None:
         (folder / "README.md").write_text(card)
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _describe(cfg: PolicyConfig) -> dict[str, Any]:
@@ -342,7 +326,7 @@ def _save_tensors(folder: Path, cfg: PolicyConfig, params: Params, dtype: Any, m
     if len(shards) > 1:
         index = {name: file for file, shard in zip(names, shards, strict=True) for name, _, _ in shard}
         total = sum(size for *_, size in sizes)
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
 
 
 def _tensor(params: Params, leaf: Leaf, place: tuple[int, int], dtype: Any) -> np.ndarray:

@@ -57,6 +57,23 @@ def write_json(path: epath.PathLike, content: Any, indent: int = 2) -> None:
     write_text(path, json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_json(path: epath.PathLike, error: type[Exception], hint: str = "") -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises `error` where it cannot be read or is none; the message names the file, and ends with `hint`.
+    """
+    path = epath.Path(path)
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as problem:
+        raise error(f"{path}: cannot be read: {problem.strerror or problem}{hint}") from problem
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{path}: not valid JSON: {problem}{hint}") from problem
+    if not isinstance(content, dict):
+        raise error(f"{path}: should be a JSON object{hint}")
+    return content
+
+
 def check_writable(path: epath.PathLike, name: str) -> None:
     """Raises OutputError where `path`, given as `name`, could not be written: to be called before the work begins."""
     if is_remote(path):  # who may write to a bucket is known only by writing

@@ -6,7 +6,6 @@ Training, evaluation and judging all start here, so that they read a workdir in 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +36,7 @@ from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.runtime import sharding
 from agrl_jax.runtime.checkpoint import SFT_END, Checkpointer
 from agrl_jax.runtime.config import FILES, ConfigError, resolve
-from agrl_jax.runtime.files import is_remote, write_json, write_text
+from agrl_jax.runtime.files import is_remote, read_json, write_json, write_text
 from agrl_jax.supervised.fill import Blanks
 from agrl_jax.supervised.marginal import forks
 from agrl_jax.types import UNKNOWN, Array, Params, Policy, RuleTables
@@ -133,7 +132,7 @@ def read_config(workdir: epath.Path) -> ConfigDict:
     path = workdir / CONFIG_FILE
     if not path.exists():
         raise ConfigError(f"{path}: not found; is {workdir} the workdir of a training run?")
-    return ConfigDict(_overlaid(_overlaid(resolve(recipes.base()), _FORMERLY), json.loads(path.read_text())))
+    return ConfigDict(_overlaid(_overlaid(resolve(recipes.base()), _FORMERLY), read_json(path, ConfigError)))
 
 
 def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -434,7 +433,7 @@ def _asked(config: ConfigDict) -> dict[str, str]:
 def _read_kept(workdir: epath.Path, asked: Mapping[str, str]) -> dict[str, Any]:
     """What is kept of the pretrained model that is asked for; empty where that is nothing, or of another model."""
     file = workdir / POLICY_FILE
-    kept = json.loads(file.read_text()) if file.exists() else {}
+    kept = read_json(file, ConfigError) if file.exists() else {}
     return kept if {name: kept.get(name) for name in asked} == asked else {}
 
 
