@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from agrl_jax.hints import did_you_mean, nearest
-from agrl_jax.runtime.files import OutputError, check_writable, in_one_piece, write_json, write_text
+from agrl_jax.runtime.files import OutputError, check_writable, in_one_piece, read_json, write_json, write_text
 
 
 def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -29,6 +29,19 @@ def test_an_error_half_way_leaves_the_old_file_and_nothing_else(tmp_path: Path) 
         half.write_text("{")
         raise RuntimeError
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_no_json_object_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"größe": [1]})
+    assert read_json(path, OutputError) == {"größe": [1]}
+    contents = {b"{": "not valid JSON: Expecting", b"\xff{}": "not valid JSON: 'utf-8'", b"[1]": "should be a JSON object"}
+    for content, said in contents.items():
+        path.write_bytes(content)
+        with pytest.raises(OutputError, match=f"a.json: {said}.*; move it away$"):
+            read_json(path, OutputError, "; move it away")
+    with pytest.raises(OutputError, match="b.json: cannot be read: No such file"):
+        read_json(tmp_path / "b.json", OutputError)
 
 
 def test_an_output_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:

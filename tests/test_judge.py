@@ -433,6 +433,13 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         trained.load(str(tmp_path))
 
 
+def test_a_config_that_is_torn_is_refused_by_name(workdir: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").symlink_to(workdir / "checkpoints")
+    (tmp_path / "config.json").write_text((workdir / "config.json").read_text()[:99])
+    with pytest.raises(ConfigError, match="config.json: not valid JSON"):
+        trained.load(str(tmp_path))
+
+
 def test_another_rule_book_than_in_training_is_refused(workdir: Path) -> None:
     with pytest.raises(TrainedError, match="trained with another rule book"):
         trained.load(str(workdir), settings=Settings(order="respond_then_think"))
