@@ -35,7 +35,7 @@ def test_what_is_no_json_object_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json(path, {"größe": [1]})
     assert read_json(path, OutputError) == {"größe": [1]}
-    contents = {b"{": "not valid JSON: Expecting", b"\xff{}": "not valid JSON: 'utf-8'", b"[1]": "should be a JSON object"}
+    contents = {b"{": "not valid JSON: Expecting", b"\xff{}": "not valid JSON: .utf-8", b"[1]": "should be a JSON"}
     for content, said in contents.items():
         path.write_bytes(content)
         with pytest.raises(OutputError, match=f"a.json: {said}.*; move it away$"):
