@@ -43,6 +43,8 @@ def _define_flags() -> None:
 
 def run(values: flags.FlagValues) -> None:
     """Serves until it is told to stop."""
+    if values.max_pairs > values.max_waiting:
+        raise ConfigError(f"--max_pairs={values.max_pairs} should be at most --max_waiting={values.max_waiting}")
     try:
         import uvicorn
 

@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import quick
@@ -25,10 +26,12 @@ from workdirs import make_workdir
 pytest.importorskip("starlette", reason="pip install 'agrl_jax[serve]' httpx2")
 from starlette.testclient import TestClient  # noqa: E402
 
+from agrl_jax import serve  # noqa: E402
 from agrl_jax.judging.engine import Judge, Judgement  # noqa: E402
 from agrl_jax.judging.serving import Batcher, Limits, Service  # noqa: E402
 from agrl_jax.judging.trained import Settings  # noqa: E402
 from agrl_jax.rulebook.book import load  # noqa: E402
+from agrl_jax.runtime.config import ConfigError  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 PAIR = {"query": "red shoes", "title": "Nike running shoes, red"}
@@ -244,6 +247,11 @@ def test_a_port_that_is_taken_is_refused_before_the_model_is_read(tmp_path: Path
         said = taken.communicate(timeout=300)[1]
     assert taken.returncode == 2
     assert re.fullmatch(r"error: --host=127.0.0.1 --port=\d+: Address already in use; name another\n", said)
+
+
+def test_a_request_that_could_never_be_taken_is_no_setting() -> None:
+    with pytest.raises(ConfigError, match="--max_pairs=9 should be at most --max_waiting=8"):
+        serve.run(SimpleNamespace(max_pairs=9, max_waiting=8))
 
 
 def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
