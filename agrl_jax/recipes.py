@@ -82,8 +82,8 @@ def base() -> ConfigDict:
     c.data.style = "terse"  # full: with the rule book's instructions; chat: so, through the model's chat template
 
     c.policy = ConfigDict()  # the language model
-    # A Hugging Face folder, a GGUF file, or smollm2; the shape below, down to norm_eps, is then the model's own, and
-    # kept in WORKDIR/policy.json. Empty: from scratch.
+    # A Hugging Face folder, a GGUF file, a folder of adapters, smollm2, or the judge in the box, smollm2-four-tier; the
+    # shape below, down to norm_eps, is then the model's own, and kept in WORKDIR/policy.json. Empty: from scratch.
     c.policy.pretrained = ""
     c.policy.vocab_size = 2000  # of the byte-level BPE trained on the training text
     c.policy.width = 128  # D

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from pathlib import Path
 
 import jax
@@ -11,11 +13,14 @@ import pytest
 from test_pretrained import save_model
 
 from agrl_jax.judging import trained
+from agrl_jax.judging.engine import Judge
+from agrl_jax.judging.export import export_model
 from agrl_jax.judging.trained import TrainedError
-from agrl_jax.policy import adapters, loading, lora
+from agrl_jax.policy import adapters, loading, lora, shipped
 from agrl_jax.policy.adapters import Adapters
 from agrl_jax.policy.families import LoadingError
 from agrl_jax.policy.lora import LoraConfig
+from agrl_jax.policy.smollm2 import NotInstalledError, find_smollm2
 from agrl_jax.policy.transformer import build
 
 CFG = LoraConfig(rank=2, alpha=4.0, modules=("q", "down"))
@@ -74,3 +79,41 @@ def test_what_is_wrong_with_adapters_is_said(model: Path, drawn, folder: Path) -
 def test_a_name_that_nothing_has_lists_those_in_the_box() -> None:
     with pytest.raises(TrainedError, match="runs/none: there is no such checkpoint, nor one in the box"):
         trained.load("runs/none")
+
+
+# ------------------------------------------------------------------------------------------ the judge in the box
+
+
+@pytest.mark.slow
+def test_the_judge_in_the_box_judges_the_examples(tmp_path: Path) -> None:
+    try:
+        find_smollm2()
+    except NotInstalledError as error:
+        pytest.skip(str(error))
+    with open("examples/pairs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    (name,) = shipped.boxed()
+    judge = Judge.from_checkpoint(name, batch_size=8)
+    judged = judge.judge(rows)
+    assert not any(one.error for one in judged) and judge.calibration is not None
+    grades = {tier.name: tier.grade for tier in judge.book.tiers}
+    truth = [int(row["label"][0]) for row in rows]
+    assert sum(grades[one.tier] == grade for one, grade in zip(judged, truth, strict=True)) >= len(rows) / 2
+    for one, grade in zip(judged, truth, strict=True):  # it may be wrong, but not sure of the opposite
+        assert abs(grades[one.tier] - grade) < 3 or max(one.probs.values()) < 0.9
+    boots = {row["title"]: one for row, one in zip(rows, judged, strict=True) if "hiking boots" in row["query"]}
+    assert boots["Stainless Steel Garlic Press"].tier == "1-Irrelevant"
+
+    with pytest.raises(TrainedError, match="part of the package, where nothing is kept; export it first"):
+        judge.fit_temperature("examples/pairs.csv")
+    export_model(name, str(tmp_path / "mine"))
+    theirs = Judge.from_checkpoint(str(tmp_path / "mine"), batch_size=8)
+    assert theirs.calibration == judge.calibration
+    assert [one.tier for one in theirs.judge(rows[:8])] == [one.tier for one in judged[:8]]
+
+
+def test_the_package_holds_no_more_than_12_megabytes_of_adapters() -> None:
+    for name in shipped.boxed():
+        folder = shipped.find(name)
+        assert (folder / adapters.FILE).stat().st_size <= 12e6
+        assert json.loads((folder / trained.RECORD_FILE).read_text())["rulebook"] == "rulebook.yaml"
