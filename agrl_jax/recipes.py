@@ -198,6 +198,7 @@ def base() -> ConfigDict:
     c.objective.clip_high = 0.2  # and up to 1 + clip_high; DAPO takes 0.28
     c.objective.gspo_clip_low = 3e-4  # the same for gspo, whose ratios are geometric means over an answer
     c.objective.gspo_clip_high = 4e-4  # as in its paper
+    c.objective.clamp = 0.0  # advantages of tokens lie from -clamp to clamp; 0: as they are
     c.objective.kl = "none"  # to the end of the warm start: none; k1, taken from the reward; k2 or k3, in the loss
     c.objective.kl_weight = 0.0  # of KL
     c.objective.entropy_weight = 0.003  # of the entropy bonus

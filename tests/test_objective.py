@@ -65,6 +65,24 @@ def test_one_right_answer_of_four(loss, by_hand):
     np.testing.assert_allclose(advantage([1, 0, 0, 0], cfg=having(loss=loss)), by_hand, rtol=1e-6)
 
 
+def test_the_advantage_of_a_token_is_clamped():
+    np.testing.assert_allclose(advantage([1, 0, 0, 0], cfg=having(clamp=1.0)), [1, *[-1 / 3**0.5] * 3], rtol=1e-6)
+    np.testing.assert_allclose(advantage([1, 0, 0, 0], cfg=having(clamp=0.5)), [0.5, -0.5, -0.5, -0.5])
+    np.testing.assert_allclose(advantage([1, 0, 0, 0], cfg=having(clamp=2.0)), advantage([1, 0, 0, 0]))
+
+
+def test_a_token_is_clamped_in_all_that_it_has():
+    """By step, unscaled: the tier gives 0.5 and -0.5 to all tokens, the step the same to the first alone: 1 and -1."""
+    earned = jnp.array([[[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]])  # tier, a step, consistent
+    unused = jnp.zeros((1, 2), bool)
+    score = Score(raw=earned, earned=earned, counted=jnp.ones((1, 2, 3), bool), passed=unused, tier_forced=unused)
+    position = jnp.array([[[0, 2], [0, 2]]])
+    reading = Reading(value=position, count=position, position=position, well_formed=unused)
+    cfg = having(loss="dr_grpo", credit="step", clamp=0.75)
+    by_hand = np.array([0.75, 0.5, 0.5])
+    np.testing.assert_allclose(advantages(score, reading, unused, 3, cfg), [[by_hand, -by_hand]])
+
+
 def test_each_component_is_centred_over_the_answers_in_which_it_counts():
     """The second component was forced on answers 2 and 3: they neither earn by it nor are compared."""
     earned = [[1, 1], [0, 0], [0, 1], [1, 1]]

@@ -67,6 +67,7 @@ class ObjectiveConfig:
     imitate_weight: float  # of a forced token, in units of a sampled one with advantage 1 in an answer of T tokens
     baseline: str  # pooled: mean over the group; unguided_only: mean over its unguided answers
     step_weight: float  # of each step's advantage where credit is by step and advantages are scaled by their spread
+    clamp: float = 0.0  # advantages of tokens lie from -clamp to clamp; 0: they are as they are
 
 
 # ---------------------------------------------------------------------------------------- advantages
@@ -77,8 +78,16 @@ def advantages(
 ) -> Array:
     """Advantages [B, G, T] float32 of each token. `guided` [B, G] marks answers with a forced prefix.
 
-    `divergence` [B, G] is taken from the rewards, times `kl_weight`: the k1 estimate summed over each answer.
+    `divergence` [B, G] is taken from the rewards, times `kl_weight`: the k1 estimate summed over each answer. What a
+    token has in all is held to `clamp`.
     """
+    per_token = _unclamped(score, reading, guided, length, cfg, divergence)
+    return jnp.clip(per_token, -cfg.clamp, cfg.clamp) if cfg.clamp else per_token
+
+
+def _unclamped(
+    score: Score, reading: Reading, guided: Array, length: int, cfg: ObjectiveConfig, divergence: Array | None
+) -> Array:
     num_steps = reading.value.shape[-1] - 1
     earned, counted = score.earned, score.counted
     if divergence is not None:

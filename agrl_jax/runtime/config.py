@@ -297,6 +297,7 @@ RULES: Mapping[str, Rule] = {
     "objective.clip_high": Rule(above=0, high=10),
     "objective.gspo_clip_low": Rule(above=0, high=10),
     "objective.gspo_clip_high": Rule(above=0, high=10),
+    "objective.clamp": _WEIGHT,
     "objective.kl": _one_of("none", "k1", "k2", "k3"),
     "objective.kl_weight": _WEIGHT,
     "objective.entropy_weight": _WEIGHT,
