@@ -52,6 +52,7 @@ def test_a_reason_stands_before_its_verdict():
     assert "".join(wording.gold_segments(BOOK, 0, PAIR.steps, REASONS)) == GOLD
     assert wording.well_formed(BOOK, GOLD)
     assert wording.read(BOOK, GOLD) == wording.read(BOOK, BARE)
+    assert wording.statements(BOOK, GOLD) == BARE.split("\n")
     cut = wording.gold_segments(BOOK, 0, (0, UNKNOWN, 0, 3), REASONS)
     assert cut == ["shoes asked, shoes sold\nCategory: same"]
 

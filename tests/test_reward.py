@@ -225,6 +225,7 @@ def test_answers_that_somebody_wrote_earn_what_they_would_in_training(small):
     answers = [right, "F:yes,B:off,T:good", "F:part,B:ok,T:fair", "T:good", f"well, {right}", ""]
     rows = score_answers(answers, pair, small.book, tokenizer, tables, cfg, longest + 9)
     stated = {"fit": "yes", "brand": "ok", "tier": "good"}
+    assert rows[0]["statements"] == rows[4]["statements"] == ["F:yes", "B:ok", "T:good"]
     assert rows[0]["stated"] == stated and rows[0]["text"] == right and rows[0]["truth"] == stated
     parts = {"tier": 1, "fit": 0.5, "brand": 0.5, "consistent": 0.25, "format": 0.125, "overlong": 0}
     assert rows[0]["parts"] == parts and "advantage" not in rows[0]

@@ -14,6 +14,7 @@ from agrl_jax.policy.tokenizer import Tokenizer
 from agrl_jax.rl.reader import read
 from agrl_jax.rl.reward import RewardConfig, component_names, score
 from agrl_jax.rl.step import Inspection
+from agrl_jax.rulebook import wording
 from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.types import UNKNOWN, Rollout, RuleTables
 
@@ -32,6 +33,8 @@ def decode(seen: Inspection, book: RuleBook, tokenizer: Tokenizer, pairs: Sequen
             sampled, valid = seen.rolled.sampled[i, g], seen.rolled.valid[i, g]
             counted = seen.score.counted[i, g]
             earned = zip(components, seen.score.earned[i, g], counted, strict=True)
+            forced = tokenizer.decode(tokens[valid & ~sampled].tolist())
+            text = tokenizer.decode(tokens[sampled & (tokens != tokenizer.end_token)].tolist())
             rows.append(
                 {
                     "id": pair.id,
@@ -41,10 +44,11 @@ def decode(seen: Inspection, book: RuleBook, tokenizer: Tokenizer, pairs: Sequen
                     "truth": truth,
                     "sample": g,
                     "guided": bool(np.any(valid & ~sampled)),
-                    "forced": tokenizer.decode(tokens[valid & ~sampled].tolist()),
-                    "text": tokenizer.decode(tokens[sampled & (tokens != tokenizer.end_token)].tolist()),
+                    "forced": forced,
+                    "text": text,
                     "finished": bool(seen.rolled.finished[i, g]),
                     "stated": _named(book, seen.reading.value[i, g].tolist()),
+                    "statements": wording.statements(book, forced + text),
                     "parts": {name: float(str(value)) if part else None for name, value, part in earned},
                     "reward": float(str(np.float32(np.sum(seen.score.earned[i, g] * counted)))),
                     "passed": bool(seen.score.passed[i, g]),

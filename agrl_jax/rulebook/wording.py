@@ -181,6 +181,11 @@ def well_formed(book: RuleBook, text: str | bytes) -> bool:
     return data == book.response.separator.join(book.phrases[phrase].text for phrase, _ in statements).encode()
 
 
+def statements(book: RuleBook, text: str) -> list[str]:
+    """The phrases that a text states, in their order; what else is in it is free text."""
+    return [book.phrases[phrase].text for phrase, _ in _statements(book, text)]
+
+
 def _statements(book: RuleBook, text: str | bytes) -> list[tuple[int, int]]:
     """Every occurrence of a phrase as (phrase, end in bytes), in order of completion."""
     data = text.encode() if isinstance(text, str) else text

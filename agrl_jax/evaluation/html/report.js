@@ -68,6 +68,23 @@ function legend() {
 // Right, wrong, or null where the truth is not known.
 const verdict = (row, part) => (row.truth[part] === null ? null : row.stated[part] === row.truth[part]);
 
+// The statements of an answer that says more than these.
+function statements(row) {
+  const all = row.statements || [];
+  return all.reduce((text, one) => text.replace(one, ""), row.forced + row.text).trim() ? [...all] : [];
+}
+
+// A text with its statements in bold, so that reasons stand apart; they are taken from the front of `ahead`.
+function apart(text, ahead) {
+  const pieces = [];
+  for (let at; ahead.length && (at = text.indexOf(ahead[0])) >= 0;) {
+    const statement = ahead.shift();
+    pieces.push(text.slice(0, at), element("b", {}, statement));
+    text = text.slice(at + statement.length);
+  }
+  return [...pieces, text];
+}
+
 function answer(row) {
   const chips = Object.keys(row.truth).map((part) => {
     const right = verdict(row, part);
@@ -78,9 +95,12 @@ function answer(row) {
   });
   const earned = Object.entries(row.parts).map(([part, value]) =>
     `${part} ${value === null ? "not counted" : short(value)}`);
-  const text = element("pre");
-  if (row.forced) text.append(element("mark", { class: "forced", title: "forced by guidance, not sampled" }, row.forced));
-  text.append(row.text);
+  const text = element("pre"), ahead = statements(row);
+  if (row.forced) {
+    const title = "forced by guidance, not sampled";
+    text.append(element("mark", { class: "forced", title }, ...apart(row.forced, ahead)));
+  }
+  text.append(...apart(row.text, ahead));
   const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
   return element("article", { class: "answer" },
     element("div", { class: "query" }, element("b", {}, row.query), " → ", row.title),
