@@ -56,6 +56,7 @@ class Case(NamedTuple):
     end: int
     tables: RuleTables
     ids: dict[bytes, int]  # tokens that have a text
+    marks: frozenset[int] = frozenset()  # special tokens that may stand in free text
 
 
 # Rule books and vocabularies
@@ -120,11 +121,15 @@ def case(name: str) -> Case:
         "japanese between, adversarial": lambda: (japanese("between"), adversarial_vocabulary(japanese("between"))),
         "think, smollm2": lambda: (load(), smollm2_vocabulary()),
     }[name]()
-    tables = jax.tree.map(jax.numpy.asarray, compile_tables(book, *vocabulary))
     tokens, end = vocabulary
-    return Case(book, tokens, end, tables, {token: i for i, token in enumerate(tokens) if token and i != end})
+    special = [i for i, token in enumerate(tokens) if token is None and i != end]
+    marks = frozenset(special[:1] if name in MARKED else ())
+    tables = jax.tree.map(jax.numpy.asarray, compile_tables(book, *vocabulary, marks))
+    legal = marks if book.response.free_text == "between" else frozenset()
+    return Case(book, tokens, end, tables, {token: i for i, token in enumerate(tokens) if token and i != end}, legal)
 
 
+MARKED = ("respond, adversarial", "japanese between, adversarial")  # free text: none, and between
 CASES = ["think, bpe", "respond, adversarial", "japanese, bpe", "japanese between, adversarial", "think, smollm2"]
 
 
@@ -151,7 +156,7 @@ def oracle_positions(case: Case, tokens: Sequence[int], length: int) -> list[int
 
 def oracle_well_formed(case: Case, tokens: Sequence[int]) -> bool:
     ends_once = tokens.count(case.end) == 1 and tokens[-1] == case.end
-    special = any(case.vocabulary[token] is None for token in tokens[:-1])
+    special = any(case.vocabulary[token] is None and token not in case.marks for token in tokens[:-1])
     return ends_once and not special and wording.well_formed(case.book, text_of(case, tokens))
 
 
@@ -262,6 +267,30 @@ def test_reading_by_hand() -> None:
     assert reading.position[0].tolist() == [[2, 3, 4, 7, 7], [1, 7, 7, 4, 4], [4, 7, 7, 7, 7], [7] * 5]
     assert not np.asarray(reading.well_formed).any()
     assert all(array.dtype == np.int32 for array in (reading.value, reading.count, reading.position))
+
+
+def test_a_thought_may_stand_in_free_text_alone() -> None:
+    book = japanese("between")
+    vocabulary = [None, None, None, "思う".encode(), *(phrase.text.encode() for phrase in book.phrases)]
+    tables = compile_tables(book, vocabulary, 0, marks=[1])
+    parts = [4 + next(i for i, one in enumerate(book.phrases) if one.part == part) for part in book.part_order]
+    first, *rest = parts
+    answers = [
+        ([1, 3, 1, *parts, 0], True),
+        ([first, 1, 3, 1, *rest, 0], True),
+        ([1, *parts, 0], True),  # never closed: that is free text too
+        ([2, *parts, 0], False),  # another special token
+        ([*parts, 1, 0], False),  # nothing follows the last part
+        ([1, *parts[:-1], 0], False),
+    ]
+    tokens = np.full((1, len(answers), 12), 3, np.int32)
+    for row, (answer, _) in zip(tokens[0], answers, strict=True):
+        row[: len(answer)] = answer
+    valid = np.arange(12) < np.array([len(answer) for answer, _ in answers])[None, :, None]
+    assert read(tables, tokens, valid).well_formed[0].tolist() == [right for _, right in answers]
+    assert allowed(tables, np.int32(0), 20)[:3].tolist() == [False, True, False]
+    none = compile_tables(japanese("none"), vocabulary, 0, marks=[1])
+    assert not allowed(none, np.int32(0), 20)[:3].any()
 
 
 def test_invalid_tokens_are_passed_over() -> None:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 from pathlib import Path
 
 import hf_models
+import numpy as np
 import pytest
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from agrl_jax.data import chat, pipeline
 from agrl_jax.data.pairs import Pair, item_text
 from agrl_jax.policy import tokenizer as tokenizers
 from agrl_jax.policy.tokenizer import Tokenizer, TokenizerError
+from agrl_jax.rl.reader import read
 from agrl_jax.rulebook import book, wording
+from agrl_jax.rulebook.automaton import compile_tables
 
 BOOK = book.load()
+WITH_TEXT = dataclasses.replace(BOOK, response=dataclasses.replace(BOOK.response, free_text="between"))
 PAIR = Pair(id="p", query="red shoes", title="Acme running shoes, red", brand="Acme", tier=0, steps=(0, 2, 0, 3))
 
 CHATML = (
@@ -206,6 +212,62 @@ def test_a_date_in_a_template_is_that_of_the_day_it_was_first_read(tmp_path: Pat
 def test_a_thought_that_a_template_leaves_open_is_closed(opened: str, closed: str) -> None:
     text = CHATML.replace("assistant\n' }}", "assistant\n" + opened.replace("\n", "\\n") + "' }}")
     assert chat.pieces(BOOK, make(text))[2] == "<|im_end|>\n<|im_start|>assistant\n" + closed
+
+
+def thinker(template: str) -> Tokenizer:
+    """A tokenizer with the marks of a thought, asked to think."""
+    plain = make(template)
+    core = plain._core
+    core.add_tokens([AddedToken("<think>"), AddedToken("</think>"), AddedToken("<|tool|>", special=True)])
+    return Tokenizer(core, plain.end_token, chat_template=template).with_thinking()
+
+
+OPENING = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
+ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(("template", "tail"), [(QWEN3, ASSISTANT), (OPENING, f"{ASSISTANT}<think>\n")])
+def test_a_model_that_thinks_is_asked_to_and_learns_its_first_reason_as_a_thought(template: str, tail: str) -> None:
+    tokenizer = thinker(template)
+    assert chat.pieces(WITH_TEXT, tokenizer)[2] == tail
+    assert chat.pieces(WITH_TEXT, tokenizer.with_thinking(False))[2] == f"{ASSISTANT}<think>\n\n</think>\n\n"
+    begin = "" if tail.endswith("<think>\n") else "<think>\n"
+    reasons = ("a shoe is asked", "no brand", "", "", "")
+    pairs = [dataclasses.replace(PAIR, reasons=reasons), PAIR, dataclasses.replace(PAIR, steps=(0, -1, 0, 3))]
+    batch = pipeline.encode(pairs, WITH_TEXT, tokenizer, 4000, 200, style="chat").batch
+    said = [
+        tokenizer.decode(gold[:size], special=True)
+        for gold, size in zip(batch.gold, batch.gold_len, strict=True)
+    ]  # fmt: skip
+    rest = "Attributes: met\nLimits: none asked\nTier: 4-Excellent<|end|>"
+    assert said == [
+        f"{begin}a shoe is asked\n</think>\n\nCategory: same\nno brand\nBrand: not asked\n{rest}",
+        f"{begin}\n</think>\n\nCategory: same\nBrand: not asked\n{rest}",
+        f"{begin}\n</think>\n\nCategory: same",
+    ]
+    assert tokenizer.decode(batch.gold[0, : batch.part_end[0, 0]], special=True).endswith("Category: same")
+    np.testing.assert_array_equal(batch.reason[1, 0, : batch.reason_len[1, 0]], batch.gold[1, : batch.reason_len[1, 0]])
+    tables = compile_tables(WITH_TEXT, tokenizer.token_bytes(), tokenizer.end_token, tokenizer.marks)
+    valid = np.arange(200) < batch.gold_len[:, None]
+    assert read(tables, batch.gold[:, None], valid[:, None]).well_formed[:, 0].tolist() == [True, True, False]
+
+
+def test_marks_are_added_tokens_that_begin_or_end_no_text(tmp_path: Path) -> None:
+    tokenizer = thinker(QWEN3)
+    assert {tokenizer.decode([token], special=True) for token in tokenizer.marks} == {"<think>", "</think>"}
+    tokenizer.save(tmp_path)
+    again = tokenizers.load(tmp_path)
+    assert again.thinking and again.marks == tokenizer.marks and not make(QWEN3).thinking
+    assert make(QWEN3).marks == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "said"),
+    [(lambda: thinker(CHATML), "knows no thinking"), (lambda: make(QWEN3).with_thinking(), "<think> is no token")],
+)
+def test_a_model_that_cannot_think_is_refused(tokenizer, said: str) -> None:
+    with pytest.raises(TokenizerError, match=f"{said}.*; set policy.thinking=off"):
+        chat.thought(WITH_TEXT, tokenizer())
 
 
 @pytest.mark.parametrize("field", ["query", "title", "description"])

@@ -69,7 +69,7 @@ def texts(book: RuleBook) -> st.SearchStrategy[str]:
 
 
 def recognised(book: RuleBook) -> Callable[[str], bool]:
-    machine, final = automaton.recognise(book)
+    machine, _, final = automaton.recognise(book)
 
     def accepts(text: str) -> bool:
         state = automaton.START

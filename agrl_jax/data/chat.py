@@ -22,8 +22,8 @@ def pieces(book: RuleBook, tokenizer: Tokenizer) -> tuple[str, str, str]:
     """The fixed text before the query, between query and item, and after the item.
 
     The first and the last hold special tokens by their spelling. The instructions are the system's turn, or stand
-    first in the user's where the template has no place for a system. A thought that the template opens is closed: what
-    follows is the answer.
+    first in the user's where the template has no place for a system. A thought that the template opens is closed, so
+    that the answer follows, unless the tokenizer is `thinking`.
 
     Raises:
       TokenizerError: the model has no chat template, or one that cannot be rendered.
@@ -39,13 +39,34 @@ def pieces(book: RuleBook, tokenizer: Tokenizer) -> tuple[str, str, str]:
     between, item, after = rest.partition("{item}")
     if not query or not item:
         raise TokenizerError("the chat template leaves out what the user says; set data.style=full")
-    return before, between, _without_open_thought(after)
+    return before, between, after if tokenizer.thinking else _without_open_thought(after)
 
 
 def _without_open_thought(reply: str) -> str:
     """The beginning of a reply, with the thought that it opens closed at once, as Qwen3's template does it."""
     opened = _OPEN_THOUGHT.search(reply)
     return f"{reply.rstrip()}\n\n{opened[1]}/{opened[2]}{opened[3]}\n\n" if opened else reply
+
+
+def thought(book: RuleBook, tokenizer: Tokenizer) -> tuple[str, str]:
+    """What stands before and after a thought at the beginning of an answer; the first is empty where the prompt has it.
+
+    The marks are those that the chat template leaves open, or else <think>.
+
+    Raises:
+      TokenizerError: as `pieces`; or prompts are the same with thinking and without; or the marks are no tokens.
+    """
+    after, quiet = (pieces(book, tokenizer.with_thinking(on))[2] for on in (True, False))
+    if after == quiet:
+        raise TokenizerError("the chat template knows no thinking; set policy.thinking=off")
+    opened = _OPEN_THOUGHT.search(after)
+    left, name, right = opened.groups() if opened else ("<", "think", ">")
+    begin, end = f"{left}{name}{right}", f"{left}/{name}{right}"
+    for mark in (begin, end):
+        ids = tokenizer.encode(mark, parse_special=True)
+        if len(ids) != 1 or ids[0] not in tokenizer.marks:
+            raise TokenizerError(f"{mark} is no token of the model; set policy.thinking=off")
+    return "" if opened else f"{begin}\n", f"{end}\n\n"
 
 
 def end_of_turn(tokenizer: Tokenizer) -> int:
@@ -60,7 +81,7 @@ def end_of_turn(tokenizer: Tokenizer) -> int:
 def render(tokenizer: Tokenizer, messages: Sequence[Message], reply: bool = True) -> str:
     """The messages as `transformers` renders them by the chat template; with `reply`, up to where the assistant speaks.
 
-    Models that think aloud before they answer are told not to.
+    Models that can think aloud before they answer are told to where the tokenizer is `thinking`, else not to.
 
     Raises:
       TokenizerError: the model has no chat template, or one that cannot be rendered.
@@ -73,7 +94,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], reply: bool = True
     try:
         (text,), _ = chat_template_utils.render_jinja_template(
             [list(messages)], chat_template=tokenizer.chat_template, add_generation_prompt=reply,
-            enable_thinking=False, **tokenizer.special_tokens,
+            enable_thinking=tokenizer.thinking, **tokenizer.special_tokens,
         )  # fmt: skip
     except Exception as error:  # a template is a program of others, and can fail in any way
         raise TokenizerError(f"the chat template cannot be rendered: {error}; set data.style=full") from error

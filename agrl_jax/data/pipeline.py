@@ -70,11 +70,12 @@ def encode(
         raise PairsError("there are no pairs to encode")
     names = tuple(sorted({pair.family for pair in pairs}) if families is None else families)
     prompt, length, shortened = _prompts(pairs, book, tokenizer, prompt_len, style)
+    thinks = style == "chat" and tokenizer.thinking
     steps = [_steps(pair, book) for pair in pairs]
     batch = Batch(
         prompt=prompt,
         prompt_len=length,
-        **_gold(pairs, steps, book, tokenizer, response_len),
+        **_gold(pairs, steps, book, tokenizer, response_len, chat.thought(book, tokenizer) if thinks else None),
         steps=np.array(steps, np.int32).reshape(len(pairs), len(book.steps)),
         tier=np.array([pair.tier for pair in pairs], np.int32),
         row=np.arange(len(pairs), dtype=np.int32),
@@ -299,8 +300,12 @@ def _gold(
     book: RuleBook,
     tokenizer: Tokenizer,
     limit: int,
+    thought: tuple[str, str] | None = None,
 ) -> Mapping[str, Any]:
-    """The fields of a batch that follow from the gold responses; without reasons, few are distinct."""
+    """The fields of a batch that follow from the gold responses; without reasons, few are distinct.
+
+    With the marks of a `thought`, the reason of the first part is one.
+    """
     room = book.response.free_text != "none"
     keys = [(pair.tier, values, pair.reasons if room else ()) for pair, values in zip(pairs, steps, strict=True)]
     distinct = {key: i for i, key in enumerate(dict.fromkeys(keys))}
@@ -312,9 +317,15 @@ def _gold(
     pieces = [wording.gold_pieces(book, *key) for key in distinct]
     texts = list(dict.fromkeys(text for parts in pieces for piece in parts if piece for text in piece))
     spelt = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
+    reasons = [[spelt[piece.reason] if piece else [] for piece in parts] for parts in pieces]
+    if thought:
+        begin, end = (tokenizer.encode(mark, parse_special=True) for mark in thought)
+        empty = tokenizer.encode("\n")
+        reasons = [[begin + (first or empty) + end, *others] for first, *others in reasons]
     needed = 0
-    for i, said in enumerate(pieces):
-        parts = [spelt[piece.reason] + spelt[piece.statement] for piece in itertools.takewhile(bool, said)]
+    for i, (said, before) in enumerate(zip(pieces, reasons, strict=True)):
+        known = zip(itertools.takewhile(bool, said), before, strict=False)
+        parts = [reason + spelt[piece.statement] for piece, reason in known]
         tokens = [token for part in parts for token in part]
         tokens += [tokenizer.end_token] if len(parts) == p else []
         needed = max(needed, len(tokens))
@@ -326,8 +337,7 @@ def _gold(
     if needed > limit:
         raise PairsError(f"the longest gold response has {needed} tokens: response_len={limit} should be at least that")
     fields = {"gold": gold, "gold_len": gold_len, "part_end": part_end, "known_parts": known_parts}
-    if any(reasons for *_, reasons in distinct) and any(UNKNOWN in values for _, values, _ in distinct):
-        reasons = [[spelt[piece.reason] if piece else [] for piece in parts] for parts in pieces]
+    if any(map(any, reasons)) and any(UNKNOWN in values for _, values, _ in distinct):
         fields["reason"], fields["reason_len"] = _padded(reasons)
     index = np.array([distinct[key] for key in keys])
     return {name: rows[index] for name, rows in fields.items()}

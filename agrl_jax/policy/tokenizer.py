@@ -28,6 +28,8 @@ _ENDS = ("generation_config.json", "config.json")  # of the model: its `eos_toke
 
 # Settings that `save` says anew, or that tokenizer.json says already.
 _REPLACED = {"add_bos_token", "add_eos_token", "added_tokens_decoder", "auto_map", "chat_template", "tokenizer_file"}
+_THINKING = "agrl_jax_thinking"  # our own setting
+_THOUGHT = re.compile(r"[<\[]/?[\w:]*(?:think|thought|reason)\w*[>\]]", re.IGNORECASE)
 _DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 # How text is cut into words before merging, for the tokenizer trained here. A space or line break goes with the
@@ -134,6 +136,28 @@ class Tokenizer:
         if self.bos_token is not None:
             spelt["bos_token"] = self._core.id_to_token(self.bos_token)
         return {name: text for name, text in spelt.items() if text is not None}
+
+    @functools.cached_property
+    def marks(self) -> frozenset[int]:
+        """Special tokens that a model may write amid text: those around a thought, such as <think>, and what the
+        vocabulary has as an ordinary added token. Not those that the settings name, which begin and end texts."""
+        extra = self.settings.get("additional_special_tokens") or []
+        named = {*self.special_tokens.values(), *(text for token in extra if (text := _text_of(token)) is not None)}
+        return frozenset(
+            i for i, token in self._core.get_added_tokens_decoder().items()
+            if (not token.special or _THOUGHT.fullmatch(token.content)) and token.content not in named
+        )  # fmt: skip
+
+    @property
+    def thinking(self) -> bool:
+        """Whether prompts ask the model to think aloud before it answers; see `with_thinking`."""
+        return bool(self.settings.get(_THINKING))
+
+    def with_thinking(self, on: bool = True) -> Tokenizer:
+        """The same vocabulary for prompts that ask the model to think, or not to; saved folders keep that."""
+        settings = {name: value for name, value in self.settings.items() if name != _THINKING}
+        settings |= {_THINKING: True} if on else {}
+        return Tokenizer(self._core, self.end_token, self.bos_token, self.chat_template, settings)
 
     @property
     def cuts_as_qwen2(self) -> bool:

@@ -10,7 +10,7 @@ Tokens that do the same from every state share a class, which keeps the tables s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,13 +37,16 @@ class TokenAutomaton(NamedTuple):
     emits: np.ndarray  # [S, C, E] int32 in order of completion, padded with UNKNOWN; E >= 1
 
 
-def compile_tables(book: RuleBook, token_bytes: Sequence[bytes | None], end_token: int) -> RuleTables:
+def compile_tables(
+    book: RuleBook, token_bytes: Sequence[bytes | None], end_token: int, marks: Collection[int] = ()
+) -> RuleTables:
     """Compiles a rule book for one vocabulary.
 
     Args:
       book: the rule book.
       token_bytes: the bytes of each token; None for special tokens, which have no text and reset the reader.
       end_token: the token that ends a response; special whatever its bytes.
+      marks: special tokens that may stand in free text, such as those around a thought.
 
     Returns:
       The tables, numpy int32.
@@ -56,8 +59,9 @@ def compile_tables(book: RuleBook, token_bytes: Sequence[bytes | None], end_toke
     tokens = [None if i == end_token else data for i, data in enumerate(token_bytes)]
     phrases = [phrase.text.encode() for phrase in book.phrases]
     reader = lift(find_phrases(phrases), tokens, special=START)
-    grammar, final = recognise(book)
-    recogniser, done = _with_end(lift(grammar, tokens, special=DEAD), final, end_token)
+    grammar, restart, final = recognise(book)
+    recogniser = _with_marks(lift(grammar, tokens, special=DEAD), restart, set(marks) - {end_token})
+    recogniser, done = _with_end(recogniser, final, end_token)
     distance = _distance(recogniser.next, done)
     if distance[START] == DEAD_DISTANCE:
         raise ValueError(f"no whole response of rule book {book.name!r} can be spelt with this vocabulary")
@@ -105,11 +109,15 @@ def find_phrases(phrases: Sequence[bytes]) -> ByteAutomaton:
     return ByteAutomaton(table, np.array(emit, np.int32))
 
 
-def recognise(book: RuleBook) -> tuple[ByteAutomaton, int]:
-    """The automaton of whole well-formed responses, and its one accepting state."""
-    between = book.response.free_text == "between"
-    table, final = _recognise_amid_text(book) if between else _recognise_exact(book)
-    return ByteAutomaton(table, np.full(len(table), UNKNOWN, np.int32)), final
+def recognise(book: RuleBook) -> tuple[ByteAutomaton, np.ndarray, int]:
+    """The automaton of whole well-formed responses; for each state [S] the one after something that has no text and may
+    stand in free text, which interrupts every phrase; and the one accepting state."""
+    if book.response.free_text == "between":
+        table, restart, final = _recognise_amid_text(book)
+    else:
+        table, final = _recognise_exact(book)
+        restart = np.full(len(table), DEAD, np.int32)
+    return ByteAutomaton(table, np.full(len(table), UNKNOWN, np.int32)), restart, final
 
 
 def _recognise_exact(book: RuleBook) -> tuple[np.ndarray, int]:
@@ -134,7 +142,7 @@ def _recognise_exact(book: RuleBook) -> tuple[np.ndarray, int]:
     return np.stack(rows), root
 
 
-def _recognise_amid_text(book: RuleBook) -> tuple[np.ndarray, int]:
+def _recognise_amid_text(book: RuleBook) -> tuple[np.ndarray, np.ndarray, int]:
     """The phrase finder, once for each part still expected: a phrase of that part moves on, any other is death."""
     finder = find_phrases([phrase.text.encode() for phrase in book.phrases])
     part_of = np.array([phrase.part for phrase in book.phrases] + [UNKNOWN])[finder.emit]  # UNKNOWN is the last
@@ -142,14 +150,16 @@ def _recognise_amid_text(book: RuleBook) -> tuple[np.ndarray, int]:
     ids = np.arange(num_parts * num_states, dtype=np.int32).reshape(num_parts, num_states) + 1
     ids[0, 0] = START
     final = num_parts * num_states + 1
-    table = np.full((final + 1, 256), DEAD, np.int32)
+    table = np.full((final + 1, 257), DEAD, np.int32)  # the last column: what has no text
     for place, part in enumerate(book.part_order):
         onward = ids[place + 1] if place + 1 < num_parts else np.full(num_states, final)
         entered = part_of[finder.next]  # [S, 256]
-        table[ids[place]] = np.select(
+        table[ids[place], :256] = np.select(
             [entered == UNKNOWN, entered == part], [ids[place][finder.next], onward[finder.next]], DEAD
         )
-    return _reachable(table, final)
+        table[ids[place], 256] = ids[place, 0]
+    table, final = _reachable(table, final)
+    return table[:, :256], table[:, 256], final
 
 
 def _reachable(table: np.ndarray, final: int) -> tuple[np.ndarray, int]:
@@ -225,6 +235,15 @@ def _merge(after: np.ndarray, emits: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 # The end of a response
+
+
+def _with_marks(automaton: TokenAutomaton, restart: np.ndarray, marks: Collection[int]) -> TokenAutomaton:
+    """Gives these tokens a class of their own, which leads from each state to that of `restart` [S]."""
+    if not marks:
+        return automaton
+    token_class = automaton.token_class.copy()
+    token_class[list(marks)] = automaton.next.shape[1]
+    return automaton._replace(token_class=token_class, next=np.column_stack([automaton.next, restart]))
 
 
 def _with_end(automaton: TokenAutomaton, final: int, end_token: int) -> tuple[TokenAutomaton, int]:

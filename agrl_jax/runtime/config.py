@@ -198,6 +198,7 @@ RULES: Mapping[str, Rule] = {
     "data.style": _one_of("terse", "full", "chat"),
     # The policy.
     "policy.pretrained": _TEXT,
+    "policy.thinking": _one_of("off", "on"),
     "policy.vocab_size": _whole(300),  # 256 bytes, the end token, and some merges
     "policy.width": _SIZE,
     "policy.layers": _SIZE,
@@ -388,6 +389,8 @@ def _policy_problems(config: ConfigDict) -> Iterator[str]:
         yield ("data.style=chat needs a pretrained model, which knows its chat template: "
                "--config.policy.pretrained=DIR, a Hugging Face folder (hf download OWNER/NAME --local-dir=DIR) or a "
                "GGUF file")
+    if policy.thinking == "on" and config.data.style != "chat":
+        yield f"policy.thinking=on asks through the model's chat template: data.style is {config.data.style}, not chat"
     if policy.heads % policy.kv_heads:
         yield f"policy.kv_heads={policy.kv_heads} must divide policy.heads={policy.heads}"
     if policy.head_dim % 2:

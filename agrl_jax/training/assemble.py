@@ -357,7 +357,7 @@ def stand_in_model(config: ConfigDict, mesh: jax.sharding.Mesh, shape: str = "")
     if path:
         found = loading.read_config(shape or shipped.find(path))
     else:
-        found = PolicyConfig(**{name: value for name, value in config.policy.items() if name != "pretrained"})
+        found = PolicyConfig(**_own_shape(config))
     before, _, _ = wording.prompt_pieces(rules, config.data.style)
     shared = 0 if config.data.style == "terse" else round(len(before) / _TOKEN_CHARACTERS)
     return _model(rules, tokenizer, _computing(config, found), mesh, np.zeros(shared, np.int32))
@@ -366,8 +366,14 @@ def stand_in_model(config: ConfigDict, mesh: jax.sharding.Mesh, shape: str = "")
 def _model(
     rules: RuleBook, tokenizer: Tokenizer, shape: PolicyConfig, mesh: jax.sharding.Mesh | None, instructions: np.ndarray
 ) -> Model:
+    if tokenizer.thinking and rules.response.free_text == "none":
+        raise ConfigError(
+            f"policy.thinking=on needs room for thoughts: response.free_text of the rule book {rules.name} is none"
+        )
     padding = [None] * (shape.vocab_size - tokenizer.vocab_size)  # some models pad their vocabulary
-    tables = automaton.compile_tables(rules, [*tokenizer.token_bytes(), *padding], tokenizer.end_token)
+    tables = automaton.compile_tables(
+        rules, [*tokenizer.token_bytes(), *padding], tokenizer.end_token, tokenizer.marks
+    )
     policy, init, axes = transformer.build(shape, *([] if mesh is None else [sharding.placing(mesh)]))
     return Model(rules, tokenizer, jax.tree.map(np.asarray, tables), shape, policy, init, axes, instructions)
 
@@ -412,6 +418,9 @@ def keep_pretrained(config: ConfigDict, workdir: epath.Path) -> None:
     tokenizer = loading.read_tokenizer(path)
     if config.data.style == "chat":
         tokenizer = tokenizer.ending_with(chat.end_of_turn(tokenizer))
+    if config.policy.thinking == "on":
+        tokenizer = tokenizer.with_thinking()
+        chat.thought(load_rules(config), tokenizer)  # refuses a model that cannot
     tokenizer.save(workdir)
     kept = asked | {"shape": dataclasses.asdict(loading.read_config(path))}
     write_json(workdir / POLICY_FILE, kept)
@@ -425,9 +434,10 @@ def _kept_pretrained(config: ConfigDict, workdir: epath.Path) -> tuple[Tokenizer
     return tokenizers.load(workdir), _computing(config, loading.shape_of(kept["shape"]))
 
 
-def _asked(config: ConfigDict) -> dict[str, str]:
-    """What the kept tokenizer and shape depend on."""
-    return {"pretrained": config.policy.pretrained, "style": config.data.style}
+def _asked(config: ConfigDict) -> dict[str, Any]:
+    """What the kept tokenizer and shape depend on; without thinking, as older versions kept it."""
+    thinking = True if config.policy.thinking == "on" else None
+    return {"pretrained": config.policy.pretrained, "style": config.data.style, "thinking": thinking}
 
 
 def _read_kept(workdir: epath.Path, asked: Mapping[str, str]) -> dict[str, Any]:
@@ -456,8 +466,12 @@ def _from_scratch(
         other.unlink(missing_ok=True)  # of a pretrained model that a run with another config began with
         tokenizer = tokenizers.train_bpe(_training_texts(config, rules, data), config.policy.vocab_size)
         tokenizer.save(path)
-    fields = {name: value for name, value in config.policy.items() if name != "pretrained"}
-    return tokenizer, PolicyConfig(**{**fields, "vocab_size": tokenizer.vocab_size})
+    return tokenizer, PolicyConfig(**_own_shape(config) | {"vocab_size": tokenizer.vocab_size})
+
+
+def _own_shape(config: ConfigDict) -> dict[str, Any]:
+    """The fields of `PolicyConfig` that a config gives to a policy from scratch."""
+    return {name: value for name, value in config.policy.items() if name not in ("pretrained", "thinking")}
 
 
 def _training_texts(config: ConfigDict, rules: RuleBook, data: Data) -> Iterable[str]:
