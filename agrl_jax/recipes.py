@@ -86,6 +86,7 @@ def base() -> ConfigDict:
     # shape below, down to norm_eps, is then the model's own, and kept in WORKDIR/policy.json. Empty: from scratch.
     c.policy.pretrained = ""
     c.policy.thinking = "off"  # on: the model is asked to think before it answers; for rule books with free text
+    c.policy.thought_len = 256  # tokens after which a thought is closed by force
     c.policy.vocab_size = 2000  # of the byte-level BPE trained on the training text
     c.policy.width = 128  # D
     c.policy.layers = 4  # L

@@ -51,6 +51,14 @@ class Batch:
     reason_len: Array | None = None  # [B, P] tokens of each
 
 
+class Thought(NamedTuple):
+    """How a thought at the beginning of a response is told, and where it is closed by force."""
+
+    begin: int | None  # the token that opens it; None where the prompt has opened it
+    end: tuple[int, ...]  # tokens that close it, the first of which is the mark
+    limit: int  # tokens of a response after which a thought that is still open is closed
+
+
 @struct.dataclass
 class RuleTables:
     """A rule book compiled for one vocabulary: all that `rl` knows of either.
@@ -75,6 +83,7 @@ class RuleTables:
     num_values: tuple[int, ...] = struct.field(pytree_node=False)  # values of each step
     num_tiers: int = struct.field(pytree_node=False)
     order: tuple[int, ...] = struct.field(pytree_node=False)  # parts in the order a response states them
+    thought: Thought | None = struct.field(pytree_node=False, default=None)  # of a policy that thinks before it answers
 
     @property
     def num_steps(self) -> int:
@@ -139,14 +148,16 @@ class Rollout:
 
     tokens: Array  # [B, G, T] int32; after the end: the end token, masked by `valid`
     logp: Array  # [B, G, T] float32 log-probability of each token under the distribution sampled from; 0 where invalid
-    sampled: Array  # [B, G, T] bool the policy chose this token (valid and not forced)
+    sampled: Array  # [B, G, T] bool the policy chose this token (valid, neither forced nor closing a thought)
     valid: Array  # [B, G, T] bool the token is part of the response, end token included
     finished: Array  # [B, G] bool the end token was reached
+    closing: Array | None = None  # [B, G, T] bool the token closes a thought by force; None where none can
 
     @property
     def forced(self) -> Array:
-        """[B, G, T] bool: tokens given, not chosen."""
-        return self.valid & ~self.sampled
+        """[B, G, T] bool: tokens of a true prefix, given and not chosen."""
+        given = self.valid & ~self.sampled
+        return given if self.closing is None else given & ~self.closing
 
 
 Axes = tuple[str | None, ...]  # a logical name, or None, for each axis of an array

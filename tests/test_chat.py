@@ -219,7 +219,7 @@ def thinker(template: str) -> Tokenizer:
     plain = make(template)
     core = plain._core
     core.add_tokens([AddedToken("<think>"), AddedToken("</think>"), AddedToken("<|tool|>", special=True)])
-    return Tokenizer(core, plain.end_token, chat_template=template).with_thinking()
+    return Tokenizer(core, plain.end_token, chat_template=template).with_thinking(50)
 
 
 OPENING = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
@@ -230,7 +230,7 @@ ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 def test_a_model_that_thinks_is_asked_to_and_learns_its_first_reason_as_a_thought(template: str, tail: str) -> None:
     tokenizer = thinker(template)
     assert chat.pieces(WITH_TEXT, tokenizer)[2] == tail
-    assert chat.pieces(WITH_TEXT, tokenizer.with_thinking(False))[2] == f"{ASSISTANT}<think>\n\n</think>\n\n"
+    assert chat.pieces(WITH_TEXT, tokenizer.with_thinking(0))[2] == f"{ASSISTANT}<think>\n\n</think>\n\n"
     begin = "" if tail.endswith("<think>\n") else "<think>\n"
     reasons = ("a shoe is asked", "no brand", "", "", "")
     pairs = [dataclasses.replace(PAIR, reasons=reasons), PAIR, dataclasses.replace(PAIR, steps=(0, -1, 0, 3))]
@@ -247,6 +247,10 @@ def test_a_model_that_thinks_is_asked_to_and_learns_its_first_reason_as_a_though
     ]
     assert tokenizer.decode(batch.gold[0, : batch.part_end[0, 0]], special=True).endswith("Category: same")
     np.testing.assert_array_equal(batch.reason[1, 0, : batch.reason_len[1, 0]], batch.gold[1, : batch.reason_len[1, 0]])
+    thought = pipeline.thought(WITH_TEXT, tokenizer)
+    opening, closing = tokenizer.encode("<think></think>", parse_special=True)
+    assert thought.begin == (opening if begin else None) and thought.end[0] == closing and thought.limit == 50
+    assert tokenizer.decode(thought.end, special=True) == "</think>\n\n"
     tables = compile_tables(WITH_TEXT, tokenizer.token_bytes(), tokenizer.end_token, tokenizer.marks)
     valid = np.arange(200) < batch.gold_len[:, None]
     assert read(tables, batch.gold[:, None], valid[:, None]).well_formed[:, 0].tolist() == [True, True, False]
@@ -257,13 +261,13 @@ def test_marks_are_added_tokens_that_begin_or_end_no_text(tmp_path: Path) -> Non
     assert {tokenizer.decode([token], special=True) for token in tokenizer.marks} == {"<think>", "</think>"}
     tokenizer.save(tmp_path)
     again = tokenizers.load(tmp_path)
-    assert again.thinking and again.marks == tokenizer.marks and not make(QWEN3).thinking
+    assert again.thinking == 50 and again.marks == tokenizer.marks and not make(QWEN3).thinking
     assert make(QWEN3).marks == frozenset()
 
 
 @pytest.mark.parametrize(
     ("tokenizer", "said"),
-    [(lambda: thinker(CHATML), "knows no thinking"), (lambda: make(QWEN3).with_thinking(), "<think> is no token")],
+    [(lambda: thinker(CHATML), "knows no thinking"), (lambda: make(QWEN3).with_thinking(50), "<think> is no token")],
 )
 def test_a_model_that_cannot_think_is_refused(tokenizer, said: str) -> None:
     with pytest.raises(TokenizerError, match=f"{said}.*; set policy.thinking=off"):

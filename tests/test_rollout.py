@@ -17,6 +17,7 @@ from agrl_jax.rl.rollout import PURPOSE_REPLAY, PURPOSE_ROLLOUT, choose, rollout
 from agrl_jax.rulebook import wording
 from agrl_jax.rulebook.automaton import compile_tables
 from agrl_jax.rulebook.book import load
+from agrl_jax.types import Thought
 
 G, T = 5, 10
 KEY = jax.random.key_data(jax.random.key(7))
@@ -27,20 +28,21 @@ ROWS = [3, 1, 4, 5]
 def sample(small):
     """`sample(batch, forced, forced_len, ...)`: the jitted sampler of the small policy."""
 
-    @partial(jax.jit, static_argnames=("temperature", "prefill_forced", "constrained"))
-    def compiled(batch, forced, forced_len, purpose, step, key, temperature, prefill_forced, constrained):
+    @partial(jax.jit, static_argnames=("temperature", "prefill_forced", "constrained", "thought"))
+    def compiled(batch, forced, forced_len, purpose, step, key, temperature, prefill_forced, constrained, thought):
         return rollout(
             small.policy, small.params, prefill(small.policy, small.params, batch.prompt, batch.prompt_len),
             row_keys(key, purpose, step, batch.row, G), length=T, temperature=temperature,
             end_token=small.tables.end_token, forced=forced, forced_len=forced_len,
-            grammar=small.tables if constrained else None, prefill_forced=prefill_forced,
+            grammar=small.tables if constrained else None, prefill_forced=prefill_forced, thought=thought,
         )
 
     def sample(
         batch, forced=None, forced_len=None, *, purpose=PURPOSE_ROLLOUT, step=0, key=KEY,
-        temperature=0.8, prefill_forced=True, constrained=False,
+        temperature=0.8, prefill_forced=True, constrained=False, thought=None,
     ):
-        return compiled(batch, forced, forced_len, purpose, step, key, temperature, prefill_forced, constrained)
+        how = temperature, prefill_forced, constrained, thought
+        return compiled(batch, forced, forced_len, purpose, step, key, *how)
 
     return sample
 
@@ -280,3 +282,35 @@ def test_choose_never_draws_an_impossible_token_where_rounding_would():
     uniform = uniform[uniform < 1]
     tokens, logp = jax.jit(partial(choose, temperature=1.0))(jnp.broadcast_to(logits, (len(uniform), 2000)), uniform)
     assert np.all(logits[tokens] > -1e30) and np.all(logp > -100)
+
+
+# ------------------------------------------------------------------------------------------ thoughts
+
+
+@pytest.mark.parametrize("begin", [None, 7])
+def test_a_thought_that_is_too_long_is_closed_by_force(small, sample, batch, teacher, begin):
+    """It ends with token 8, or with 8 and 9 by force after four tokens; the rest is as the policy would have it."""
+    thought, end = Thought(begin, (8, 9), 4), small.tables.end_token
+    forced = np.zeros((4, T), np.int32)
+    forced[0, :2], forced[1, :2] = (7, 8), (7, 1)
+    rolled = jax.tree.map(np.asarray, sample(batch, forced, np.array([2, 2, 0, 0]), thought=thought))
+    expected = np.where(rolled.sampled, np.asarray(teacher(rolled.tokens, 0.8)[0]), 0)
+    np.testing.assert_allclose(rolled.logp, expected, atol=1e-5)
+    closed = 0
+    for b in range(4):
+        for g in range(G):
+            tokens, closing = rolled.tokens[b, g].tolist(), rolled.closing[b, g]
+            first = tokens[:4]
+            thinks = begin is None or begin in first
+            thinking = first if begin is None or not thinks else first[first.index(begin) + 1 :]
+            late = thinks and 8 not in thinking and end not in first
+            assert np.flatnonzero(closing).tolist() == ([4, 5] if late else [])
+            assert not late or tokens[4:6] == [8, 9]
+            closed += late
+    assert not rolled.closing[0].any() and closed > 3
+    np.testing.assert_array_equal(rolled.forced.sum(-1), [[2] * G, [2] * G, [0] * G, [0] * G])
+    np.testing.assert_array_equal(rolled.sampled | rolled.forced | rolled.closing, rolled.valid)
+    slow = sample(batch, forced, np.array([2, 2, 0, 0]), thought=thought, prefill_forced=False)
+    np.testing.assert_array_equal(slow.tokens, rolled.tokens)
+    np.testing.assert_array_equal(slow.closing, rolled.closing)
+    assert sample(batch).closing is None

@@ -56,7 +56,7 @@ def thought(book: RuleBook, tokenizer: Tokenizer) -> tuple[str, str]:
     Raises:
       TokenizerError: as `pieces`; or prompts are the same with thinking and without; or the marks are no tokens.
     """
-    after, quiet = (pieces(book, tokenizer.with_thinking(on))[2] for on in (True, False))
+    after, quiet = (pieces(book, tokenizer.with_thinking(limit))[2] for limit in (1, 0))
     if after == quiet:
         raise TokenizerError("the chat template knows no thinking; set policy.thinking=off")
     opened = _OPEN_THOUGHT.search(after)
@@ -94,7 +94,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], reply: bool = True
     try:
         (text,), _ = chat_template_utils.render_jinja_template(
             [list(messages)], chat_template=tokenizer.chat_template, add_generation_prompt=reply,
-            enable_thinking=tokenizer.thinking, **tokenizer.special_tokens,
+            enable_thinking=tokenizer.thinking > 0, **tokenizer.special_tokens,
         )  # fmt: skip
     except Exception as error:  # a template is a program of others, and can fail in any way
         raise TokenizerError(f"the chat template cannot be rendered: {error}; set data.style=full") from error

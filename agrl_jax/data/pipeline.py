@@ -16,7 +16,7 @@ from agrl_jax.data.pairs import MAX_LISTED, Pair, PairsError, item_text
 from agrl_jax.policy.tokenizer import Tokenizer
 from agrl_jax.rulebook import wording
 from agrl_jax.rulebook.book import RuleBook
-from agrl_jax.types import UNKNOWN, Batch
+from agrl_jax.types import UNKNOWN, Batch, Thought
 
 _CHUNK = 8192  # pairs tokenised at once
 _WORTH = 32  # tokens that prompts must have in common to be run apart: fewer cost less in each prompt
@@ -300,11 +300,11 @@ def _gold(
     book: RuleBook,
     tokenizer: Tokenizer,
     limit: int,
-    thought: tuple[str, str] | None = None,
+    marks: tuple[str, str] | None = None,
 ) -> Mapping[str, Any]:
     """The fields of a batch that follow from the gold responses; without reasons, few are distinct.
 
-    With the marks of a `thought`, the reason of the first part is one.
+    With the `marks` of a thought, the reason of the first part is one.
     """
     room = book.response.free_text != "none"
     keys = [(pair.tier, values, pair.reasons if room else ()) for pair, values in zip(pairs, steps, strict=True)]
@@ -318,8 +318,8 @@ def _gold(
     texts = list(dict.fromkeys(text for parts in pieces for piece in parts if piece for text in piece))
     spelt = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
     reasons = [[spelt[piece.reason] if piece else [] for piece in parts] for parts in pieces]
-    if thought:
-        begin, end = (tokenizer.encode(mark, parse_special=True) for mark in thought)
+    if marks:
+        begin, end = (tokenizer.encode(mark, parse_special=True) for mark in marks)
         empty = tokenizer.encode("\n")
         reasons = [[begin + (first or empty) + end, *others] for first, *others in reasons]
     needed = 0
@@ -341,6 +341,18 @@ def _gold(
         fields["reason"], fields["reason_len"] = _padded(reasons)
     index = np.array([distinct[key] for key in keys])
     return {name: rows[index] for name, rows in fields.items()}
+
+
+def thought(book: RuleBook, tokenizer: Tokenizer) -> Thought | None:
+    """What the sampler needs to know of thoughts; None where the tokenizer is not `thinking`.
+
+    Raises:
+      TokenizerError: as `chat.thought`.
+    """
+    if not tokenizer.thinking:
+        return None
+    begin, end = (tokenizer.encode(mark, parse_special=True) for mark in chat.thought(book, tokenizer))
+    return Thought(begin[0] if begin else None, tuple(end), tokenizer.thinking)
 
 
 def _padded(texts: Sequence[Sequence[Sequence[int]]]) -> tuple[np.ndarray, np.ndarray]:

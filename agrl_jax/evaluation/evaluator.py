@@ -137,6 +137,7 @@ def judge_prompts(
     rolled = rollout(
         policy, params, prefix, keys,
         length=length, temperature=0.0, end_token=tables.end_token, grammar=tables if constrained else None,
+        thought=tables.thought,
     )
     reading = reader.read(tables, rolled.tokens, rolled.valid)
     value, formed = reading.value[:, 0], reading.well_formed[:, 0]
@@ -160,7 +161,7 @@ def sample_tiers(policy: Policy, tables: RuleTables, cfg: EvalConfig, params: Pa
     keys = row_keys(key, PURPOSE_EVALUATE, 0, batch.row, cfg.pass_k)
     rolled = rollout(
         policy, params, prefix, keys,
-        length=cfg.response_len, temperature=cfg.temperature, end_token=tables.end_token,
+        length=cfg.response_len, temperature=cfg.temperature, end_token=tables.end_token, thought=tables.thought,
     )
     reading = reader.read(tables, rolled.tokens, rolled.valid)
     return jnp.where(reading.well_formed, reading.value[..., -1], UNKNOWN)

@@ -30,11 +30,11 @@ def decode(seen: Inspection, book: RuleBook, tokenizer: Tokenizer, pairs: Sequen
         truth = _named(book, [*(pair.steps or (UNKNOWN,) * len(book.steps)), pair.tier])
         for g in range(seen.advantage.shape[1]):
             tokens = seen.rolled.tokens[i, g]
-            sampled, valid = seen.rolled.sampled[i, g], seen.rolled.valid[i, g]
+            given, valid = seen.rolled.forced[i, g], seen.rolled.valid[i, g]
             counted = seen.score.counted[i, g]
             earned = zip(components, seen.score.earned[i, g], counted, strict=True)
-            forced = tokenizer.decode(tokens[valid & ~sampled].tolist())
-            text = tokenizer.decode(tokens[sampled & (tokens != tokenizer.end_token)].tolist())
+            forced = tokenizer.decode(tokens[given].tolist())
+            text = tokenizer.decode(tokens[valid & ~given & (tokens != tokenizer.end_token)].tolist())
             rows.append(
                 {
                     "id": pair.id,
@@ -43,7 +43,7 @@ def decode(seen: Inspection, book: RuleBook, tokenizer: Tokenizer, pairs: Sequen
                     "title": pair.title,
                     "truth": truth,
                     "sample": g,
-                    "guided": bool(np.any(valid & ~sampled)),
+                    "guided": bool(np.any(given)),
                     "forced": forced,
                     "text": text,
                     "finished": bool(seen.rolled.finished[i, g]),

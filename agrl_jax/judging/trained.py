@@ -242,8 +242,9 @@ def _load_model(path: epath.Path, settings: Settings, mesh: jax.sharding.Mesh) -
     policy, _, _ = transformer.build(shape, sharding.placing(mesh))
     padding = [None] * (shape.vocab_size - tokenizer.vocab_size)  # some models pad their vocabulary
     tables = automaton.compile_tables(
-        rules, [*tokenizer.token_bytes(), *padding], tokenizer.end_token, tokenizer.marks
-    )
+        rules, [*tokenizer.token_bytes(), *padding], tokenizer.end_token, tokenizer.marks,
+        pipeline.thought(rules, tokenizer) if style == "chat" else None,
+    )  # fmt: skip
     lengths = _default_lengths(rules, tokenizer, style) | record
 
     def beside(name: str) -> epath.Path:

@@ -28,7 +28,7 @@ _ENDS = ("generation_config.json", "config.json")  # of the model: its `eos_toke
 
 # Settings that `save` says anew, or that tokenizer.json says already.
 _REPLACED = {"add_bos_token", "add_eos_token", "added_tokens_decoder", "auto_map", "chat_template", "tokenizer_file"}
-_THINKING = "agrl_jax_thinking"  # our own setting
+_THINKING = "agrl_jax_thinking"  # our own setting: tokens
 _THOUGHT = re.compile(r"[<\[]/?[\w:]*(?:think|thought|reason)\w*[>\]]", re.IGNORECASE)
 _DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
@@ -149,14 +149,15 @@ class Tokenizer:
         )  # fmt: skip
 
     @property
-    def thinking(self) -> bool:
-        """Whether prompts ask the model to think aloud before it answers; see `with_thinking`."""
-        return bool(self.settings.get(_THINKING))
+    def thinking(self) -> int:
+        """How many tokens a model may think aloud before it answers; 0: prompts ask it not to. See `with_thinking`."""
+        return int(self.settings.get(_THINKING, 0))
 
-    def with_thinking(self, on: bool = True) -> Tokenizer:
-        """The same vocabulary for prompts that ask the model to think, or not to; saved folders keep that."""
+    def with_thinking(self, limit: int) -> Tokenizer:
+        """The same vocabulary for prompts that ask the model to think so long, or, with 0, not to; saved folders keep
+        that."""
         settings = {name: value for name, value in self.settings.items() if name != _THINKING}
-        settings |= {_THINKING: True} if on else {}
+        settings |= {_THINKING: limit} if limit else {}
         return Tokenizer(self._core, self.end_token, self.bos_token, self.chat_template, settings)
 
     @property

@@ -19,7 +19,7 @@ from flax import struct
 
 from agrl_jax.policy.scoring import extend_prefix, first_hidden
 from agrl_jax.rl import reader
-from agrl_jax.types import Array, Cache, Params, Policy, Prefix, Rollout, RuleTables
+from agrl_jax.types import UNKNOWN, Array, Cache, Params, Policy, Prefix, Rollout, RuleTables, Thought
 
 # Purposes for which random numbers are drawn; no two may share a number.
 PURPOSE_ROLLOUT, PURPOSE_REPLAY, PURPOSE_EVALUATE, PURPOSE_JUDGE, PURPOSE_MINE = range(5)
@@ -94,6 +94,8 @@ class _State:
     logp: Array  # [B, G, T] float32
     valid: Array  # [B, G, T] bool
     grammar: Array  # [B, G] int32 state of the recogniser
+    thought: Array | None = None  # [B, G] int32: UNKNOWN before a thought, then how many of its closing tokens stand
+    closing: Array | None = None  # [B, G, T] bool the token was forced to close a thought
 
 
 def rollout(
@@ -109,13 +111,15 @@ def rollout(
     forced_len: Array | None = None,
     grammar: RuleTables | None = None,
     prefill_forced: bool = True,
+    thought: Thought | None = None,
 ) -> Rollout:
     """Samples a response for each of `keys` [B, G] until its end token or `length` tokens (T).
 
     `forced` [B, T] with `forced_len` [B]: the answers to a prompt begin with its tokens at positions t < forced_len,
     the end token not among them; their log-probability is recorded as 0. `grammar`: sample well-formed responses only,
-    in at most T tokens. `prefill_forced=False` feeds forced tokens through the loop one by one, the slow reference to
-    which the parallel pass is held.
+    in at most T tokens. `thought`: one that is still open at its limit is closed by force, by tokens that are not
+    sampled and have log-probability 0. `prefill_forced=False` feeds forced tokens through the loop one by one, the slow
+    reference to which the parallel pass is held.
     """
     b, g = keys.shape
     if forced is None:
@@ -134,6 +138,11 @@ def rollout(
         valid=jnp.zeros((b, g, length), bool),
         grammar=grammar_state,
     )
+    if thought is not None:
+        state = state.replace(
+            thought=jnp.broadcast_to(_thought_after(thought, forced, forced_len)[:, None], (b, g)),
+            closing=jnp.zeros((b, g, length), bool),
+        )
 
     def take(s: _State, hidden: Array) -> _State:
         """Fills the next slot, by the hidden states [B, G, D] before it."""
@@ -145,6 +154,9 @@ def rollout(
         token, logp = choose(logits, jax.vmap(jax.vmap(jax.random.uniform))(fold(keys, place)), temperature)
         given = (place < forced_len)[:, None]
         token = jnp.where(given, jax.lax.dynamic_index_in_dim(forced, s.t, 1), token)  # without a parallel pass alone
+        if thought is not None:
+            s, token, closes = _close(thought, s, token, place[:, None], given)
+            given |= closes
         token = jnp.where(s.ended, end_token, token)
         return s.replace(
             t=s.t + 1,
@@ -170,6 +182,26 @@ def rollout(
     return _assembled(state, forced, forced_len, start)
 
 
+def _thought_after(thought: Thought, forced: Array, forced_len: Array) -> Array:
+    """Where the thought stands [B] int32 after the first `forced_len` [B] of the tokens `forced` [B, T]."""
+    shown = jnp.arange(forced.shape[1]) < forced_len[:, None]
+    closed = jnp.any(shown & (forced == thought.end[0]), axis=1)
+    opened = thought.begin is None or jnp.any(shown & (forced == thought.begin), axis=1)
+    return jnp.where(closed, len(thought.end), jnp.where(opened, 0, UNKNOWN)).astype(jnp.int32)
+
+
+def _close(thought: Thought, s: _State, token: Array, place: Array, given: Array) -> tuple[_State, Array, Array]:
+    """The next token [B, G], at `place` [B, 1], where a thought that is too long is closed; and where that is."""
+    number = len(thought.end)
+    closes = (s.thought == 0) & (place >= thought.limit) | (s.thought > 0) & (s.thought < number)
+    closes &= ~given & ~s.ended
+    token = jnp.where(closes, jnp.array(thought.end)[jnp.clip(s.thought, 0, number - 1)], token)
+    after = jnp.where(closes, s.thought + 1, jnp.where((s.thought == 0) & (token == thought.end[0]), number, s.thought))
+    if thought.begin is not None:  # one that begins past the limit is free text: there may be no room to close it
+        after = jnp.where((after == UNKNOWN) & (token == thought.begin) & (place < thought.limit), 0, after)
+    return s.replace(thought=after, closing=_write(s.closing, closes, s.t)), token, closes
+
+
 def _after_forced(grammar: RuleTables | None, state: Array, forced: Array, forced_len: Array) -> Array:
     """The recogniser's states [B, G] after the first `forced_len` [B] of the tokens `forced` [B, T]."""
     if grammar is None:
@@ -193,7 +225,9 @@ def _assembled(state: _State, forced: Array, forced_len: Array, start: Array) ->
     valid = moved(state.valid, jnp.bool_(True))
     tokens = moved(state.tokens, forced[:, None])
     sampled = valid & (jnp.arange(length) >= forced_len[:, None, None])
-    return Rollout(tokens, moved(state.logp, jnp.float32(0)), sampled, valid, finished=state.ended)
+    closing = None if state.closing is None else moved(state.closing, jnp.bool_(False)) & valid
+    sampled = sampled if closing is None else sampled & ~closing
+    return Rollout(tokens, moved(state.logp, jnp.float32(0)), sampled, valid, finished=state.ended, closing=closing)
 
 
 def _write(buffer: Array, column: Array, t: Array) -> Array:

@@ -206,7 +206,7 @@ def _sample(
     cfg = parts.cfg
     return rollout(
         *decoding, prefix, keys, length=cfg.response_len, temperature=cfg.temperature,
-        end_token=parts.tables.end_token, **forced,
+        end_token=parts.tables.end_token, thought=parts.tables.thought, **forced,
     )
 
 
@@ -489,6 +489,8 @@ def _rollout_metrics(
         "tokens/prompt": jnp.sum(batch.prompt_len),  # once for its group
         "tokens/rolled": jnp.sum(rolled.valid),
     }
+    if rolled.closing is not None:
+        metrics["policy/closed_by_force"] = jnp.mean(jnp.any(rolled.closing, axis=-1))
     for index, name in enumerate(component_names(step_names)):
         raw, counted = scored.raw[..., index], scored.counted[..., index]
         metrics[f"reward/{name}"] = jnp.mean(raw, where=counted)

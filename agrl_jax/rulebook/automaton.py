@@ -17,7 +17,7 @@ import numpy as np
 
 from agrl_jax.rulebook import wording
 from agrl_jax.rulebook.book import RuleBook
-from agrl_jax.types import DEAD_DISTANCE, UNKNOWN, RuleTables
+from agrl_jax.types import DEAD_DISTANCE, UNKNOWN, RuleTables, Thought
 
 START, DEAD = 0, 1  # states of the recogniser; the reader starts in state 0 too and has no dead state
 
@@ -38,7 +38,8 @@ class TokenAutomaton(NamedTuple):
 
 
 def compile_tables(
-    book: RuleBook, token_bytes: Sequence[bytes | None], end_token: int, marks: Collection[int] = ()
+    book: RuleBook, token_bytes: Sequence[bytes | None], end_token: int, marks: Collection[int] = (),
+    thought: Thought | None = None,
 ) -> RuleTables:
     """Compiles a rule book for one vocabulary.
 
@@ -47,6 +48,7 @@ def compile_tables(
       token_bytes: the bytes of each token; None for special tokens, which have no text and reset the reader.
       end_token: the token that ends a response; special whatever its bytes.
       marks: special tokens that may stand in free text, such as those around a thought.
+      thought: of a policy that thinks before it answers; the tables keep it for those that sample.
 
     Returns:
       The tables, numpy int32.
@@ -80,6 +82,7 @@ def compile_tables(
         num_values=book.num_values,
         num_tiers=len(book.tiers),
         order=book.part_order,
+        thought=thought,
     )
 
 

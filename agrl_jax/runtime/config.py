@@ -199,6 +199,7 @@ RULES: Mapping[str, Rule] = {
     # The policy.
     "policy.pretrained": _TEXT,
     "policy.thinking": _one_of("off", "on"),
+    "policy.thought_len": _SIZE,
     "policy.vocab_size": _whole(300),  # 256 bytes, the end token, and some merges
     "policy.width": _SIZE,
     "policy.layers": _SIZE,
@@ -391,6 +392,9 @@ def _policy_problems(config: ConfigDict) -> Iterator[str]:
                "GGUF file")
     if policy.thinking == "on" and config.data.style != "chat":
         yield f"policy.thinking=on asks through the model's chat template: data.style is {config.data.style}, not chat"
+    if policy.thinking == "on" and policy.thought_len >= config.data.response_len:
+        yield (f"policy.thought_len={policy.thought_len} leaves no room for an answer in data.response_len="
+               f"{config.data.response_len}")
     if policy.heads % policy.kv_heads:
         yield f"policy.kv_heads={policy.kv_heads} must divide policy.heads={policy.heads}"
     if policy.head_dim % 2:

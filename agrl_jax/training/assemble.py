@@ -50,6 +50,7 @@ _TOKEN_CHARACTERS = 3.4  # of the instructions that a language model's token spe
 _BUNDLED = frozenset(("benchmark", "benchmark_train", "mixture"))  # values of `sft.source` that need the benchmark
 SFT = "sft"  # in place of a split: the pairs of the warm start
 _FORMERLY = {"lora": {"base_dtype": "float32"}}  # what workdirs without these fields were trained with
+_NO_SHAPE = ("pretrained", "thinking", "thought_len")  # fields of `policy` that say how a pretrained one is used
 _NO_SETTING = ("every", "validation_pairs", "batch_size")  # fields of `eval` that no scorecard depends on
 
 
@@ -372,8 +373,9 @@ def _model(
         )
     padding = [None] * (shape.vocab_size - tokenizer.vocab_size)  # some models pad their vocabulary
     tables = automaton.compile_tables(
-        rules, [*tokenizer.token_bytes(), *padding], tokenizer.end_token, tokenizer.marks
-    )
+        rules, [*tokenizer.token_bytes(), *padding], tokenizer.end_token, tokenizer.marks,
+        pipeline.thought(rules, tokenizer),
+    )  # fmt: skip
     policy, init, axes = transformer.build(shape, *([] if mesh is None else [sharding.placing(mesh)]))
     return Model(rules, tokenizer, jax.tree.map(np.asarray, tables), shape, policy, init, axes, instructions)
 
@@ -419,8 +421,8 @@ def keep_pretrained(config: ConfigDict, workdir: epath.Path) -> None:
     if config.data.style == "chat":
         tokenizer = tokenizer.ending_with(chat.end_of_turn(tokenizer))
     if config.policy.thinking == "on":
-        tokenizer = tokenizer.with_thinking()
-        chat.thought(load_rules(config), tokenizer)  # refuses a model that cannot
+        tokenizer = tokenizer.with_thinking(config.policy.thought_len)
+        pipeline.thought(load_rules(config), tokenizer)  # refuses a model that cannot
     tokenizer.save(workdir)
     kept = asked | {"shape": dataclasses.asdict(loading.read_config(path))}
     write_json(workdir / POLICY_FILE, kept)
@@ -436,7 +438,7 @@ def _kept_pretrained(config: ConfigDict, workdir: epath.Path) -> tuple[Tokenizer
 
 def _asked(config: ConfigDict) -> dict[str, Any]:
     """What the kept tokenizer and shape depend on; without thinking, as older versions kept it."""
-    thinking = True if config.policy.thinking == "on" else None
+    thinking = config.policy.thought_len if config.policy.thinking == "on" else None
     return {"pretrained": config.policy.pretrained, "style": config.data.style, "thinking": thinking}
 
 
@@ -471,7 +473,7 @@ def _from_scratch(
 
 def _own_shape(config: ConfigDict) -> dict[str, Any]:
     """The fields of `PolicyConfig` that a config gives to a policy from scratch."""
-    return {name: value for name, value in config.policy.items() if name not in ("pretrained", "thinking")}
+    return {name: value for name, value in config.policy.items() if name not in _NO_SHAPE}
 
 
 def _training_texts(config: ConfigDict, rules: RuleBook, data: Data) -> Iterable[str]:
