@@ -85,8 +85,6 @@ def base() -> ConfigDict:
     # A Hugging Face folder, a GGUF file, a folder of adapters, smollm2, or the judge in the box, smollm2-four-tier; the
     # shape below, down to norm_eps, is then the model's own, and kept in WORKDIR/policy.json. Empty: from scratch.
     c.policy.pretrained = ""
-    c.policy.thinking = "off"  # on: the model is asked to think before it answers; for rule books with free text
-    c.policy.thought_len = 256  # tokens after which a thought is closed by force
     c.policy.vocab_size = 2000  # of the byte-level BPE trained on the training text
     c.policy.width = 128  # D
     c.policy.layers = 4  # L
@@ -102,6 +100,8 @@ def base() -> ConfigDict:
     c.policy.param_dtype = "float32"  # of the parameters as they are trained and kept
     c.policy.compute_dtype = "float32"  # of activations and products; bfloat16 is faster on GPUs and TPUs
     c.policy.remat = False  # recompute layers in the backward pass, to save memory
+    c.policy.thinking = "off"  # on: the model is asked to think before it answers; for rule books with free text
+    c.policy.thought_len = 256  # tokens after which a thought is closed by force
 
     c.lora = ConfigDict()  # low-rank adapters, trained in place of the policy's weights
     c.lora.rank = 0  # 0: none, all weights are trained; otherwise learning rates are some ten times larger
@@ -346,6 +346,7 @@ _ACTS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     *((f"mixture.{name}", "sft.source", lambda source: "mixture" in source.split("+"))
       for name in ("rows", "real", "strangers", "disguised")),
     ("objective.kl_weight", "objective.kl", lambda kl: kl != "none"),
+    ("policy.thought_len", "policy.thinking", lambda thinking: thinking == "on"),
     ("objective.clip_low", "objective.loss", lambda loss: loss not in ("gspo", "rloo")),
     ("objective.clip_high", "objective.loss", lambda loss: loss not in ("gspo", "rloo")),
     ("objective.gspo_clip_low", "objective.loss", lambda loss: loss == "gspo"),
