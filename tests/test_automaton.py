@@ -271,7 +271,7 @@ def test_reading_by_hand() -> None:
 
 def test_a_thought_may_stand_in_free_text_alone() -> None:
     book = japanese("between")
-    vocabulary = [None, None, None, "思う".encode(), *(phrase.text.encode() for phrase in book.phrases)]
+    vocabulary = [None, None, None, "思う".encode(), *(phrase.text.encode() for phrase in book.phrases), "。".encode()]
     tables = compile_tables(book, vocabulary, 0, marks=[1])
     parts = [4 + next(i for i, one in enumerate(book.phrases) if one.part == part) for part in book.part_order]
     first, *rest = parts
