@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from etils import epath
 from ml_collections import ConfigDict
-from test_chat import CHATML
+from test_chat import CHATML, QWEN3, thinker
 from tiny import get_config
 
 from agrl_jax import evaluate, recipes
@@ -134,6 +134,27 @@ def test_dtypes_are_by_config_and_another_model_in_the_workdir_is_noticed(tmp_pa
     with pytest.raises(ValueError, match="not found"):
         assemble.load_model(config, workdir)
     assert assemble.load_model(config, workdir, data=scratch).shape.width == config.policy.width
+
+
+def test_a_workdir_keeps_that_its_model_thinks_and_for_how_long(tmp_path: Path) -> None:
+    model, workdir = tmp_path / "model", epath.Path(tmp_path / "run")
+    words = thinker(QWEN3)
+    hf_models.write(model, "qwen3", words.with_thinking(0))
+    config = make_config(model)
+    config.policy.update(thinking="on", thought_len=9)
+    workdir.mkdir()
+    assemble.keep_pretrained(config, workdir)
+    with pytest.raises(ConfigError, match="policy.thinking=on needs room for thoughts.*four_tier is none"):
+        assemble.load_model(config, workdir)
+    text = book.file_of("four_tier").read_text().replace("free_text: none", "free_text: between")
+    (tmp_path / "rules.yaml").write_text(text)
+    config.rulebook.path = str(tmp_path / "rules.yaml")
+    thought = assemble.load_model(config, workdir).tables.thought
+    opening, closing = words.encode("<think></think>", parse_special=True)
+    assert (thought.begin, thought.end[0], thought.limit) == (opening, closing, 9)
+    config.policy.thinking = "off"
+    assemble.keep_pretrained(config, workdir)  # another choice, another tokenizer
+    assert assemble.load_model(config, workdir).tables.thought is None
 
 
 @pytest.mark.parametrize(
