@@ -141,11 +141,12 @@ class Tokenizer:
     def marks(self) -> frozenset[int]:
         """Special tokens that a model may write amid text: those around a thought, such as <think>, and what the
         vocabulary has as an ordinary added token. Not those that the settings name, which begin and end texts."""
-        extra = self.settings.get("additional_special_tokens") or []
-        named = {*self.special_tokens.values(), *(text for token in extra if (text := _text_of(token)) is not None)}
+        extra = {_text_of(token) for token in self.settings.get("additional_special_tokens") or []}
+        named = set(self.special_tokens.values())
         return frozenset(
             i for i, token in self._core.get_added_tokens_decoder().items()
-            if (not token.special or _THOUGHT.fullmatch(token.content)) and token.content not in named
+            if token.content not in named
+            and (_THOUGHT.fullmatch(token.content) or not (token.special or token.content in extra))
         )  # fmt: skip
 
     @property
