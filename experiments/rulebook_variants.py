@@ -1,0 +1,184 @@
+"""Rules that change: how well judges follow rule books that training never saw.
+
+    python -m experiments.rulebook_variants --workdirs=runs/sft,runs/grpo,runs/agrl [--variants=5] [--pairs=200]
+
+A variant has the steps, values and tiers of the rule book that a judge was trained with, and another table and other
+words around it. It stands in the prompt in place of the first, so the judge has to have been trained with the
+instructions in its prompt (`data.style=full` or `chat`). The true steps of a pair stay; its true tier is what the
+variant's table makes of them. Prints, and writes to `--out`, accuracy, adherence (the stated steps imply the stated
+tier by the table in the prompt) and step accuracy: by the book of the training, and by the variants, a mean over them.
+Only pairs whose steps are all known are judged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from etils import epath
+
+from agrl_jax.data import pipeline
+from agrl_jax.data.pairs import Pair
+from agrl_jax.evaluation import intervals
+from agrl_jax.evaluation.metrics import Judgements
+from agrl_jax.judging import STAGES, trained
+from agrl_jax.rulebook.book import RuleBook
+from agrl_jax.rulebook.schema import winners
+from agrl_jax.runtime import markdown, sharding
+from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
+from agrl_jax.runtime.console import say
+from agrl_jax.runtime.files import write_text
+from agrl_jax.training import assemble
+from agrl_jax.training.run import USER_ERRORS
+from agrl_jax.types import UNKNOWN
+
+METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1", "adherence": "adherence", "step_accuracy": "step accuracy"}
+LEAST_CHANGED = 0.1  # share of the combinations of values to which a variant gives another tier
+# Other words for what a prompt says around steps and table; the first is the rule book's own.
+_WORDS = {
+    "task": ("Decide how well an item answers a shopper's query.", "Rate an item against what a shopper searched for."),
+    "steps": ("Answer these in turn, with one of the values given:", "Check these points. Each takes one value:"),
+    "tiers": ("Tiers, from best to worst:", "These are the grades, the best first:"),
+    "table": ("Take the first rule that fits; it gives the tier:", "The first matching rule decides:"),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------- the variants
+
+
+def variant(book: RuleBook, seed: int) -> RuleBook:
+    """A rule book with the same steps, values and tiers, and another table and other words; the same by the same seed.
+
+    The rows of the table but the last stand in another order, and some of them give a neighbouring tier. Every row can
+    win, every tier can be given, and at least `LEAST_CHANGED` of the combinations have another tier than in `book`.
+    """
+    rng = np.random.default_rng([seed, 1])
+    for _ in itertools.count():
+        rows = [book.rows[i] for i in rng.permutation(len(book.rows) - 1)] + [book.rows[-1]]
+        moved = [
+            dataclasses.replace(row, tier=_neighbour(row.tier, len(book.tiers), rng), because="")
+            if rng.random() < 0.4 else row
+            for row in rows
+        ]  # fmt: skip
+        other = dataclasses.replace(book, name=f"{book.name}-{seed}", rows=tuple(moved))
+        if _fit(other, book):
+            words = {name: str(rng.choice([getattr(book.prompt, name), *some])) for name, some in _WORDS.items()}
+            return dataclasses.replace(other, prompt=dataclasses.replace(book.prompt, **words))
+
+
+def _neighbour(tier: int, tiers: int, rng: np.random.Generator) -> int:
+    return int(rng.choice([other for other in (tier - 1, tier + 1) if 0 <= other < tiers]))
+
+
+def _fit(other: RuleBook, book: RuleBook) -> bool:
+    """Whether all rows and tiers of a variant count, and its table is another."""
+    table = other.tier_table()
+    every_row = len(np.unique(winners(other.rows, other.num_values))) == len(other.rows)
+    changed = np.mean(table != book.tier_table())
+    return every_row and len(np.unique(table)) == len(book.tiers) and changed >= LEAST_CHANGED
+
+
+def relabelled(pairs: Sequence[Pair], book: RuleBook) -> list[Pair]:
+    """The pairs whose steps are all known, with the tier that a book gives them."""
+    known = [pair for pair in pairs if pair.steps and UNKNOWN not in pair.steps]
+    return [dataclasses.replace(pair, tier=book.tier_for(pair.steps)) for pair in known]
+
+
+# ------------------------------------------------------------------------------------------ the judges
+
+
+def judge(workdir: str, stage: str, split: str, pairs: int, variants: int) -> list[tuple[RuleBook, Judgements]]:
+    """What a workdir's judge says of a split by its own rule book, and by each of the variants of it.
+
+    Raises:
+      ConfigError: the judge was trained without instructions, or has no such split.
+    """
+    folder = epath.Path(workdir)
+    config = assemble.read_config(folder)
+    if config.data.style == "terse":
+        raise ConfigError(f"{workdir}: was trained with data.style=terse, whose prompts hold no rules; full or chat do")
+    own, mesh = assemble.kept_rules(config, folder), sharding.make_mesh()
+    found = trained.find_stage(folder, config, own, stage)
+    data = assemble.load_data(config, own, folder)
+    if split not in data.splits:
+        raise ConfigError(f"--split={split}: not a split of {workdir}; there are {', '.join(data.splits)}")
+    judged = []
+    for book in [own, *(variant(own, seed) for seed in range(variants))]:
+        model = assemble.load_model(config, folder, book, mesh=mesh)
+        params = assemble.load_params(folder, config, model, mesh, *found)
+        encoded = pipeline.encode(
+            relabelled(data.splits[split], book), book, model.tokenizer, config.data.prompt_len,
+            config.data.response_len, config.data.style, families=data.families,
+        )  # fmt: skip
+        first = np.sort(np.random.default_rng(0).permutation(len(encoded))[:pairs])  # the same pairs for every book
+        evaluator = assemble.make_evaluator(config, model, mesh)
+        params = assemble.for_decoding(config, model, mesh)(params, None)
+        judged.append((book, evaluator.judge(params, encoded, first, sample=False)))
+        say(f"{workdir}: {book.name} judged")
+    return judged
+
+
+def scores(judged: Sequence[tuple[RuleBook, Judgements]], bootstrap: int) -> dict[str, dict[str, Any]]:
+    """Each metric by the own book, and by the variants, whose mean has an interval over the variants."""
+    own, *others = judged
+    card = intervals.score(own[1], own[0], bootstrap)
+    found = {"own": {name: {key: card[name][key] for key in ("value", "low", "high")} for name in METRICS}}
+    if others:
+        each = [intervals.score(one, book, 0) for book, one in others]
+        found["variants"] = {name: _over([card[name]["value"] for card in each], bootstrap) for name in METRICS}
+    return found
+
+
+def _over(values: Sequence[float], bootstrap: int) -> dict[str, float | None]:
+    """The mean over the variants, with an interval over them."""
+    drawn = np.random.default_rng(0).choice(values, size=(bootstrap, len(values))).mean(axis=1)
+    low, high = intervals.interval(float(np.mean(values)), drawn)
+    return {"value": float(np.mean(values)), "low": low, "high": high}
+
+
+def table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """A row for each judge and kind of book."""
+    rows = [
+        [name, kind, *(_cell(of[metric]) for metric in METRICS)]
+        for name, kinds in found.items() for kind, of in kinds.items()
+    ]  # fmt: skip
+    return markdown.table(["judge", "rule book", *METRICS.values()], rows)
+
+
+def _cell(measured: dict[str, float | None]) -> str:
+    if measured["value"] is None:
+        return "-"
+    interval = "" if measured["low"] is None else f" [{measured['low']:.3f}, {measured['high']:.3f}]"
+    return f"{measured['value']:.3f}{interval}"
+
+
+def main(argv: list[str]) -> None:
+    """Exit code 2 for a workdir, stage or split that cannot be used."""
+    flags.DEFINE_list("workdirs", None, "Of training runs.", required=True)
+    flags.DEFINE_enum("stage", "rl", STAGES, "Which checkpoint of each.")
+    flags.DEFINE_string("split", "b_eval", "Whose pairs are judged.")
+    flags.DEFINE_integer("pairs", 200, "How many of them.", lower_bound=1)
+    flags.DEFINE_integer("variants", 5, "Rule books besides the one of the training.", lower_bound=0)
+    flags.DEFINE_string("out", "", "A JSON file for the figures.")
+    parse_flags(argv)
+    values, found = flags.FLAGS, {}
+    try:
+        for workdir in values.workdirs:
+            judged = judge(workdir, values.stage, values.split, values.pairs, values.variants)
+            found[workdir] = scores(judged, bootstrap=1000)
+            if values.out:
+                write_text(Path(values.out), json.dumps(found, indent=1) + "\n")
+    except USER_ERRORS as error:
+        exit_with(error)
+    say(table(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv)
