@@ -61,7 +61,7 @@ def test_the_cross_encoder_learns_it_too_and_by_the_same_seed_the_same() -> None
         baselines._minilm()
     except ConfigError as error:
         pytest.skip(str(error))
-    settings = {"epochs": 2, "threads": 1}
+    settings = {"epochs": 4, "threads": 1}
     found = [baselines.cross_encoder(splits(), 4, 0, settings) for _ in range(2)]
     assert found[0][1]["validation_macro_f1"] > 0.9
     np.testing.assert_array_equal(found[0][0]["test"], found[1][0]["test"])

@@ -249,7 +249,8 @@ def compile_step(mesh: jax.sharding.Mesh, sizes: Sizes) -> jax.stages.Compiled:
         rest = (widths[name],) if name in widths else getattr(example, name).shape[1:]
         return jax.ShapeDtypeStruct((sizes.batch, *rest), jnp.int32, sharding=sharding.batch_sharding(mesh))
 
-    batch = Batch(**{field.name: of_batch(field.name) for field in dataclasses.fields(Batch)})
+    names = [field.name for field in dataclasses.fields(Batch) if getattr(example, field.name) is not None]
+    batch = Batch(**{name: of_batch(name) for name in names})
     return program.step.lower(program.template, batch, *program.fixed).compile()
 
 
