@@ -49,9 +49,10 @@ def run(path: str, values: flags.FlagValues) -> dict[str, Any]:
     found: dict[str, Any] = {"problems": problems}
     lines = [f"{path}: {len(rules.rows)} rows, {len(rules.steps)} steps, {len(rules.tiers)} tiers", *problems]
     if old:
-        found["changes"] = [change._asdict() for change in versions.changes(old, rules)]
-        lines += [f"texts that differ from {values.against}: {len(found['changes'])}"]
-        lines += [f"  {change}" for change in versions.changes(old, rules)]
+        changes = versions.changes(old, rules)
+        found["changes"] = [change._asdict() for change in changes]
+        lines += [f"texts that differ from {values.against}: {len(changes)}"]
+        lines += [f"  {change}" for change in changes]
         lines += ["judges of the old book fit this one" if old.digest == rules.digest else
                   "judges of the old book have to be trained anew: prompts, answers or tiers differ"]  # fmt: skip
     if values.pairs:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from agrl_jax.judging import STAGES
+from agrl_jax.judging import REASONS, STAGES
 from agrl_jax.runtime.config import RULES, ConfigError, exit_with, parse_flags
 from agrl_jax.runtime.memory import with_huge_pages
 
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
     _Chosen = tuple[RowFile, RuleBook, list[Suggestion]]
 
-_REASONS = ("unsure", "disagreement", "contradiction", "new rule")  # as in `judging.suggest`, which takes JAX to import
-
 
 def _define_flags() -> None:
     flags.DEFINE_string("input", None, "The pool: a .csv, .tsv, .jsonl or .parquet file with query and title.")
@@ -53,7 +51,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("labelled", None, "A file of pairs that are labelled already.")
     flags.DEFINE_bool("doubt", False, "The input is labelled: list the labels that are likely errors.")
     flags.DEFINE_integer("number", 200, "How many rows at most.", lower_bound=1)
-    flags.DEFINE_multi_enum("by", list(_REASONS), _REASONS, "A reason to count; may be given several times.")
+    flags.DEFINE_multi_enum("by", list(REASONS), REASONS, "A reason to count; may be given several times.")
     flags.DEFINE_integer("per_rule", 3, "How many pairs of each row of the table not met yet.", lower_bound=0)
     flags.DEFINE_integer("per_query", 0, "How many pairs of one query at most; 0: any number.", lower_bound=0)
     flags.DEFINE_string("out", "to_label.csv", "Where to write the rows: .csv, .tsv, .jsonl or .parquet.")

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import venv
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from absl import flags
 
 from agrl_jax.policy import huggingface
 from benchmarks import workload
+from benchmarks.contenders import protocol
 from benchmarks.machine import ROOT
 
 _HERE = flags.DEFINE_list("here", [], "contenders to run in this very environment, which has their packages")
@@ -31,6 +33,19 @@ class Contender:
     gpu_install: tuple[str, ...] = ()  # on a GPU, too
     needs_gpu: bool = False
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def answers_of(contender: Contender, python: str, task: Any) -> tuple[list[dict[str, Any]], dict[str, str] | None]:
+    """What a contender says of a task, a dataclass, in a process of its own; and what it died of, if it did."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(dataclasses.asdict(task), file)
+        file.flush()
+        command = [python, "-m", f"benchmarks.contenders.{contender.module}", file.name]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    said = protocol.answers(done.stdout)
+    if done.returncode or not any(one["kind"] == "end" for one in said):
+        return said, {"error": f"exit code {done.returncode}", "output": done.stderr[-2000:]}
+    return said, None
 
 
 def here() -> list[str]:

@@ -11,11 +11,7 @@ own, in turn, after one round that warms up; `--cache` and `--here` as in `bench
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import statistics
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +30,6 @@ from agrl_jax.runtime.memory import with_huge_pages
 from benchmarks import environments, results, table, workload
 from benchmarks.contenders import protocol
 from benchmarks.environments import Contender
-from benchmarks.machine import ROOT
 from benchmarks.options import MODEL, OUT, REPEATS
 
 CONTENDERS = {
@@ -67,16 +62,11 @@ def rows_of(number: int) -> list[Pair]:
 
 def run(name: str, python: str, task: protocol.JudgeTask) -> dict[str, Any]:
     """What one contender says, or what it died of."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(dataclasses.asdict(task), file)
-        file.flush()
-        command = [python, "-m", f"benchmarks.contenders.{CONTENDERS[name].module}", file.name]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    said = protocol.answers(done.stdout)
-    ends = [one for one in said if one["kind"] == "end"]
-    if done.returncode or not ends:
-        return {"error": f"exit code {done.returncode}", "output": done.stderr[-2000:]}
-    return ends[0] | {"rounds": [one for one in said if one["kind"] == "round"]}
+    said, failed = environments.answers_of(CONTENDERS[name], python, task)
+    if failed:
+        return failed
+    end = next(one for one in said if one["kind"] == "end")
+    return end | {"rounds": [one for one in said if one["kind"] == "round"]}
 
 
 def main(argv: Sequence[str]) -> None:

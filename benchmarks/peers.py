@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,6 @@ from agrl_jax.runtime.memory import with_huge_pages
 from benchmarks import environments, results, table, workload
 from benchmarks.contenders import protocol
 from benchmarks.environments import Contender
-from benchmarks.machine import ROOT
 from benchmarks.options import DTYPE, MODEL, OUT, REPEATS, WORK
 from benchmarks.workload import Work
 
@@ -114,15 +111,10 @@ def _can_run(name: str, platform: str) -> bool:
 
 def _run(name: str, python: str, task: protocol.Task) -> dict[str, Any]:
     """One contender's steps, or what it died of."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(dataclasses.asdict(task), file)
-        file.flush()
-        command = [python, "-m", f"benchmarks.contenders.{CONTENDERS[name].module}", file.name]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    answers = protocol.answers(done.stdout)
+    answers, failed = environments.answers_of(CONTENDERS[name], python, task)
+    if failed:
+        return failed
     ends = [answer for answer in answers if answer["kind"] == "end"]
-    if done.returncode or not ends:
-        return {"error": f"exit code {done.returncode}", "output": done.stderr[-2000:]}
     parts = next((answer["parts"] for answer in answers if answer["kind"] == "parts"), {})
     end, *steps = (
         {key: value for key, value in answer.items() if key != "kind"}

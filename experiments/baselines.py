@@ -36,9 +36,10 @@ from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.runtime import markdown
 from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
 from agrl_jax.runtime.console import say
-from agrl_jax.runtime.files import write_text
+from agrl_jax.runtime.files import write_json, write_text
 from agrl_jax.types import UNKNOWN
 from experiments import study
+from experiments.table import Measure
 
 Splits = Mapping[str, Sequence[Pair]]  # train, validation, and those to be scored
 Probs = Mapping[str, np.ndarray]  # by split, [N, tiers]
@@ -218,19 +219,13 @@ def table(title: str, sizes: Mapping[str, int], found: Mapping[str, Mapping[str,
     lines = [f"# Baselines: {title}", "", "Means over seeds, 95% intervals by a bootstrap over seeds and queries.", ""]
     for split, size in sizes.items():
         rows = [
-            [name, str(len(of["seeds"])), f"{of['train_pairs']:,}", *(_cell(of["scores"][split][m]) for m in SHOWN)]
+            [name, str(len(of["seeds"])), f"{of['train_pairs']:,}",
+             *(str(Measure(**of["scores"][split][metric])) for metric in SHOWN)]
             for name, of in found.items()
         ]
         columns = ["judge", "seeds", "training pairs", *SHOWN.values()]
         lines += [f"## {split}, {size:,} pairs", "", markdown.table(columns, rows), ""]
     return "\n".join(lines)
-
-
-def _cell(measured: Mapping[str, float | None]) -> str:
-    if measured["value"] is None:
-        return "-"
-    interval = "" if measured["low"] is None else f" [{measured['low']:.3f}, {measured['high']:.3f}]"
-    return f"{measured['value']:.3f}{interval}"
 
 
 # --------------------------------------------------------------------------------------------- the command
@@ -274,7 +269,7 @@ def main(argv: list[str]) -> None:
             seeds = [int(seed) for seed in values.seeds] if name == "cross_encoder" else [0]
             found[name] = measure(name, splits, rules, seeds, {"epochs": values.epochs, "threads": values.threads})
             kept = {"data_seed": values.data_seed, "pairs": sizes, "judges": found}
-            write_text(file, json.dumps(kept, indent=1) + "\n")
+            write_json(file, kept, indent=1)
             write_text(file.with_suffix(".md"), table(title, sizes, found))
     except (ConfigError, PairsError) as error:
         exit_with(error)

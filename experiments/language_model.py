@@ -36,7 +36,7 @@ from agrl_jax import recipes
 from agrl_jax.runtime import markdown
 from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
 from agrl_jax.runtime.console import say
-from agrl_jax.runtime.files import write_text
+from agrl_jax.runtime.files import write_json, write_text
 from experiments import choose, run, study, table
 from experiments.study import Sweep
 
@@ -184,7 +184,7 @@ class Plan:
         folder = self.results / search.name
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "table.md", f"# search\n\n{tried}\n")
-        write_text(self.tuned, json.dumps(fields, indent=1) + "\n")
+        write_json(self.tuned, fields, indent=1)
 
     def tables(self, regimes: Sequence[str], bootstrap: int = 1000) -> None:
         """Writes the tables of the regimes, as far as their results go."""

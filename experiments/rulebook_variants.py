@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,10 +33,11 @@ from agrl_jax.rulebook.schema import winners
 from agrl_jax.runtime import markdown, sharding
 from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
 from agrl_jax.runtime.console import say
-from agrl_jax.runtime.files import write_text
+from agrl_jax.runtime.files import write_json
 from agrl_jax.training import assemble
 from agrl_jax.training.run import USER_ERRORS
 from agrl_jax.types import UNKNOWN
+from experiments.table import Measure
 
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1", "adherence": "adherence", "step_accuracy": "step accuracy"}
 LEAST_CHANGED = 0.1  # share of the combinations of values to which a variant gives another tier
@@ -109,17 +109,17 @@ def judge(workdir: str, stage: str, split: str, pairs: int, variants: int) -> li
     data = assemble.load_data(config, own, folder)
     if split not in data.splits:
         raise ConfigError(f"--split={split}: not a split of {workdir}; there are {', '.join(data.splits)}")
+    model = assemble.load_model(config, folder, own, mesh=mesh)
+    params = assemble.for_decoding(config, model, mesh)(assemble.load_params(folder, config, model, mesh, *found), None)
     judged = []
     for book in [own, *(variant(own, seed) for seed in range(variants))]:
         model = assemble.load_model(config, folder, book, mesh=mesh)
-        params = assemble.load_params(folder, config, model, mesh, *found)
         encoded = pipeline.encode(
             relabelled(data.splits[split], book), book, model.tokenizer, config.data.prompt_len,
             config.data.response_len, config.data.style, families=data.families,
         )  # fmt: skip
         first = np.sort(np.random.default_rng(0).permutation(len(encoded))[:pairs])  # the same pairs for every book
         evaluator = assemble.make_evaluator(config, model, mesh)
-        params = assemble.for_decoding(config, model, mesh)(params, None)
         judged.append((book, evaluator.judge(params, encoded, first, sample=False)))
         say(f"{workdir}: {book.name} judged")
     return judged
@@ -146,17 +146,10 @@ def _over(values: Sequence[float], bootstrap: int) -> dict[str, float | None]:
 def table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
     """A row for each judge and kind of book."""
     rows = [
-        [name, kind, *(_cell(of[metric]) for metric in METRICS)]
+        [name, kind, *(str(Measure(**of[metric])) for metric in METRICS)]
         for name, kinds in found.items() for kind, of in kinds.items()
     ]  # fmt: skip
     return markdown.table(["judge", "rule book", *METRICS.values()], rows)
-
-
-def _cell(measured: dict[str, float | None]) -> str:
-    if measured["value"] is None:
-        return "-"
-    interval = "" if measured["low"] is None else f" [{measured['low']:.3f}, {measured['high']:.3f}]"
-    return f"{measured['value']:.3f}{interval}"
 
 
 def main(argv: list[str]) -> None:
@@ -174,7 +167,7 @@ def main(argv: list[str]) -> None:
             judged = judge(workdir, values.stage, values.split, values.pairs, values.variants)
             found[workdir] = scores(judged, bootstrap=1000)
             if values.out:
-                write_text(Path(values.out), json.dumps(found, indent=1) + "\n")
+                write_json(Path(values.out), found, indent=1)
     except USER_ERRORS as error:
         exit_with(error)
     say(table(found))

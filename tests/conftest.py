@@ -155,9 +155,8 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A bucket in memory, in place of Google's: its name, as paths begin."""
+def empty_bucket() -> type[MemoryFileSystem]:
+    """A file system in memory, in place of Google's buckets."""
 
     class Bucket(MemoryFileSystem):
         protocol, store, pseudo_dirs = "gcs", {}, [""]
@@ -167,6 +166,13 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> str:
             path = str(path).removeprefix("gs://").strip("/")
             return f"/{path}" if path else ""
 
+    return Bucket
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A bucket in memory: its name, as paths begin."""
+    Bucket = empty_bucket()
     monkeypatch.setattr(epath.backend.fsspec_backend, "_get_filesystem", lambda name: Bucket())
     return "gs://bucket"
 

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from test_pretrained import save_model
 
+from agrl_jax.evaluation import probabilities
+from agrl_jax.evaluation.probabilities import Calibration
 from agrl_jax.judging import trained
 from agrl_jax.judging.engine import Judge
 from agrl_jax.judging.export import export_model
@@ -22,6 +24,8 @@ from agrl_jax.policy.families import LoadingError
 from agrl_jax.policy.lora import LoraConfig
 from agrl_jax.policy.smollm2 import NotInstalledError, find_smollm2
 from agrl_jax.policy.transformer import build
+from agrl_jax.rulebook import book
+from agrl_jax.runtime.files import read_json, write_json
 
 CFG = LoraConfig(rank=2, alpha=4.0, modules=("q", "down"))
 
@@ -74,6 +78,30 @@ def test_what_is_wrong_with_adapters_is_said(model: Path, drawn, folder: Path) -
     (folder / adapters.FILE).write_bytes(b"{}")
     with pytest.raises(LoadingError, match="no adapters that agrl_jax.export wrote"):
         loading.load_pretrained(folder)
+
+
+def test_a_folder_of_adapters_becomes_one_of_weights_with_its_record_and_temperature(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Their temperature goes by another name there: that of the weights as they are written."""
+    dtype, out, rules = "bfloat16", tmp_path_factory.mktemp("out") / "whole", book.load()
+    (folder / "rulebook.yaml").write_bytes(book.file_of("four_tier").read_bytes())
+    record = {"rulebook": "rulebook.yaml", "rulebook_digest": rules.digest, "order": rules.order, "style": "terse",
+              "prompt_len": 48, "response_len": 48, "dtype": "float32", "compute_dtype": "float32"}  # fmt: skip
+    write_json(folder / trained.RECORD_FILE, record)
+    fitted = Calibration(2.5, "probabilities", 256, 0.9, 5.0, 0.58, 0.6)
+    probabilities.keep(folder / probabilities.FILE, adapters.digest(folder), fitted, rules)
+    assert export_model(str(folder), str(out), dtype).endswith("parameters in bfloat16")
+    assert read_json(out / trained.RECORD_FILE, ValueError) == record | {"dtype": dtype}
+    loaded = trained.load(str(out))
+    assert loaded.params["embedding"].dtype == dtype
+    assert probabilities.load(loaded.calibration_file, loaded.checkpoint, rules) == fitted
+
+
+def test_what_is_no_export_of_ours_is_not_exported_again(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainedError, match="has no agrl_jax.json, so it is no export; a run goes by --workdir"):
+        export_model(str(model), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_name_that_nothing_has_lists_those_in_the_box() -> None:

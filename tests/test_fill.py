@@ -32,14 +32,20 @@ def batch(small):
     return small.batch(steps, tiers=[1, 1, 2, 1, 0, 1])
 
 
-@pytest.fixture(scope="module")
-def filled(small, batch):
+def fill(small, batch):
+    """The responses of a batch as the policy fills them in."""
+
     @jax.jit
-    def fill(params, batch):
+    def run(params, batch):
         prefix = prefill(small.policy, params, batch.prompt, batch.prompt_len)
         return filled_responses(small.policy, params, small.tables, TEXTS, prefix, batch)
 
-    return [np.asarray(x) for x in fill(small.params, batch)]
+    return [np.asarray(x) for x in run(small.params, batch)]
+
+
+@pytest.fixture(scope="module")
+def filled(small, batch):
+    return fill(small, batch)
 
 
 def test_the_texts_of_all_values_of_an_unknown_step_are_scored(small, batch):

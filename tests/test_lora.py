@@ -190,7 +190,7 @@ def test_adapters_alone_are_trained_kept_resumed_and_merged_on_export(tmp_path: 
     jax.tree.map(np.testing.assert_array_equal, exported, whole)
     assert json.loads((tmp_path / "out" / trained.RECORD_FILE).read_text())["config"]["lora"]["rank"] == 2
 
-    export.export(str(workdir), str(tmp_path / "small"), "rl", adapters=True)
+    export.export(str(workdir), str(tmp_path / "small"), "rl", adapters_alone=True)
     assert (tmp_path / "small" / "adapters.safetensors").stat().st_size < 0.2 * (
         tmp_path / "out" / "model.safetensors"
     ).stat().st_size

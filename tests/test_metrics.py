@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rich.console
+from conftest import empty_bucket
 from etils import epath
-from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event
@@ -199,19 +199,8 @@ def test_table_shows_numbers_short_and_brackets_as_text():
     assert "Scores" in text and "F1 [4]" in text and "0.512" in text and "51,234" in text and "-" in text
 
 
-class Bucket(MemoryFileSystem):
-    """In memory, in place of Google's buckets."""
-
-    protocol, store, pseudo_dirs = "gcs", {}, [""]
-
-    @classmethod
-    def _strip_protocol(cls, path: str) -> str:
-        path = str(path).removeprefix("gs://").strip("/")
-        return f"/{path}" if path else ""
-
-
 def test_logs_of_a_bucket_are_copied_there_and_resume_from_there():
-    fsspec.register_implementation("gcs", Bucket, clobber=True)
+    fsspec.register_implementation("gcs", empty_bucket(), clobber=True)
     workdir = epath.Path("gs://bucket/run")
     with MetricsWriter(workdir) as writer:
         writer.write("sft", 1, {"a": 1.0})

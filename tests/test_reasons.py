@@ -13,7 +13,7 @@ import pytest
 from conftest import END, RESPONSE_LEN
 from hypothesis import given
 from hypothesis import strategies as st
-from test_fill import TEXTS
+from test_fill import TEXTS, fill
 
 from agrl_jax.data import pipeline
 from agrl_jax.data.format import PairsFormat
@@ -24,7 +24,7 @@ from agrl_jax.rl import guidance
 from agrl_jax.rulebook import book, wording
 from agrl_jax.rulebook.schema import RuleBook
 from agrl_jax.supervised import sft
-from agrl_jax.supervised.fill import Blanks, filled_responses
+from agrl_jax.supervised.fill import Blanks
 from agrl_jax.supervised.marginal import forks
 from agrl_jax.types import UNKNOWN
 
@@ -245,12 +245,7 @@ def explained(small):
 
 @pytest.fixture(scope="module")
 def written(small, explained):
-    @jax.jit
-    def fill(params, batch):
-        prefix = prefill(small.policy, params, batch.prompt, batch.prompt_len)
-        return filled_responses(small.policy, params, small.tables, TEXTS, prefix, batch)
-
-    return [np.asarray(x) for x in fill(small.params, explained)]
+    return fill(small, explained)
 
 
 def test_reasons_are_written_where_they_are_known(small, explained, written):

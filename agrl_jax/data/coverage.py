@@ -5,7 +5,6 @@ Pairs are taken as their file states them: what the rule book does not know is f
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,11 +15,11 @@ from etils import epath
 
 from agrl_jax.data.cells import clean
 from agrl_jax.data.format import PairsFormat, label_reader
-from agrl_jax.data.pairs import AS_DESCRIBED, MAX_LISTED, STEP_PREFIX
-from agrl_jax.data.rows import check_columns, open_rows
+from agrl_jax.data.pairs import AS_DESCRIBED, STEP_PREFIX
+from agrl_jax.data.rows import MAX_LISTED, check_columns, open_rows
 from agrl_jax.rulebook.schema import RuleBook, winners
 from agrl_jax.rulebook.versions import condition, outcomes, same_tiers
-from agrl_jax.runtime.files import in_one_piece
+from agrl_jax.runtime.files import write_csv
 from agrl_jax.types import UNKNOWN
 
 
@@ -187,10 +186,8 @@ def describe_changed(found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def write_changed(path: epath.PathLike, found: Sequence[Mapping[str, Any]]) -> None:
     """Writes what `changed` found as CSV."""
-    with in_one_piece(path) as half, half.open("w") as file:
-        writer = csv.DictWriter(file, [*Place._fields, "old", "new", "surely"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**one, "new": " or ".join(one["new"])} for one in found)
+    rows = ({**one, "new": " or ".join(one["new"])} for one in found)
+    write_csv(path, [*Place._fields, "old", "new", "surely"], rows)
 
 
 class _Reader:

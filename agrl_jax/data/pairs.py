@@ -24,7 +24,17 @@ import numpy as np
 
 from agrl_jax.data.cells import clean
 from agrl_jax.data.format import PairsFormat, label_reader
-from agrl_jax.data.rows import PairsError, Row, RowFile, RowTable, Source, check_columns, name_of, read_rows
+from agrl_jax.data.rows import (
+    PairsError,
+    Row,
+    RowFile,
+    RowTable,
+    Source,
+    check_columns,
+    listed,
+    name_of,
+    read_rows,
+)
 from agrl_jax.hints import did_you_mean
 from agrl_jax.rulebook import wording
 from agrl_jax.rulebook.book import RuleBook
@@ -38,7 +48,6 @@ REASON_PREFIX = "reason_"
 TIER_REASON = "reason"
 _REQUIRED = ("query", "title", "label")
 _TEXTS = ("id", "description", "brand", "color", "category", "price", "family")
-MAX_LISTED = 10  # bad rows spelt out in a message
 AS_DESCRIBED = PairsFormat()
 
 
@@ -102,7 +111,7 @@ class PairsFile:
         if self.dropped:
             lines.append(f"rows left out since an item has no title: {self.dropped:,}")
         if self.skipped:
-            lines.append(_listed(f"rows left out since they cannot be used: {len(self.skipped):,}", self.skipped))
+            lines.append(listed(f"rows left out since they cannot be used: {len(self.skipped):,}", self.skipped))
         trained, tested = ({_same_query(pair) for pair in self.splits.get(name, ())} for name in ("train", "test"))
         if seen := len(trained & tested):
             lines.append(f"queries of the test pairs that are trained on too: {seen}")
@@ -201,7 +210,7 @@ def read_labelled(source: Source, book: RuleBook, form: PairsFormat = AS_DESCRIB
         except _BadRow as error:
             bad.append(f"row {number}{f' (line {row.line})' if row.line else ''}: {error}")
     if bad and not (form.skip_bad_rows and pairs):
-        raise PairsError(_listed(f"{file.path}: {len(bad)} of {file.count} rows cannot be used:", bad))
+        raise PairsError(listed(f"{file.path}: {len(bad)} of {file.count} rows cannot be used:", bad))
     return Labelled(pairs, tuple(reader.contradicting), tuple(bad), unread)
 
 
@@ -359,9 +368,3 @@ class _RowReader:
             filled = tuple(b if a == UNKNOWN else a for a, b in zip(stated, implied, strict=True))
             self._settled[tier, stated] = filled if possible.any() else None
         return self._settled[tier, stated]
-
-
-def _listed(what: str, lines: Sequence[str]) -> str:
-    """What is counted, and the first of them, each in a line of its own."""
-    more = [f"... and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
-    return "\n  ".join([what, *lines[:MAX_LISTED], *more])

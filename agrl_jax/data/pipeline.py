@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from agrl_jax.data import chat
-from agrl_jax.data.pairs import MAX_LISTED, Pair, PairsError, item_text
+from agrl_jax.data.pairs import Pair, PairsError, item_text
+from agrl_jax.data.rows import MAX_LISTED
 from agrl_jax.policy.tokenizer import Tokenizer
 from agrl_jax.rulebook import wording
 from agrl_jax.rulebook.book import RuleBook
@@ -107,13 +108,8 @@ def part_texts(book: RuleBook, tokenizer: Tokenizer) -> PartTexts:
         ]
         for place, part in enumerate(book.part_order)
     ]
-    length = np.zeros((len(texts), max(map(len, texts))), np.int32)
-    tokens = np.zeros((*length.shape, max(len(text) for values in texts for text in values)), np.int32)
-    for place, value in np.ndindex(*length.shape):
-        text = texts[place][value] if value < len(texts[place]) else []
-        length[place, value] = len(text)
-        tokens[place, value, : len(text)] = text
-    return PartTexts(tokens, length)
+    most = max(map(len, texts))
+    return PartTexts(*_padded([values + [[]] * (most - len(values)) for values in texts]))
 
 
 _LIKE_SIZED = 16  # batches whose rows are sorted by length among them

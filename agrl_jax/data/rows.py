@@ -27,6 +27,7 @@ from agrl_jax.data.cells import is_unicode, plain
 from agrl_jax.hints import did_you_mean
 from agrl_jax.runtime.files import OutputError, in_one_piece, is_remote
 
+MAX_LISTED = 10  # bad rows named in a message
 KINDS = (".csv", ".tsv", ".jsonl", ".parquet")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
@@ -49,6 +50,12 @@ Record = dict[str, Any]
 
 class PairsError(ValueError):
     """Pairs that cannot be used; the message names file, rows and columns."""
+
+
+def listed(what: str, lines: Sequence[str]) -> str:
+    """What is counted, and the first of them, each in a line of its own."""
+    more = [f"... and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
+    return "\n  ".join([what, *lines[:MAX_LISTED], *more])
 
 
 class Row(NamedTuple):

@@ -17,7 +17,8 @@ _AXES = {"data": -1, "fsdp": 1, "tensor": 1}
 
 def define(batch_size: int) -> None:
     """Defines them, the size of a batch with this default."""
-    flags.DEFINE_string("checkpoint", None, "Workdir, Hugging Face folder or GGUF file.", required=True)
+    what = "The judge in the box, smollm2-four-tier, or a workdir, a Hugging Face folder or a GGUF file."
+    flags.DEFINE_string("checkpoint", None, what, required=True)
     flags.DEFINE_enum("stage", "best", STAGES, "Of a workdir: the best of RL, its end, or its start.")
     flags.DEFINE_integer("batch_size", batch_size, "Pairs judged at once; fewer take as long.", lower_bound=1)
     flags.DEFINE_bool("use_cuts", False, "Choose the tier by the cut points that were kept.")

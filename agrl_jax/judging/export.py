@@ -5,7 +5,9 @@ The folder is one of Hugging Face's, or holds adapters alone for a model that li
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from etils import epath
@@ -14,9 +16,10 @@ from ml_collections import ConfigDict
 from agrl_jax.data import pipeline
 from agrl_jax.evaluation import probabilities, tables
 from agrl_jax.evaluation.metrics import ScorecardError
+from agrl_jax.evaluation.probabilities import Calibration
 from agrl_jax.judging import cuts, trained
 from agrl_jax.judging.cuts import CutsError
-from agrl_jax.judging.trained import Settings
+from agrl_jax.judging.trained import TrainedError
 from agrl_jax.policy import adapters, huggingface, loading, shipped
 from agrl_jax.policy.adapters import Adapters
 from agrl_jax.policy.transformer import count_parameters
@@ -25,7 +28,7 @@ from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.runtime import sharding
 from agrl_jax.runtime.checkpoint import SFT_END
 from agrl_jax.runtime.config import ConfigError, resolve
-from agrl_jax.runtime.files import write_json, write_text
+from agrl_jax.runtime.files import read_json, write_json, write_text
 from agrl_jax.training import assemble
 from agrl_jax.training.assemble import Model
 from agrl_jax.types import Params
@@ -35,7 +38,7 @@ EBNF_FILE, REGEX_FILE = "grammar.ebnf", "grammar.regex"
 USER_ERRORS = (*trained.LOAD_ERRORS, ScorecardError)  # shown as one message
 
 
-def export(workdir: str, out: str, stage: str = "best", dtype: str | None = None, adapters: bool = False) -> str:
+def export(workdir: str, out: str, stage: str = "best", dtype: str | None = None, adapters_alone: bool = False) -> str:
     """Writes the policy of a workdir to the folder `out`, which should be empty or not there.
 
     Args:
@@ -43,7 +46,7 @@ def export(workdir: str, out: str, stage: str = "best", dtype: str | None = None
       out: the folder.
       stage: `best` of RL by validation, `rl` (its latest) or `sft_end`.
       dtype: of the weights; by default as trained.
-      adapters: writes the low-rank adapters that were trained, and names the model that they go over.
+      adapters_alone: writes the low-rank adapters that were trained, and names the model that they go over.
 
     Returns:
       In words, what was exported.
@@ -54,7 +57,7 @@ def export(workdir: str, out: str, stage: str = "best", dtype: str | None = None
     mesh = sharding.make_mesh(data=1, fsdp=-1)  # spread out: nothing is computed
     model = assemble.load_model(config, folder, mesh=mesh)
     dtype = dtype or config.policy.param_dtype
-    if adapters:
+    if adapters_alone:
         return _export_adapters(folder, target, config, model, mesh, stage, dtype)
     params, found = trained.load_stage(folder, config, model, mesh, stage)
     where = str(found)
@@ -65,8 +68,7 @@ def export(workdir: str, out: str, stage: str = "best", dtype: str | None = None
     )  # fmt: skip
     if dtype == config.policy.param_dtype:
         _copy_cuts(folder, target, model.book, params)
-    name = trained.fingerprint(jax.tree.map(lambda x: x.astype(dtype), params))
-    _write_record(folder, target, config, model, dtype, where, name)
+    _write_record(folder, target, config, model, dtype, where, _fingerprint_in(params, dtype))
     return f"{where} of {workdir}, {count_parameters(params):,} parameters in {dtype}"
 
 
@@ -91,33 +93,32 @@ def export_model(checkpoint: str, out: str, dtype: str | None = None) -> str:
     """Writes a judge that is no workdir, such as the one in the box, as a Hugging Face folder, `out`.
 
     It takes along what the judge has beside its weights. Returns in words what was exported.
+
+    Raises:
+      TrainedError: the checkpoint is not what `export` has written.
     """
     target, where = Path(out), shipped.find(checkpoint)
     huggingface.check_empty(target)
-    loaded = trained.load(checkpoint, settings=Settings(dtype=dtype))
-    shape = loading.read_config(where)
+    file = where / trained.RECORD_FILE
+    if not file.exists():
+        raise TrainedError(f"{checkpoint}: has no {trained.RECORD_FILE}, so it is no export; a run goes by --workdir")
+    loaded, record = trained.load(checkpoint), read_json(file, TrainedError)
+    dtype = dtype or record["dtype"]
     huggingface.save_pretrained(
-        target, shape, loaded.params, loaded.tokenizer, generation_config={"max_new_tokens": loaded.response_len},
+        target, loading.read_config(where), loaded.params, loaded.tokenizer, dtype=dtype,
+        generation_config={"max_new_tokens": loaded.response_len},
         card=(where / CARD_FILE).read_text() if (where / CARD_FILE).exists() else None,
     )  # fmt: skip
-    for name in (trained.RECORD_FILE, RULEBOOK_FILE):
-        write_text(target / name, (where / name).read_text())
-    _write_grammar(target, loaded.book)
     fitted = probabilities.load(loaded.calibration_file, loaded.checkpoint, loaded.book)
-    if fitted is not None:
-        probabilities.keep(target / probabilities.FILE, trained.fingerprint(loaded.params), fitted, loaded.book)
-    return f"{checkpoint}, {count_parameters(loaded.params):,} parameters"
+    _write_beside(target, where / RULEBOOK_FILE, loaded.book, fitted, _fingerprint_in(loaded.params, dtype),
+                  record | {"dtype": dtype})  # fmt: skip
+    return f"{checkpoint}, {count_parameters(loaded.params):,} parameters in {dtype}"
 
 
 def _write_record(
     folder: epath.Path, target: Path, config: ConfigDict, model: Model, dtype: str, where: str, name: str
 ) -> None:
-    """Writes what lies beside the weights of either kind; `name` is that of the checkpoint in the export."""
-    (target / RULEBOOK_FILE).write_bytes(assemble.rules_file(config, folder).read_bytes())
-    _write_grammar(target, model.book)
-    fitted = probabilities.load(folder / probabilities.FILE, where, model.book)
-    if fitted is not None:
-        probabilities.keep(target / probabilities.FILE, name, fitted, model.book)
+    """Writes what lies beside the weights of a run; `name` is that of the checkpoint in the export."""
     record = {
         "rulebook": RULEBOOK_FILE,
         "rulebook_digest": model.book.digest,
@@ -130,7 +131,25 @@ def _write_record(
         "stage": where,
         "config": resolve(config),
     }
+    fitted = probabilities.load(folder / probabilities.FILE, where, model.book)
+    _write_beside(target, assemble.rules_file(config, folder), model.book, fitted, name, record)
+
+
+def _write_beside(
+    target: Path, rules_file: epath.PathLike, rules: RuleBook, fitted: Calibration | None, name: str,
+    record: Mapping[str, Any],
+) -> None:
+    """Writes the rule book and its grammar, the temperature under the checkpoint's `name`, and the record."""
+    (target / RULEBOOK_FILE).write_bytes(epath.Path(rules_file).read_bytes())
+    _write_grammar(target, rules)
+    if fitted is not None:
+        probabilities.keep(target / probabilities.FILE, name, fitted, rules)
     write_json(target / trained.RECORD_FILE, record)
+
+
+def _fingerprint_in(params: Params, dtype: str) -> str:
+    """The name of parameters that are written in a dtype."""
+    return trained.fingerprint(jax.tree.map(lambda x: x.astype(dtype), params))
 
 
 def _write_grammar(target: Path, rules: RuleBook) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,16 +12,15 @@ from etils import epath
 from agrl_jax.data.cells import clean
 from agrl_jax.data.format import PairsFormat, label_reader
 from agrl_jax.data.pairs import AS_DESCRIBED, Pair, read_labelled
-from agrl_jax.data.rows import PairsError, check_columns, open_rows
+from agrl_jax.data.rows import MAX_LISTED, PairsError, check_columns, listed, open_rows
 from agrl_jax.evaluation import intervals
 from agrl_jax.evaluation.metrics import Judgements, Scores
 from agrl_jax.judging import PREFIX
 from agrl_jax.judging.engine import Judge
 from agrl_jax.rulebook.book import RuleBook
-from agrl_jax.runtime.files import in_one_piece
+from agrl_jax.runtime.files import write_csv
 from agrl_jax.types import UNKNOWN
 
-_LISTED = 10  # bad rows named in a message
 _OF_PROBABILITIES = ("auc", "ece", "brier", "nll", "likeliest_accuracy", "likeliest_macro_f1", "disagreement")
 _OF_STEPS = ("step_accuracy", "all_right", "adherence")
 
@@ -76,9 +74,7 @@ def read_judged(path: epath.PathLike, book: RuleBook, form: PairsFormat = AS_DES
     records = [row.record for row in file.rows()]
     cells = [reader.read(pair.row, records[pair.row - 1]) for pair in pairs]
     if reader.bad:
-        more = f"\n  ... and {len(reader.bad) - _LISTED} more" if len(reader.bad) > _LISTED else ""
-        listed = "".join(f"\n  {line}" for line in reader.bad[:_LISTED])
-        raise PairsError(f"{path}: {len(reader.bad)} of {len(pairs)} rows cannot be used:{listed}{more}")
+        raise PairsError(listed(f"{path}: {len(reader.bad)} of {len(pairs)} rows cannot be used:", reader.bad))
     tier = np.array([one.tier for one in cells])
     steps = np.array([one.steps for one in cells]).reshape(len(pairs), len(book.steps))
     stated = tier != UNKNOWN
@@ -133,20 +129,17 @@ def summary(scored: Scored, errors: Sequence[Mapping[str, Any]]) -> str:
     lines += [
         f"  row {one['row']}: {one[f'{PREFIX}tier'] or 'no tier'}, labelled {one['label']}: "
         f"{one['query'][:40]!r} -> {one['title'][:60]!r}"
-        for one in errors[:_LISTED]
+        for one in errors[:MAX_LISTED]
     ]  # fmt: skip
     if scored.unjudged:
         lines.append(f"pairs that could not be judged, and are in no score: {len(scored.unjudged):,}")
-        lines += [f"  {line}" for line in scored.unjudged[:_LISTED]]
+        lines += [f"  {line}" for line in scored.unjudged[:MAX_LISTED]]
     return "\n".join(lines)
 
 
 def write_errors(path: epath.PathLike, errors: Sequence[Mapping[str, Any]]) -> None:
     """Writes rows of `worst_first` as CSV; with no errors, a header alone."""
-    with in_one_piece(path) as half, half.open("w") as file:
-        writer = csv.DictWriter(file, list(errors[0]) if errors else ["row"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(errors)
+    write_csv(path, list(errors[0]) if errors else ["row"], errors)
 
 
 def judge_columns(book: RuleBook) -> Iterator[str]:

@@ -17,14 +17,13 @@ from etils import epath
 from agrl_jax.data.cells import clean
 from agrl_jax.data.format import PairsFormat, label_reader
 from agrl_jax.data.pairs import AS_DESCRIBED
-from agrl_jax.data.rows import PairsError, RowFile, check_columns, open_rows
+from agrl_jax.data.rows import PairsError, RowFile, check_columns, listed, open_rows
 from agrl_jax.judging import PREFIX
 from agrl_jax.rulebook.schema import RuleBook
 from agrl_jax.runtime.files import write_json, write_text
 from agrl_jax.types import UNKNOWN
 
 ITEMS = ("id", "product_id", "title")  # columns that say which item it is: the first that all files have
-_LISTED = 10  # bad rows named in a message
 
 
 @dataclass(frozen=True)
@@ -178,6 +177,4 @@ def _is_word(name: str) -> bool:
 
 def _refuse(file: RowFile, bad: Sequence[str]) -> None:
     if bad:
-        more = f"\n  ... and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
-        listed = "".join(f"\n  {line}" for line in bad[:_LISTED])
-        raise PairsError(f"{file.path}: {len(bad)} of {file.count} rows cannot be used:{listed}{more}")
+        raise PairsError(listed(f"{file.path}: {len(bad)} of {file.count} rows cannot be used:", bad))

@@ -12,13 +12,11 @@ from etils import epath
 from agrl_jax.data.cells import clean
 from agrl_jax.data.format import PairsFormat, label_reader
 from agrl_jax.data.pairs import AS_DESCRIBED
-from agrl_jax.data.rows import PairsError, check_columns, open_rows
+from agrl_jax.data.rows import PairsError, check_columns, listed, open_rows
 from agrl_jax.evaluation import agreement
 from agrl_jax.judging import PREFIX
 from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.types import UNKNOWN
-
-_LISTED = 10  # bad rows named in a message, pairs named in a table
 
 
 @dataclass(frozen=True)
@@ -77,9 +75,7 @@ def read_ratings(
     judged = [reader.tier(pair["number"], f"{PREFIX}tier", pair["cell"](f"{PREFIX}tier")) for pair in pairs.values()]
     confidence = [reader.confidence(pair["number"], pair["cell"]) for pair in pairs.values()]
     if reader.bad:
-        more = f"\n  ... and {len(reader.bad) - _LISTED} more" if len(reader.bad) > _LISTED else ""
-        listed = "".join(f"\n  {line}" for line in reader.bad[:_LISTED])
-        raise PairsError(f"{path}: {len(reader.bad)} rows cannot be used:{listed}{more}")
+        raise PairsError(listed(f"{path}: {len(reader.bad)} rows cannot be used:", reader.bad))
     cells = [pair["cell"] for pair in pairs.values()]
     return Ratings(
         query=[cell("query") for cell in cells],

@@ -30,8 +30,8 @@ from agrl_jax.data import coverage
 from agrl_jax.data.cells import TEXTS, clean, plain
 from agrl_jax.data.format import PairsFormat
 from agrl_jax.data.pairs import AS_DESCRIBED, STEP_PREFIX, Pair, item_text
-from agrl_jax.data.rows import KINDS, PairsError, RowFile, check_columns, open_rows
-from agrl_jax.judging import PREFIX
+from agrl_jax.data.rows import KINDS, PairsError, RowFile, check_columns, listed, open_rows
+from agrl_jax.judging import PREFIX, REASONS
 from agrl_jax.judging.engine import Judge
 from agrl_jax.judging.labelled import JudgedReader, Scored, judge_columns
 from agrl_jax.rulebook.schema import RuleBook, winners
@@ -40,9 +40,7 @@ from agrl_jax.runtime.console import progress
 from agrl_jax.runtime.files import OutputError, in_one_piece
 from agrl_jax.types import UNKNOWN
 
-REASONS = ("unsure", "disagreement", "contradiction", "new rule")
 _LEAST = 0.05  # of a reason that is told
-_LISTED = 10  # bad rows named in a message
 
 
 @dataclass(frozen=True)
@@ -138,9 +136,7 @@ def read_opinions(path: epath.PathLike, pool: Pool, book: RuleBook, form: PairsF
             raise PairsError(f"{path}: row {i + 1} is not the pair of row {i + 1} of {pool.file.path}")
         found.tier[i], found.probs[i], found.steps[i] = reader.read(i + 1, row.record)
     if reader.bad:
-        more = f"\n  ... and {len(reader.bad) - _LISTED} more" if len(reader.bad) > _LISTED else ""
-        listed = "".join(f"\n  {line}" for line in reader.bad[:_LISTED])
-        raise PairsError(f"{path}: {len(reader.bad)} rows cannot be used:{listed}{more}")
+        raise PairsError(listed(f"{path}: {len(reader.bad)} rows cannot be used:", reader.bad))
     return found
 
 

@@ -101,7 +101,7 @@ def load(
     """Loads a workdir, an exported or other Hugging Face folder, a GGUF file, or a model that a package brings.
 
     Args:
-      path: of the checkpoint, or its name (`shipped.find`).
+      path: of the checkpoint, or its name (`shipped.named`).
       stage: of a workdir: see `load_stage`.
       settings: what to take in place of what the checkpoint says.
       mesh: over which the parameters are spread; by default all devices, each with all parameters.
@@ -112,7 +112,7 @@ def load(
     """
     settings = settings or Settings()
     mesh = mesh or sharding.make_mesh()
-    place = epath.Path(shipped.find(path) if path in (*shipped.boxed(), shipped.SMOLLM2) else path)
+    place = epath.Path(shipped.named(path) or path)
     if not place.exists():
         raise TrainedError(f"{path}: there is no such checkpoint, nor one in the box: {', '.join(shipped.boxed())}")
     if (place / "checkpoints").exists():

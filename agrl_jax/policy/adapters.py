@@ -36,20 +36,21 @@ class Adapters:
 
 def save(folder: Path, found: Adapters, dtype: str) -> None:
     """Writes the adapters into a folder, in a dtype."""
-    tensors = {"/".join(path): np.asarray(x).astype(jax.numpy.dtype(dtype)) for path, x in _flat(found.params).items()}
-    cfg = found.cfg
+    cfg, flat = found.cfg, flatten_dict(found.params)
+    tensors = {"/".join(path): np.asarray(x).astype(jax.numpy.dtype(dtype)) for path, x in flat.items()}
     about = {"base": found.base, "base_dtype": found.base_dtype}
     about |= {"rank": str(cfg.rank), "alpha": str(cfg.alpha), "modules": ",".join(cfg.modules)}
     save_file(tensors, folder / FILE, metadata=about)
 
 
-def read(folder: Path) -> Adapters:
-    """Reads what `save` has written. Raises LoadingError."""
+def read(folder: Path, tensors: bool = True) -> Adapters:
+    """Reads what `save` has written; without `tensors`, the header alone. Raises LoadingError."""
     file = folder / FILE
     try:
         with safe_open(file, framework="np", backend="pread") as handle:
             about = handle.metadata() or {}
-            params = {tuple(name.split("/")): handle.get_tensor(name) for name in handle.keys()}
+            names = handle.keys() if tensors else ()
+            params = {tuple(name.split("/")): handle.get_tensor(name) for name in names}
         cfg = LoraConfig(int(about["rank"]), float(about["alpha"]), tuple(about["modules"].split(",")))
         return Adapters(about["base"], about["base_dtype"], cfg, unflatten_dict(params))
     except (OSError, SafetensorError, KeyError, ValueError) as error:
@@ -63,8 +64,8 @@ def digest(folder: Path) -> str:
 
 def check(folder: Path, found: Adapters, shapes: Params, axes: Params) -> None:
     """Raises LoadingError where adapters are not those of a base with these shapes and logical axes."""
-    wanted = _flat(jax.eval_shape(lambda key: lora.init(key, shapes, axes, found.cfg), jax.random.key(0)))
-    there = _flat(found.params)
+    wanted = flatten_dict(jax.eval_shape(lambda key: lora.init(key, shapes, axes, found.cfg), jax.random.key(0)))
+    there = flatten_dict(found.params)
     for path in sorted(wanted.keys() | there.keys()):
         sizes = [x[path].shape if path in x else None for x in (there, wanted)]
         if sizes[0] != sizes[1]:
@@ -72,7 +73,3 @@ def check(folder: Path, found: Adapters, shapes: Params, axes: Params) -> None:
                 f"{folder / FILE}: {'/'.join(path)} has shape {sizes[0]}, where {found.base} has {sizes[1]}: "
                 "the adapters are of another model"
             )
-
-
-def _flat(params: Params) -> dict[tuple[str, ...], np.ndarray]:
-    return flatten_dict(params)

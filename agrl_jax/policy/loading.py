@@ -112,7 +112,7 @@ def is_adapters(path: Path) -> bool:
 
 def base_of(path: Path) -> Path:
     """Where the model lies whose tokenizer and shape a path has: of adapters their base. Raises NotInstalledError."""
-    return shipped.find(adapters.read(path).base) if is_adapters(path) else path
+    return shipped.find(adapters.read(path, tensors=False).base) if is_adapters(path) else path
 
 
 def _load_adapted(
@@ -120,7 +120,7 @@ def _load_adapted(
 ) -> tuple[PolicyConfig, Params, Tokenizer]:
     """The base of adapters with their products added to it."""
     found = adapters.read(path)
-    shape, base, tokenizer = load_pretrained(base_of(path), found.base_dtype, compute_dtype, shardings)
+    shape, base, tokenizer = load_pretrained(shipped.find(found.base), found.base_dtype, compute_dtype, shardings)
     adapters.check(path, found, base, build(shape)[2])
     merge = jax.jit(lora.merge, static_argnums=(2, 3), donate_argnums=0)
     params = merge(base, found.params, found.cfg, param_dtype)

@@ -219,7 +219,7 @@ def score_parts(
         logp, prefix = text_logprobs(policy, params, prefix, texts, sizes)
         chosen = choose(part, logp)
         scored.append((logp, chosen))
-        shared = _shared_start(texts, sizes)
+        shared = shared_start(texts, sizes)
         if part + 1 < len(tokens):
             own = jnp.asarray(texts[:, shared : sizes.max()])[chosen]
             prefix = extend_prefix(policy, params, prefix, own, jnp.asarray(sizes - shared)[chosen])
@@ -232,7 +232,7 @@ def text_logprobs(
     """Log-probabilities [B, n] of n texts right after a prefix, given the tokens that all of them begin with; and the
     prefix that ends after these. Texts are tokens [n, W], of which `length` [n] count; none is the start of another.
     """
-    shared, b = _shared_start(tokens, length), prefix.length.shape[0]
+    shared, b = shared_start(tokens, length), prefix.length.shape[0]
     if shared:
         together = jnp.broadcast_to(tokens[0, :shared], (b, shared))
         prefix = extend_prefix(policy, params, prefix, together, jnp.full(b, shared))
@@ -247,7 +247,7 @@ def text_logprobs(
     return total, prefix
 
 
-def _shared_start(tokens: np.ndarray, length: np.ndarray) -> int:
+def shared_start(tokens: np.ndarray, length: np.ndarray) -> int:
     """How many tokens all texts begin with."""
     same = (tokens == tokens[0]).all(axis=0) & (np.arange(tokens.shape[1]) < length.min())
     return int(np.argmin(np.append(same, False)))

@@ -20,8 +20,17 @@ def is_boxed(path: Path) -> bool:
     return path.parent == _BOXED
 
 
-def find(name: str | Path) -> Path:
-    """Where a model lies: `smollm2`, a judge in the box, or else the path itself. Raises NotInstalledError."""
+def named(name: str | Path) -> Path | None:
+    """Where the model of a name lies, `smollm2` or a judge in the box; None for what is no such name.
+
+    Raises:
+      NotInstalledError: the package that brings it is missing.
+    """
     if name == SMOLLM2:
         return find_smollm2()
-    return _BOXED / name if str(name) in boxed() else Path(name).expanduser()
+    return _BOXED / name if str(name) in boxed() else None
+
+
+def find(name: str | Path) -> Path:
+    """Where a model lies, by its name or path. Raises NotInstalledError as `named`."""
+    return named(name) or Path(name).expanduser()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,6 +51,14 @@ def write_text(path: epath.PathLike, text: str) -> None:
     """Writes a text file in one piece, in UTF-8."""
     with in_one_piece(path) as half:
         half.write_bytes(text.encode())
+
+
+def write_csv(path: epath.PathLike, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes rows with these columns as CSV, in one piece; with no rows, a header alone."""
+    with in_one_piece(path) as half, half.open("w") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def write_json(path: epath.PathLike, content: Any, indent: int = 2) -> None:

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from agrl_jax.data.pipeline import PartTexts
-from agrl_jax.types import UNKNOWN, Array, Params, Policy, RuleTables
+from agrl_jax.policy.scoring import shared_start
+from agrl_jax.types import Array, Params, Policy, RuleTables
 
 
 class Forks(NamedTuple):
@@ -33,14 +34,11 @@ def forks(texts: PartTexts) -> Forks | None:
     place = np.zeros(len(texts.length), np.int32)
     token = np.zeros(texts.length.shape, np.int32)
     for part, lengths in enumerate(texts.length):
-        values = [texts.tokens[part, value, :size].tolist() for value, size in enumerate(lengths) if size]
-        same = 0
-        while all(len(value) > same for value in values) and len({value[same] for value in values}) == 1:
-            same += 1
-        tails = [value[same] if len(value) > same else UNKNOWN for value in values]
-        if len(set(tails)) < len(tails) or UNKNOWN in tails:
+        values, sizes = texts.tokens[part, lengths > 0], lengths[lengths > 0]
+        same = shared_start(values, sizes)
+        if same == sizes.min() or len(np.unique(values[:, same])) < len(values):
             return None
-        place[part], token[part, : len(tails)] = same, tails
+        place[part], token[part, : len(values)] = same, values[:, same]
     return Forks(place, token)
 
 
