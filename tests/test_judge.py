@@ -460,6 +460,7 @@ def test_a_model_that_was_never_trained_here_judges_too(tmp_path: Path) -> None:
 # The temperature
 
 
+@pytest.mark.slow
 def test_a_temperature_is_fitted_kept_and_used(judge: Judge, tmp_path: Path) -> None:
     folder = make_workdir(tmp_path)
     rows = [{"query": f"shoes {i}", "title": "red " * (i % 3 + 1), "label": str(4 - i % 4)} for i in range(24)]

@@ -91,6 +91,7 @@ def test_a_pretrained_folder_trains_resumes_without_it_and_is_evaluated(tmp_path
     assert set(evaluate.evaluate(str(workdir), ["rl"], [], pairs=4)["agrl"]) == {"b_eval", "w_eval"}
 
 
+@pytest.mark.slow
 def test_training_starts_from_the_model_itself(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", "qwen3")
     config = make_config(model)

@@ -117,6 +117,7 @@ def prompt_of(batch, row):
     return batch.prompt[row, : batch.prompt_len[row]].tolist()
 
 
+@pytest.mark.slow
 def test_texts_of_several_tokens_are_scored_as_whole_sequences(small, batch):
     """Parts that begin alike, that begin apart, and with texts of unequal length."""
     parts = [[[8, 9, 0], [8, 9, 1, 2], [8, 4]], [[3], [4, 8, 9]], [[9, 8, 5], [9, 8, 6]]]

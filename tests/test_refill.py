@@ -62,6 +62,7 @@ def test_rounds_go_on_until_every_place_teaches_or_none_is_left(small, teaching,
     assert figures["tokens/refilled"] == prompts + (rounds - 1) * 4 * G * RESPONSE_LEN
 
 
+@pytest.mark.slow
 def test_a_step_learns_from_the_groups_that_teach_and_pays_for_all(small):
     """The step's own choice against every candidate rolled at once: here half of the groups teach nothing."""
     rows = list(range(K * B))

@@ -73,6 +73,7 @@ def client(echo: Echo) -> Iterator[TestClient]:
 # What it answers
 
 
+@pytest.mark.slow
 def test_it_answers_what_the_judge_says(tmp_path: Path) -> None:
     judge = Judge.from_checkpoint(str(make_workdir(tmp_path)), batch_size=2, settings=Settings(prompt_len=32))
     pairs = [PAIR, {"query": "boots", "title": "Boots", "price": 59.5, "id": 7, "brand": None}]
@@ -93,6 +94,7 @@ def test_it_answers_what_the_judge_says(tmp_path: Path) -> None:
         assert too_long.status_code == 422 and "prompt_len is 32" in too_long.json()["error"]
 
 
+@pytest.mark.slow
 def test_a_warm_judge_compiles_nothing_more(tmp_path: Path) -> None:
     judge = Judge.from_checkpoint(str(make_workdir(tmp_path)), batch_size=2, settings=Settings(prompt_len=40))
     judge.warm_up()

@@ -188,6 +188,7 @@ def test_shared_prompts_give_loss_and_gradients_of_the_usual_layout(small, step,
     assert metrics["policy/kl"] > 0.001 and metrics["policy/sampler_gap"] <= 1e-5
 
 
+@pytest.mark.slow
 def test_epochs_minibatches_and_micro_batches_are_updates_one_after_the_other(small, truths, close):
     """Four updates, worked out in the usual layout and whole: minibatch i takes every second example, from i."""
     start = fresh_state(small.params, UPDATES)
@@ -316,6 +317,7 @@ def test_failing_groups_are_replayed_behind_their_gold_prefix(step, truths):
     np.testing.assert_allclose(metrics["guide/transfer_gap"], gap, atol=0.006)  # kept in whole percent
 
 
+@pytest.mark.slow
 def test_own_answers_are_shown_again_and_k1_is_taken_from_the_reward(small, truths, reference):
     """Every group fails, and nothing is known but the tiers. Rows of even number were answered right before."""
     cfg = dataclasses.replace(

@@ -220,6 +220,7 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_command_suggests_and_doubts(tmp_path):
     judged(tmp_path / "a.csv", {"label": "4"}, {"label": "", "probs": (0.5, 0.5, 0, 0)}, {"label": ""})
     done = command(tmp_path, "--judged=a.csv", "--number=5")
