@@ -145,6 +145,7 @@ def base() -> ConfigDict:
     c.mixture.disguised = 0.7  # share of the benchmark's pairs that are written as a marketplace would
 
     c.rl = ConfigDict()  # reinforcement learning
+    c.rl.source = "train"  # the training pairs of data.source; or sft: those of the warm start, such as a mixture
     c.rl.steps = 400  # rollouts, each with rl.epochs x rl.minibatches updates; 0: no RL
     c.rl.budget = 0  # forward-equivalent tokens (`budget/spent`) after which the stage ends, if sooner; 0: no limit
     c.rl.batch_size = 64  # B, examples
@@ -175,7 +176,7 @@ def base() -> ConfigDict:
     c.dpo.warmup = 20  # steps in which the learning rate rises from 0
 
     c.more = ConfigDict()  # in place of rl where the method is sft_more or sft_all: supervised training goes on
-    c.more.source = "sft"  # the pairs of the warm start; or train: those that RL sees
+    c.more.source = "sft"  # the pairs of the warm start; or train: those that RL sees, see rl.source
     c.more.steps = 400  # updates; sft_more and sft_all set it to what RL would cost
     c.more.batch_size = 32  # pairs
     c.more.micro_batches = 1  # as in sft

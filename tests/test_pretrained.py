@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -209,8 +210,9 @@ def test_own_pairs_with_a_language_model_are_in_order_by_every_method(method: st
 
 
 @pytest.mark.slow
-def test_own_pairs_of_which_the_tier_is_known_train_a_language_model(tmp_path: Path) -> None:
-    """The recipe as it is, but for its sizes and the model."""
+@pytest.mark.parametrize("source", ["train", "sft"])
+def test_own_pairs_of_which_the_tier_is_known_train_a_language_model(tmp_path: Path, source: str) -> None:
+    """The recipe as it is, but for its sizes and the model. RL is on one's own pairs, or on the whole mixture."""
     tiers = ("4-Excellent", "3-Related", "2-Mismatch", "1-Irrelevant")
     rows = [f"q{i} {word},{word} item {i},{tiers[i % 4]}" for i in range(60) for word in [["boot", "lamp"][i // 30]]]
     (tmp_path / "mine.csv").write_text("\n".join(["query,title,label", *rows]) + "\n")
@@ -220,14 +222,17 @@ def test_own_pairs_of_which_the_tier_is_known_train_a_language_model(tmp_path: P
     config.reward.overlong_from = 59
     config.mixture.rows = 32
     config.sft.update(steps=2, batch_size=4)
-    config.rl.update(steps=2, batch_size=4, group_size=2, micro_batches=1)
+    config.rl.update(source=source, steps=2, batch_size=4, group_size=2, micro_batches=1)
     config.guidance.update(replace=1, threshold=1.0)
     config.eval.update(pairs=4, validation_pairs=4, batch_size=4, bootstrap=2)
+    config.log.samples_every = 1
     card = run(config, tmp_path / "run")
     assert set(card) == {"sft", "agrl"} and set(card["agrl"]) == {"test"}
     assert card["agrl"]["test"]["accuracy"]["n"] == 4
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert [(row["stage"], row["step"]) for row in rows] == [("sft", 1), ("sft", 2), ("rl", 1), ("rl", 2)]
+    met = [row["query"] for row in read_jsonl(tmp_path / "run" / "samples.jsonl")]
+    assert met and all(re.match(r"q\d+ ", query) for query in met) == (source == "train")
 
 
 # A rule book with the first two steps of the bundled one, and few words: prompts of some 290 tokens.

@@ -248,6 +248,7 @@ RULES: Mapping[str, Rule] = {
     "mixture.strangers": _SHARE,
     "mixture.disguised": _SHARE,
     # Reinforcement learning.
+    "rl.source": _one_of("train", "sft"),
     "rl.steps": _COUNT,
     "rl.budget": _COUNT,
     "rl.batch_size": _SIZE,

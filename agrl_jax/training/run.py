@@ -182,7 +182,7 @@ def _set_up(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh, sa
         model = assemble.load_model(config, workdir, rules, data, mesh)
     checkpoints.identify({"pairs": data.digests})
     _check_batches(config, data)
-    check_guidance(config, len(data.splits["train"]))
+    check_guidance(config, len(data.pairs(_trained_on(config, "rl"))))
     splits = assemble.encode(config, model, data, _needed(config, data))
     if jax.process_index() == 0:
         assemble.write_config(config, workdir)
@@ -208,7 +208,7 @@ def _check_batches(config: ConfigDict, data: Data) -> None:
 def _trained_on(config: ConfigDict, stage: str) -> str:
     """The split that a stage trains on."""
     continues = branch_of(config, stage) == "more" and config.more.source == "sft"
-    return assemble.SFT if stage == "sft" or continues else "train"
+    return assemble.SFT if stage == "sft" or continues or config.rl.source == "sft" else "train"
 
 
 def _needed(config: ConfigDict, data: Data) -> list[str]:
@@ -271,7 +271,7 @@ def _warm_start(run: Run) -> Weights:
 
 def _reinforce(run: Run, reference: Weights) -> Weights:
     """Reinforcement learning from the end of the warm start."""
-    config, split = run.config, run.splits["train"]
+    config, split = run.config, run.splits[_trained_on(run.config, "rl")]
     _say_encoding(run, split)
     program = rl_program(config, run.mesh, run.model, reference, len(split), len(run.data.families))
     state, spent = _restored(run, "rl", program)
@@ -296,7 +296,7 @@ def _reinforce(run: Run, reference: Weights) -> Weights:
 
 def _prefer(run: Run, reference: Weights) -> Weights:
     """Preferences in place of reinforcement learning: mined with the end of the warm start, then DPO from there."""
-    config, split = run.config, run.splits["train"]
+    config, split = run.config, run.splits[_trained_on(run.config, "rl")]
     _say_encoding(run, split)
     pairs, mined = _mine(run, split, reference)
     program = dpo_program(config, run.mesh, run.model, reference)
