@@ -25,6 +25,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
+from agrl_jax import recipes
 from agrl_jax.data import pipeline
 from agrl_jax.data.pipeline import EncodedSplit
 from agrl_jax.evaluation import intervals, probabilities
@@ -130,20 +131,27 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """All results that are there, by seed.
+    """All results that are there, by seed. A field that an older run lacks has its default.
 
     Raises:
       ConfigError: they are of configs that differ in more than the seed.
     """
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"), key=lambda path: int(path.stem))]
-    for one in found[1:]:
-        differ = [name for name in one["config"] if one["config"][name] != found[0]["config"].get(name)]
+    configs = [_acting(flatten(recipes.base()) | one["config"]) for one in found]
+    for one, config in zip(found[1:], configs[1:], strict=True):
+        differ = [name for name in config if config[name] != configs[0].get(name)]
         if differ or one["stage"] != found[0]["stage"]:
             raise ConfigError(
                 f"{folder}: the runs of seeds {found[0]['seed']} and {one['seed']} differ in "
                 f"{', '.join(differ) or 'stage'}; a table is of one config"
             )
     return found
+
+
+def _acting(config: dict[str, Any]) -> dict[str, Any]:
+    """Without the seed, and without the fields of adapters where there are none."""
+    without = ("seed",) if config["lora.rank"] else ("seed", "lora.")
+    return {name: value for name, value in config.items() if not name.startswith(without)}
 
 
 def _define_flags() -> None:

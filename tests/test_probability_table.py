@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from test_scorecard import BOOK, random_judgements
 
+from agrl_jax import recipes
 from agrl_jax.runtime.config import ConfigError
 from experiments import probabilities
 
@@ -45,6 +46,10 @@ def test_results_are_added_run_by_run_and_of_one_config(tmp_path):
     for one in (result(10, 0.0), result(2, 0.1)):
         (tmp_path / f"{one['seed']}.json").write_text(json.dumps(one))
     assert [one["seed"] for one in probabilities.read_results(tmp_path)] == [2, 10]
+    # A field that a result lacks has its default, and one that cannot act may differ.
+    same = {"rl.batch_size": recipes.base().rl.batch_size, "lora.base_dtype": "float32"}
+    (tmp_path / "11.json").write_text(json.dumps(result(11, 0.0, **same)))
+    assert len(probabilities.read_results(tmp_path)) == 3
     (tmp_path / "3.json").write_text(json.dumps(result(3, 0.0, **{"rl.steps": 8})))
     with pytest.raises(ConfigError, match="seeds 2 and 3 differ in rl.steps"):
         probabilities.read_results(tmp_path)
