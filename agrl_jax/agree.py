@@ -5,10 +5,10 @@
 
 The file holds judged pairs, as `agrl_jax.judge` writes them, that several people have rated: a column for each of
 `--raters`, or a row for each rating, with the rater's name in the column `--rater` and the tier in `label`. A tier is
-given by name or grade; an empty cell is no rating. `--columns="{query: search}"` and `--labels="{E: 4}"` where the file
-has other names.
+given by name or grade; an empty cell is no rating. `--columns="{query: search}"` and `--labels="{E: 4}"` translate
+other names.
 
-The page, and the JSON file beside it, hold Krippendorff's alpha of the people, and with the judge as one more of them;
+The page, and the JSON file beside it, hold Krippendorff's alpha of the people, without and with the judge among them;
 agreement, Cohen's kappa and quadratic-weighted kappa of every two raters, of the judge with the majority, and of each
 rater with the majority of the others, all with 95% intervals by query; the judge by tier and family; and which pairs to
 leave to people for an agreement of `--wanted`.
@@ -29,10 +29,10 @@ def _define_flags() -> None:
     flags.DEFINE_string("judged", None, "A file of judged pairs that people have rated.", required=True)
     flags.DEFINE_list("raters", [], "The columns that hold their ratings.")
     flags.DEFINE_string("rater", "", "The column that names the rater, in a file with one row a rating.")
-    flags.DEFINE_string("columns", "", "Where the file's columns have other names: {query: search}.")
-    flags.DEFINE_string("labels", "", "Where its tiers have: {E: 4, S: 3}.")
-    flags.DEFINE_string("rulebook", "four_tier", "Of the tiers.")
-    flags.DEFINE_float("wanted", 0.9, "Agreement with the majority.", lower_bound=0, upper_bound=1)
+    flags.DEFINE_string("columns", "", "The file's names of our columns, where they differ: {query: search}.")
+    flags.DEFINE_string("labels", "", "The tier of each rating, by name or grade: {E: 4, S: 3}.")
+    flags.DEFINE_string("rulebook", "four_tier", "The rule book whose tiers the file has.")
+    flags.DEFINE_float("wanted", 0.9, "The agreement with the majority to reach.", lower_bound=0, upper_bound=1)
     flags.DEFINE_integer("bootstrap", 1000, "Resamples of the intervals.", lower_bound=0)
     flags.DEFINE_string("out", "agreement.html", "Where to write the page.")
 

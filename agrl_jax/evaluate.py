@@ -4,14 +4,14 @@
     python -m agrl_jax.evaluate --checkpoint=my_judge --pairs=human.csv
     python -m agrl_jax.evaluate --judged=gpt.csv --columns="{judge_tier: gpt, label: human}"
 
-Training evaluates fixed subsets; here `--pairs=0` takes every pair. Prints the scorecard and writes it,
-as `scorecard.json` is written, to `--out` (default: WORKDIR/scorecard_full.json), where other stages stay,
-and other splits that were scored at the same step.
+Training scores fixed subsets; `--pairs=0` takes every pair. The command prints the scorecard, and writes it in the form
+of `scorecard.json` to `--out` (default: WORKDIR/scorecard_full.json). It keeps the other stages in that file, and the
+other splits that were scored at the same step.
 
 `--checkpoint` is anything that `agrl_jax.judge` takes, scored as it judges. `--judged` is a file of labelled pairs in
 which anyone's judgements stand beside the labels, by default in the columns that `agrl_jax.judge` writes; an empty
-`judge_tier` is wrong. Both write FILE.scorecard.json and, worst first, the pairs that were judged wrongly to
-FILE.errors.csv (`--errors`): the most grades off, then the least probability of the label.
+`judge_tier` counts as wrong. Both write FILE.scorecard.json, and FILE.errors.csv (`--errors`) with the pairs that were
+judged wrongly: those off by the most grades first, then those with the least probability of the label.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def evaluate(workdir: str, stages: list[str], splits: list[str], pairs: int) -> 
     if unknown:
         raise ValueError(f"--splits: {unknown[0]!r} is not a split of {workdir}; there are {', '.join(data.splits)}")
     if changed := trained.changed_pairs(folder, next(iter(found.values())), data.digests):
-        say(f"pairs that have changed since training: {', '.join(changed)}; scored is what they are now")
+        say(f"pairs that have changed since training: {', '.join(changed)}; they are scored as they are now")
     mesh = sharding.make_mesh(*(config.mesh[axis] for axis in sharding.AXES))
     model = assemble.load_model(config, folder, rules, mesh=mesh)
     splits = splits or list(data.eval_splits)
@@ -120,17 +120,17 @@ def _define_flags() -> None:
     flags.DEFINE_string("workdir", None, "The workdir of a training run, to score on its splits.")
     flags.DEFINE_string("checkpoint", None, "A judge to score on the file --pairs.")
     flags.DEFINE_string("judged", None, "A file of labelled pairs with judgements.")
-    flags.DEFINE_string("columns", "", "With a file: where its columns have other names: {label: human}.")
-    flags.DEFINE_string("labels", "", "With a file: where its labels have: {E: 4, S: 3}.")
-    flags.DEFINE_string("errors", None, "With a file: where to write the pairs that were judged wrongly, as CSV.")
-    flags.DEFINE_string("rulebook", None, "Of --judged, or of a model that is not ours.")
-    flags.DEFINE_enum("order", None, RULES["rulebook.order"].choices, "Of the response, likewise.")
-    flags.DEFINE_enum("stage", "best", STAGES, "Of a workdir as --checkpoint.")
+    flags.DEFINE_string("columns", "", "Of a file: its names of our columns, where they differ: {label: human}.")
+    flags.DEFINE_string("labels", "", "Of a file: the tier of each label, by name or grade: {E: 4, S: 3}.")
+    flags.DEFINE_string("errors", None, "Of a file: where to write the pairs that were judged wrongly, as CSV.")
+    flags.DEFINE_string("rulebook", None, "The rule book of --judged, or of a model that agrl_jax did not train.")
+    flags.DEFINE_enum("order", None, RULES["rulebook.order"].choices, "The order of its responses.")
+    flags.DEFINE_enum("stage", "best", STAGES, "The stage of a workdir that is the --checkpoint.")
     flags.DEFINE_bool("use_cuts", False, "Choose tiers by the cut points that were kept with the checkpoint.")
     flags.DEFINE_integer("batch_size", 64, "Pairs of a file judged at once.", lower_bound=1)
-    flags.DEFINE_list("stages", ["sft_end", "rl"], "What to score: sft_end, rl (its end), best (of rl, by validation).")
+    flags.DEFINE_list("stages", ["sft_end", "rl"], "sft_end, rl (the last of RL), best (of RL, by validation).")
     flags.DEFINE_list("splits", [], "Splits to score on; by default all that the scorecard has.")
-    flags.DEFINE_string("pairs", "0", "How many of each split, stratified, 0 being all; with --checkpoint, a file.")
+    flags.DEFINE_string("pairs", "0", "How many of each split, stratified; 0: all. With --checkpoint: a file.")
     flags.DEFINE_string("out", None, "Where to write the scorecard.")
     define_distributed_flag()
 

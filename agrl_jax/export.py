@@ -4,9 +4,9 @@
     python -m agrl_jax.export --checkpoint=smollm2-four-tier --out=my_judge    the judge in the box, or another folder
 
 The folder holds weights, tokenizer (with the chat template, if there is one) and generation config; the rule book,
-and its grammar as EBNF and as a regular expression, for structured decoding; `agrl_jax.json`, by which the judge asks
-the policy as it was trained to be asked; and a model card, README.md. With `--adapters`, the folder has the low-rank
-adapters of a run in place of its weights, a few MB; it then needs the model that they were trained over.
+and its grammar as EBNF and as a regular expression, for structured decoding; `agrl_jax.json`, which tells the judge
+how prompts were written in training; and a model card, README.md. With `--adapters`, the folder has a run's low-rank
+adapters in place of its weights, a few MB; it then needs the model that they were trained over.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
 
 def _define_flags() -> None:
     flags.DEFINE_string("workdir", None, "The workdir of a training run.")
-    flags.DEFINE_string("checkpoint", None, "In place of a workdir: the name or folder of a judge.")
-    flags.DEFINE_bool("adapters", False, "Write the low-rank adapters of the workdir alone.")
-    flags.DEFINE_string("out", None, "The folder to write, empty or not there.", required=True)
-    flags.DEFINE_enum("stage", "best", STAGES, "The best of RL, its end, or its start.")
+    flags.DEFINE_string("checkpoint", None, "The name or folder of a judge, in place of a workdir.")
+    flags.DEFINE_bool("adapters", False, "Write only the low-rank adapters of the workdir.")
+    flags.DEFINE_string("out", None, "The folder to write; empty, or not there.", required=True)
+    flags.DEFINE_enum("stage", "best", STAGES, "The best or the last of RL, or its start.")
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "Of the weights; by default as trained.")
 
 

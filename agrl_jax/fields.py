@@ -61,7 +61,7 @@ def meanings(source: str) -> dict[str, str]:
 
 
 def _comment(line: int, source: str) -> str:
-    """What is said of a line of the source: behind it, or in the lines right above that hold nothing else."""
+    """The comment on a line of the source: behind it, or in the comment lines right above."""
     comments = _comments(source)
     if line in comments:
         return comments[line]
@@ -110,7 +110,7 @@ def markdown() -> str:
 
 
 def _group(field: Field) -> str:
-    """The branch that a field stands in; empty for one at the top."""
+    """The group of a field; empty for one at the top."""
     return field.name.rpartition(".")[0].partition(".")[0]
 
 
@@ -137,7 +137,7 @@ def _define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Exit code 2 for a field that there is not."""
+    """Exit code 2 for a field that does not exist."""
     _define_flags()
     names = parse_flags(argv, positional=True)[1:]
     if flags.FLAGS.markdown:

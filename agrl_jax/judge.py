@@ -1,11 +1,11 @@
-"""Judges pairs of a query and an item with a trained policy: a file by command, or anything by the Python API.
+"""Judges pairs of a query and an item with a trained policy: by command a file, or anything from Python.
 
     python -m agrl_jax.judge --checkpoint=runs/quickstart --input=pairs.csv --output=judged.parquet
 
-The checkpoint is the workdir of a training run, a folder that `agrl_jax.export` wrote, any other Hugging
-Face folder, or a GGUF file. Input and output are CSV, TSV, JSON lines or Parquet, by their names. A row has a
-`query`, a `title`, and what else is known of the item: `description`, `brand`, `color`, `category`, `price`. It
-keeps its place and all its columns, and gets
+The checkpoint is `smollm2-four-tier` (the judge in the box), the workdir of a training run, a folder that
+`agrl_jax.export` wrote, any other Hugging Face folder, or a GGUF file. Input and output are CSV, TSV, JSON lines or
+Parquet, by their names. A row has a `query`, a `title`, and what else is known of the item: `description`, `brand`,
+`color`, `category`, `price`. It keeps its place and all its columns, and gets
 
     judge_tier          the tier
     judge_tier_from     where it comes from: `answer`, `probabilities` or `cuts`
@@ -20,15 +20,15 @@ keeps its place and all its columns, and gets
 
 Every answer can be read, even an untrained policy's. Without free text in the rule book, the values of each part of
 the answer are scored at once and the likeliest is taken; with it, answers are sampled greedily from the tokens that
-lead to a well-formed response. A command that was stopped, however, goes on where it was when it is given again.
+lead to a well-formed response. A command that was stopped goes on where it was when it is given again.
 
 Input, output and checkpoint may be in a bucket: gs://BUCKET/pairs.parquet. Several machines share a file by
 `--shard=1/8` to `--shard=8/8`, each with an output of its own: one after the other, these hold the rows of the whole. A
 model that is too large for one device is split over four by `--mesh.tensor=4`.
 
-Training fits a temperature of the probabilities on its validation pairs, and finds whether the stated or the
-likeliest tier is the better there: `judge_tier` is that one. For any other model, `--fit_temperature=labelled.csv`
-does so, and keeps it with the checkpoint; until then probabilities are as they are, and the tier is the stated one.
+Training fits a temperature of the probabilities on its validation pairs, and finds there whether the stated or the
+likeliest tier is the better one: that is `judge_tier`. For any other model, `--fit_temperature=labelled.csv` does both
+and keeps the result with the checkpoint; until then the temperature is 1, and `judge_tier` is the stated tier.
 
 In Python:
 
@@ -65,18 +65,18 @@ def _define_flags() -> None:
     checkpoint_flags.define(batch_size=64)
     flags.adopt_module_key_flags(checkpoint_flags)  # so that --help shows them
     flags.DEFINE_string("input", None, "A .csv, .tsv, .jsonl or .parquet file with the columns query and title.")
-    flags.DEFINE_string("output", None, "Where to write the judged rows; likewise.")
+    flags.DEFINE_string("output", None, "Where to write the judged rows: a file of these kinds.")
     flags.DEFINE_string("shard", "1/1", "i/n: judge piece i of n pieces of the file, 1/8 to 8/8 by eight machines.")
     flags.DEFINE_bool("overwrite", False, "Replace an output that exists, and what another judge or input has begun.")
-    flags.DEFINE_string("prefix", PREFIX, "Of the columns that are added.")
+    flags.DEFINE_string("prefix", PREFIX, "Prefix of the columns that are added.")
     flags.DEFINE_string("qrels", None, "Where to write the tiers as TREC qrels too; see agrl_jax.rank.")
-    flags.DEFINE_string("quepid", None, "As the ratings that Quepid imports, CSV.")
-    flags.DEFINE_string("opensearch", None, "As the judgment list that OpenSearch imports, JSON.")
-    flags.DEFINE_string("fit_temperature", None, "Labelled pairs: fit the temperature of the probabilities likewise.")
+    flags.DEFINE_string("quepid", None, "Where to write them as the ratings that Quepid imports, CSV.")
+    flags.DEFINE_string("opensearch", None, "Where to write them as the judgment list that OpenSearch imports, JSON.")
     flags.DEFINE_string("fit_cuts", None, "Labelled pairs: fit cut points on them, and keep them with the checkpoint.")
+    flags.DEFINE_string("fit_temperature", None, "Labelled pairs: fit the temperature on them, and keep it likewise.")
     flags.DEFINE_string("columns", "", "The files' names of our columns, where they differ: '{title: product_title}'.")
-    flags.DEFINE_string("labels", "", "Of what is fitted on: the tier of each label, by name or grade: '{E: 4, S: 3}'.")
-    flags.DEFINE_string("bins", "", "Of what is fitted on: the lowest rating of each tier but one: '[1.5, 2.5, 3.5]'.")
+    flags.DEFINE_string("labels", "", "For fits: the tier of each label, by name or grade: '{E: 4, S: 3}'.")
+    flags.DEFINE_string("bins", "", "For fits: the lowest rating of each tier but the worst: '[1.5, 2.5, 3.5]'.")
 
 
 def run(values: flags.FlagValues) -> None:

@@ -1,15 +1,16 @@
-"""Checks a rule book: its table, what labelled pairs meet of it, and what an edit changes.
+"""Checks a rule book: its table, the rows that labelled pairs meet, and what an edit changes.
 
     python -m agrl_jax.lint rules.yaml --pairs=mine.csv
     python -m agrl_jax.lint rules.yaml --against=old.yaml --pairs=mine.csv --changed=changed.csv
 
-Says all for which training would refuse the book: rows of the table that earlier rows cover, combinations without a
-tier, tiers that no row gives, ambiguous wording. Of labelled pairs, with step columns or without, it says which rows of
-the table none of them meets, which values and tiers none is labelled with, and which labels the table contradicts.
+Lists everything for which training would refuse the book: rows of the table that earlier rows cover, combinations
+without a tier, tiers that no row gives, ambiguous wording. For labelled pairs, with or without step columns, it lists
+the rows of the table that no pair meets, the values and tiers that no pair has, and the labels that the table
+contradicts.
 
-`--against` is another version of the book, by which the pairs are labelled. It lists every text that differs, and the
-pairs whose tier does; steps and values are the same where their names are. `--changed` writes these pairs to a file.
-`--out` writes all findings as JSON.
+`--against` names another version of the book, by which the pairs are labelled. The command then lists every text that
+differs, and every pair whose tier differs; it matches steps and values by name. `--changed` writes these pairs to a
+file. `--out` writes all findings as JSON.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
 def _define_flags() -> None:
     flags.DEFINE_string("pairs", None, "A file of labelled pairs.")
     flags.DEFINE_string("against", None, "Another version of the rule book, by which the pairs are labelled.")
-    flags.DEFINE_string("columns", "", "Where the file's columns have other names: {label: human}.")
-    flags.DEFINE_string("labels", "", "Where its labels have: {E: 4, S: 3}.")
-    flags.DEFINE_string("bins", "", "Of ratings, the lowest one of each tier but the worst: [1.5, 2.5, 3.5].")
+    flags.DEFINE_string("columns", "", "The file's names of our columns, where they differ: {label: human}.")
+    flags.DEFINE_string("labels", "", "The tier of each label, by name or grade: {E: 4, S: 3}.")
+    flags.DEFINE_string("bins", "", "The lowest rating of each tier but the worst: [1.5, 2.5, 3.5].")
     flags.DEFINE_string("changed", None, "Where to write the pairs whose tier changes, as CSV.")
     flags.DEFINE_string("out", None, "Where to write the findings, as JSON.")
 

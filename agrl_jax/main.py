@@ -19,7 +19,7 @@ from agrl_jax.runtime.config import define_distributed_flag, exit_with, parse_fl
 from agrl_jax.runtime.memory import with_huge_pages
 
 config_flags.DEFINE_config_file("config", None, "A config file, such as configs/quickstart.py:grpo.")
-flags.DEFINE_string("workdir", None, "Where everything is written, gs://... too; an existing one is continued.")
+flags.DEFINE_string("workdir", None, "The folder to write everything to, gs://... too; an existing run is continued.")
 define_distributed_flag()
 flags.mark_flags_as_required(["config", "workdir"])
 
@@ -27,8 +27,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv: list[str]) -> None:
     """Parses flags and trains.
 
-    Exit codes: 2 for bad input, 3 for a run that diverged, 1 for one that lost one of its processes, 128 + signal if
-    stopped.
+    Exit codes: 2 for bad input, 3 for a run that diverged, 1 for one that lost a process, 128 + signal if stopped.
     """
     parse_flags(argv)
     from agrl_jax.runtime import processes

@@ -1,14 +1,14 @@
-"""Compiles the RL step of a config for devices that need not be there, and says what it will take.
+"""Compiles the RL step of a config for devices that need not be there, and says what it takes.
 
     python -m agrl_jax.preflight --config=configs/quickstart.py --topology=v5e:4x4
 
 Neither weights nor data are read: shapes are enough. With `--topology` the TPU compiler (`pip install -e .[preflight]`)
-compiles for that many chips on any machine; without, it is the compiler of the devices at hand. Prints memory, matrix
+compiles for that many chips on any machine; without it, the compiler of the devices at hand does. Prints memory, matrix
 operations, traffic and collectives of each phase, what bounds it, and a roofline LOWER bound on the time of a step:
 phases one after the other, each as long as the slowest of computing, memory and links at their peak. Prompts and
 responses count at their full length. `--workdir` names a run on the devices at hand to measure the bound against.
 
-Exit code 1 where the step does not fit; then it says what makes it fit, having compiled four trials at most.
+Exit code 1 where the step does not fit; the command then looks for changes that make it fit, in at most four trials.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def describe(report: Report, topology: str, guided_share: float) -> None:
     say(console_table(f"one step on one device, guided in {guided_share:.0%} of the steps", columns, rows))
     say(
         f"lower bound: {report.seconds:.4g} s a step, {report.tokens / report.seconds:,.0f} tokens/s over all devices "
-        "(prompts and responses of full length; nothing overlaps between phases, everything within)"
+        "(prompts and responses of full length; phases do not overlap; within a phase, everything does)"
     )
 
 
@@ -76,7 +76,7 @@ def measured_seconds(workdir: str) -> float:
 
 
 def versions() -> dict[str, str]:
-    """What compiled: the versions of JAX and, where it is installed, of the TPU compiler."""
+    """The versions of JAX and, where it is installed, of the TPU compiler."""
     found = {}
     for name in ("jax", "jaxlib", "libtpu"):
         try:
@@ -87,7 +87,7 @@ def versions() -> dict[str, str]:
 
 
 def run(config: ConfigDict, topology: str, shape: str, guided_share: float, workdir: str) -> dict[str, Any]:
-    """The whole command; returns the figures of the step that fits, or of the one that does not."""
+    """Runs the command; returns the figures of the step and, where it does not fit, of the changed one."""
     from agrl_jax.bounds.compile import GIB, compile_step, find_devices, make_it_fit
 
     measured = measured_seconds(workdir) if workdir else 0.0
@@ -112,9 +112,9 @@ def run(config: ConfigDict, topology: str, shape: str, guided_share: float, work
 def _define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "A config file, such as configs/quickstart.py.")
     flags.DEFINE_string("topology", "", "TPU chips to compile for, such as v5e:4x4; empty: the devices at hand.")
-    flags.DEFINE_string("shape", "", "A config.json with the shape of the pretrained model, where that is not here.")
-    flags.DEFINE_float("guided_share", 1.0, "Share of the steps in which a group fails and is rolled again.", 0.0, 1.0)
-    flags.DEFINE_string("workdir", "", "A run of this config on the devices at hand: measured against the bound.")
+    flags.DEFINE_string("shape", "", "A config.json with the shape of a pretrained model that is not here.")
+    flags.DEFINE_float("guided_share", 1.0, "Share of the steps in which a group fails and is replayed.", 0.0, 1.0)
+    flags.DEFINE_string("workdir", "", "A run of this config on the devices at hand, to set against the bound.")
     flags.DEFINE_string("out", "", "A JSON file to write the figures to.")
     flags.mark_flag_as_required("config")
 

@@ -56,7 +56,7 @@ def base() -> ConfigDict:
     """The defaults: AGRL for a small policy trained from scratch on the bundled benchmark."""
     c = ConfigDict()
     c.seed = 0  # of parameters, batches and sampling
-    c.method = "agrl"  # one of METHODS, which the fields must be; names the stage after the warm start
+    c.method = "agrl"  # one of METHODS, with which the fields must agree; names the stage after the warm start
 
     c.rulebook = ConfigDict()  # the business's rules
     c.rulebook.path = "four_tier"  # a bundled rule book by name, or the path of a YAML file
@@ -67,19 +67,19 @@ def base() -> ConfigDict:
     # file of the library `datasets`; esci, wands: the folder of the public release.
     c.data.source = "benchmark"
     c.data.path = ""  # the file (CSV, TSV, JSON lines, perhaps compressed, or Parquet) or the folder
-    # Of pairs and hf: what holds the test pairs; empty: they are split off, or stand in `split`. Of the benchmark: a
+    # Of pairs and hf: the test pairs; empty: they are split off, or the column `split` marks them. Of the benchmark: a
     # file of pairs that are judged too, as the split `test`.
     c.data.test_path = ""
-    c.data.columns = ""  # of files of pairs and of datasets: their names of our columns, "{title: product_title}"
+    c.data.columns = ""  # names of our columns in files and datasets, where they differ: "{title: product_title}"
     c.data.labels = ""  # the tier of each label, by name or grade, "{E: 4, S: 3, C: 2, I: 1}"
     c.data.bins = ""  # or the lowest rating of each tier but the worst, "[1.5, 2.5, 3.5]": 2.33 is the second lowest
     c.data.on_bad_rows = "refuse"  # a row that cannot be used refuses the file; skip: it is left out, counted and said
-    c.data.dir = ""  # where the benchmark is kept; empty: WORKDIR/data, or ~/.cache/agrl_jax of a bucket
+    c.data.dir = ""  # where the benchmark is kept; empty: WORKDIR/data, or ~/.cache/agrl_jax if that is a bucket
     c.data.seed = 0  # of the benchmark, and of the split of a file without a `split` column
     c.data.steps_known = -1  # training pairs that keep their steps; the others keep the tier alone. -1: all keep them
     c.data.prompt_len = 40  # S, tokens after the instructions that all prompts share; longer item texts are shortened
     c.data.response_len = 17  # T, tokens
-    c.data.style = "terse"  # full: with the rule book's instructions; chat: so, through the model's chat template
+    c.data.style = "terse"  # full: with the rule book's instructions; chat: full, through the model's chat template
 
     c.policy = ConfigDict()  # the language model
     # A Hugging Face folder, a GGUF file, a folder of adapters, smollm2, or the judge in the box, smollm2-four-tier; the
@@ -93,8 +93,8 @@ def base() -> ConfigDict:
     c.policy.head_dim = 32  # dimensions of each head; even
     c.policy.mlp = 352  # hidden width of the feed-forward network
     c.policy.tied = False  # one matrix for embedding and head; apart, rare words keep their own direction
-    c.policy.qk_norm = True  # as Qwen3
-    c.policy.bias = False  # of queries, keys and values, as Qwen2
+    c.policy.qk_norm = True  # RMSNorm of queries and keys, as in Qwen3
+    c.policy.bias = False  # of queries, keys and values, as in Qwen2
     c.policy.rope_theta = 10_000.0  # base of the rotary positions
     c.policy.norm_eps = 1e-6  # added to the mean square that RMSNorm divides by
     c.policy.param_dtype = "float32"  # of the parameters as they are trained and kept
@@ -104,7 +104,7 @@ def base() -> ConfigDict:
     c.policy.thought_len = 256  # tokens after which a thought is closed by force
 
     c.lora = ConfigDict()  # low-rank adapters, trained in place of the policy's weights
-    c.lora.rank = 0  # 0: none, all weights are trained; otherwise learning rates are some ten times larger
+    c.lora.rank = 0  # 0: none, all weights are trained; otherwise set learning rates some ten times larger
     c.lora.alpha = 16.0  # the adapters' product is scaled by alpha / rank
     c.lora.modules = "q,k,v,out,gate,up,down"  # matrices of each layer that have adapters
     c.lora.stages = "both"  # or rl: the warm start trains all weights, and what it leaves is the base
@@ -113,36 +113,36 @@ def base() -> ConfigDict:
     c.optim = ConfigDict()  # the optimiser of every stage
     c.optim.kind = "adamw"  # or adafactor: no momentum, and the second moments of rows and columns alone
     c.optim.moments = "float32"  # of AdamW and Muon as they are kept; bfloat16: half the memory
-    c.optim.clip_norm = 1.0  # the gradient's norm is cut to this; 0: it is left
+    c.optim.clip_norm = 1.0  # the largest norm of the gradient, which is scaled down to it; 0: no limit
     c.optim.b1 = 0.9  # decay of AdamW's mean gradient
     c.optim.b2 = 0.95  # decay of AdamW's mean squared gradient
     c.optim.eps = 1e-8  # added to the root that AdamW divides by
 
     c.sft = ConfigDict()  # the supervised warm start
     # Pairs of the warm start, one or several joined by "+", as "benchmark_train+pairs". benchmark: the `sft` split of
-    # the bundled benchmark; benchmark_train: its `train` split; train: the pairs that RL sees; known: those of them
-    # whose steps are all known; pairs, hf, esci, wands: the training pairs at sft.path; both: benchmark+train; mixture:
-    # of benchmark_train and train, as the fields of `mixture` say.
+    # the bundled benchmark; benchmark_train: its `train` split; train: the pairs that RL sees; known: of these, the
+    # ones whose steps are all known; pairs, hf, esci, wands: the training pairs at sft.path; both: benchmark+train;
+    # mixture: of benchmark_train and train, as the fields of `mixture` say.
     c.sft.source = "benchmark"
-    c.sft.path = ""  # a file of pairs, as data.* says that they are written, or the folder of the release
+    c.sft.path = ""  # a file of pairs, read by data.columns, labels and bins, or the folder of the release
     c.sft.steps = 600  # updates
     c.sft.batch_size = 32  # pairs
     c.sft.micro_batches = 1  # pieces of each batch: less memory
     c.sft.learning_rate = 3e-3  # peak; cosine decay to 0
-    c.sft.matrix_rate = 0.01  # the same of Muon, which trains the layers' matrices; 0: AdamW trains all
+    c.sft.matrix_rate = 0.01  # peak of Muon, which trains the layers' matrices; 0: AdamW trains all
     c.sft.warmup = 30  # steps in which the learning rate rises from 0
     c.sft.weight_decay = 0.01  # decoupled, of matrices alone
     c.sft.prompt_weight = 0.1  # of the prompts' own tokens in the loss: a policy from scratch learns from them too
-    # What pairs with unknown steps teach. fill: what is known, beside the policy's own choice of what is not; sum: the
-    # probability of the label, summed over all steps that agree with it.
+    # How pairs with unknown steps teach. fill: the policy fills these steps in, and the loss is of what is known; sum:
+    # the loss is of the label's probability, summed over all steps that agree with it.
     c.sft.unknown_steps = "fill"
     c.sft.by_length = False  # batches of pairs of like length, their prompts cut to the longest of them
 
     c.mixture = ConfigDict()  # what sft.source=mixture is made of; see agrl_jax/data/mixture.py
     c.mixture.rows = 24_000  # pairs in all
-    c.mixture.real = 0.3  # share of the pairs that RL sees, which are of real shops
-    c.mixture.strangers = 0.05  # share of their queries with items of other queries, of the worst tier
-    c.mixture.disguised = 0.7  # share of the benchmark's pairs that are written as a marketplace would
+    c.mixture.real = 0.3  # share of `train`, the pairs of real shops, each as often as it takes
+    c.mixture.strangers = 0.05  # share of real queries with other queries' items, which are of the worst tier
+    c.mixture.disguised = 0.7  # share of the benchmark's pairs that are rewritten as a marketplace would write them
 
     c.rl = ConfigDict()  # reinforcement learning
     c.rl.source = "train"  # the training pairs of data.source; or sft: those of the warm start, such as a mixture
@@ -150,7 +150,7 @@ def base() -> ConfigDict:
     c.rl.budget = 0  # forward-equivalent tokens (`budget/spent`) after which the stage ends, if sooner; 0: no limit
     c.rl.batch_size = 64  # B, examples
     c.rl.group_size = 4  # G, answers to each
-    c.rl.candidates = 1  # up to so many times B examples, in place of groups with equal rewards; see rl/refill.py
+    c.rl.candidates = 1  # x B examples sampled at most, to replace groups with equal rewards; see rl/refill.py
     c.rl.temperature = 1.0  # of sampling; the loss is of the same distribution
     c.rl.epochs = 1  # passes over each rollout
     c.rl.minibatches = 1  # updates in each pass
@@ -164,7 +164,7 @@ def base() -> ConfigDict:
     c.rl.max_skipped = 10  # updates in a row skipped as not finite before the run stops
 
     c.dpo = ConfigDict()  # in place of rl where the method is dpo; see agrl_jax/supervised/dpo.py
-    c.dpo.samples = 8  # answers to each training pair, right against wrong; sampled at rl.temperature
+    c.dpo.samples = 8  # answers to each training pair, at rl.temperature; right ones are preferred to wrong ones
     c.dpo.mined = 12_800  # training pairs sampled from, stratified; 0: all
     c.dpo.pairs = 1  # preferences taken from one training pair at most
     c.dpo.beta = 0.1  # how strongly the policy is held to the reference
@@ -188,7 +188,7 @@ def base() -> ConfigDict:
     c.reward.composition = "gated"  # terminal, sum, gated, gated_tier
     c.reward.tier_kind = "exact"  # or ordinal: one tier off is less wrong than three
     c.reward.tier_weight = 1.0  # of the right tier
-    c.reward.step_weight = 1.0  # of each step; much less than the tier's, and wrong steps that give the right tier pay
+    c.reward.step_weight = 1.0  # of each step; if it is far below tier_weight, wrong steps that give the right tier pay
     c.reward.consistent_weight = 0.25  # of steps that imply the stated tier
     c.reward.format_weight = 0.1  # of an answer that the grammar accepts
     c.reward.overlong_weight = 0.1  # of the penalty for length, which rises from overlong_from to response_len
@@ -197,16 +197,16 @@ def base() -> ConfigDict:
     c.objective = ConfigDict()  # the loss; see agrl_jax/rl/objective.py
     c.objective.loss = "grpo"  # grpo, dr_grpo, dapo, gspo, cispo, rloo
     c.objective.credit = "step"  # each step's reward to the tokens of that step; or sequence: all to all
-    c.objective.clip_low = 0.2  # the ratio of new to old probability counts down to 1 - clip_low
-    c.objective.clip_high = 0.2  # and up to 1 + clip_high; DAPO takes 0.28
+    c.objective.clip_low = 0.2  # the ratio of new to old probability is clipped at 1 - clip_low from below
+    c.objective.clip_high = 0.2  # and at 1 + clip_high from above; DAPO takes 0.28
     c.objective.gspo_clip_low = 3e-4  # the same for gspo, whose ratios are geometric means over an answer
     c.objective.gspo_clip_high = 4e-4  # as in its paper
-    c.objective.clamp = 0.0  # advantages of tokens lie from -clamp to clamp; 0: as they are
+    c.objective.clamp = 0.0  # advantages of tokens are limited to -clamp ... clamp; 0: no limit
     c.objective.kl = "none"  # to the end of the warm start: none; k1, taken from the reward; k2 or k3, in the loss
-    c.objective.kl_weight = 0.0  # of KL
+    c.objective.kl_weight = 0.0  # of the KL term
     c.objective.entropy_weight = 0.003  # of the entropy bonus
     c.objective.mask_truncated = False  # answers without an end give no gradient
-    c.objective.logprob_chunk = 0  # positions whose logits a device holds at once, to be recomputed; 0: all, kept
+    c.objective.logprob_chunk = 0  # positions whose logits a device holds at once, and recomputes; 0: all, kept
 
     c.guidance = ConfigDict()  # guided replay; see agrl_jax/rl/guidance.py
     c.guidance.enabled = True  # groups that fail answer again, after being given the first parts of the gold answer
@@ -215,14 +215,14 @@ def base() -> ConfigDict:
     c.guidance.replace = 2  # answers of a guided group that are rolled again
     c.guidance.source = "gold"  # own: where the truth is unknown, the policy's latest right answer to the pair
     c.guidance.treatment = "imitate"  # of forced tokens in the loss: shaped, imitate, importance, mask
-    c.guidance.gamma = 0.1  # of shaped
+    c.guidance.gamma = 0.1  # of shaped, whose loss is -p / (p + gamma)
     c.guidance.imitate_weight = 1.0  # of imitate; 1: as a sampled token with advantage 1 in an answer of T tokens
-    c.guidance.baseline = "pooled"  # or unguided_only
-    c.guidance.level = "adaptive"  # or fixed
+    c.guidance.baseline = "pooled"  # over a guided group's answers; unguided_only: over its unguided ones
+    c.guidance.level = "adaptive"  # or fixed, at initial_level
     c.guidance.initial_level = 4.0  # parts of the gold response revealed at first
     c.guidance.eta = 0.2  # how fast the level follows the guided pass rate
     c.guidance.per_family = True  # one level for each query family
-    c.guidance.cap = "none"  # linear or cosine: the level may at most fall to 0 over training
+    c.guidance.cap = "none"  # linear or cosine: a ceiling of the level falls to 0 over training
 
     c.eval = ConfigDict()  # validation and the scorecard
     c.eval.every = 50  # RL steps between validations; 0: only at the end
@@ -244,9 +244,9 @@ def base() -> ConfigDict:
 
     c.mesh = ConfigDict()  # devices along each axis; -1: all that remain
     c.mesh.data = -1  # the batch is split over them
-    c.mesh.fsdp = 1  # so is the batch, and parameters and optimiser too
+    c.mesh.fsdp = 1  # the batch, the parameters and the optimiser are split over them
     c.mesh.tensor = 1  # heads, feed-forward, vocabulary and experts are split over them
-    c.mesh.gather_decode = True  # whole weights for decoding, once per rollout; False: less memory, gathered each token
+    c.mesh.gather_decode = True  # gather weights for decoding once per rollout; False: for each token, in less memory
     return c
 
 
@@ -258,7 +258,7 @@ def pairs() -> ConfigDict:
     c.policy.vocab_size = 4000  # and their words more varied
     c.rl.steps = 150
     c.guidance.source = "own"  # most real pairs have the tier alone
-    c.guidance.threshold = 0.25  # a group with one right answer of four is shown it, so that pairs met once are guided
+    c.guidance.threshold = 0.25  # a group with one right answer of four is guided by it, even at the first meeting
     c.eval.every = 25
     return c
 
@@ -274,13 +274,13 @@ def language_model() -> ConfigDict:
     c.policy.compute_dtype = "bfloat16"  # parameters stay in float32: in bfloat16 they would lose small updates
     c.policy.remat = True  # else attention weights alone take 32 x 432 x 760 x 4 bytes a head and layer: 42 MB
 
-    # Fine-tuning: it knows its language, and has to learn the form of the answer and then the judging.
+    # The model knows its language; it has to learn the form of the answer, and then to judge.
     c.sft.steps = 300
     c.sft.batch_size = 32
     c.sft.learning_rate = 2e-5
     c.sft.matrix_rate = 0.0  # AdamW alone: orthogonalised steps would rewrite what pretraining left
     c.sft.weight_decay = 0.0
-    c.sft.prompt_weight = 0.0  # nor has it to learn the language of prompts
+    c.sft.prompt_weight = 0.0  # the language of prompts is known too
     c.rl.steps = 200
     c.rl.batch_size = 32
     c.rl.group_size = 8  # a prompt is long and computed once for its group: more answers cost little
@@ -305,8 +305,8 @@ def with_method(config: ConfigDict, method: str) -> ConfigDict:
 
 
 def check(config: ConfigDict) -> None:
-    """Raises ConfigError where the method's name is not that of the fields, or where a field was changed that has no
-    effect beside the others; all problems in one message."""
+    """Raises ConfigError where the fields are not those of the method, or where a changed field has no effect beside
+    the others; one message lists all problems."""
     raise_problems([*_method_problems(config), *_idle_problems(config)])
 
 
@@ -339,7 +339,7 @@ def _method_problems(config: ConfigDict) -> Iterator[str]:
         yield f"method={method} with {values}: that is {rl_method(config)}; {advice}, or set method to what it is"
 
 
-# Fields that act only beside certain values of others, and which.
+# (field, other field, test): the field acts only beside values of the other field that pass the test.
 _ACTS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("data.path", "data.source", lambda source: source != "benchmark"),
     ("data.test_path", "data.source", lambda source: source in ("pairs", "hf", "benchmark")),

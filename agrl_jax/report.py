@@ -2,7 +2,7 @@
 
     python -m agrl_jax.report --workdir=runs/quickstart --compare=runs/grpo --out=report.html
 
-Reads the files of the workdirs alone. The page is one file that loads nothing: mail it, or open it years later.
+The command reads only files of the workdirs. The page is one file that loads nothing: mail it, or open it years later.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from agrl_jax.runtime.config import exit_with, parse_flags
 from agrl_jax.runtime.console import say
 from agrl_jax.runtime.files import check_writable, write_text
 
-RISE, FALL = 0.02, 0.02  # of a part and of validation accuracy, over three validations in a row: an alarm
+RISE, FALL = 0.02, 0.02  # an alarm: how far a part rises and validation accuracy falls over three validations in a row
 
 _ALARM_RULE = (
     f"From one validation to the second one after it, validation accuracy falls by at least {FALL} and the smoothed "
@@ -43,7 +43,7 @@ def page(workdirs: Sequence[epath.PathLike]) -> str:
     """The page about workdirs, the first of which is compared with the others.
 
     Raises:
-      ValueError: a workdir is none of a training run, or a file in it is damaged.
+      ValueError: a workdir is not that of a training run, or a file in it is damaged.
     """
     runs = [_run(epath.Path(workdir)) for workdir in workdirs]
     parts = list(dict.fromkeys(part for run in runs for part in run["parts"]))
@@ -83,7 +83,7 @@ def _run(workdir: epath.Path) -> dict[str, Any]:
 
 
 def _file(path: epath.Path, reader: Any, otherwise: Any, without: str, missing: list[str]) -> Any:
-    """What a file holds; where it is not there, `otherwise`, and a word in `missing`."""
+    """What a file holds; where there is none, `otherwise`, and a sentence in `missing`."""
     if path.exists():
         return reader(path)
     missing.append(f"{path.name} is not there: {without}.")
@@ -148,7 +148,7 @@ def confusions(frame: pl.DataFrame) -> list[dict[str, Any]]:
 
 
 def _matrix(part: str, truth: pl.Series, stated: pl.Series, names: Sequence[str]) -> dict[str, Any]:
-    """Pairs whose truth is known; the last column is that of answers which state nothing."""
+    """Counts of the pairs whose truth is known; the last column counts answers that state nothing."""
     columns = [*names, None]
     counts = np.zeros((len(names), len(columns)), int)
     for true, said in zip(truth, stated, strict=True):
@@ -166,7 +166,7 @@ def _matrix(part: str, truth: pl.Series, stated: pl.Series, names: Sequence[str]
 
 def reliabilities(frame: pl.DataFrame) -> list[dict[str, Any]]:
     """For each stage and split, and each bin of the calibration error that holds pairs: the mean probability of the
-    likeliest tier, the share of pairs of which it is the true one (never where malformed), and their number."""
+    likeliest tier, how often that tier is right (a malformed answer never is), and the number of pairs."""
     from agrl_jax.evaluation.metrics import confidence_bin
 
     tiers = [name for name in frame.columns if name.startswith("prob_")]

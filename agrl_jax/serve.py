@@ -12,8 +12,8 @@ It needs the extra `serve`: pip install 'agrl_jax[serve]'. The checkpoint is wha
     GET  /rules     the rule book
 
 Pairs of requests that come together are judged together. Bad input is answered with a status of 400 to 422 and
-{"error": ...}, too much of it with 413 or 503. On SIGTERM or Ctrl-C the server takes no more requests, answers those
-that it has accepted, and ends with exit code 0.
+{"error": ...}, a request that is too large with 413, and one too many with 503. On SIGTERM or Ctrl-C the server takes
+no more requests, answers those that it has accepted, and ends with exit code 0.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def _define_flags() -> None:
     flags.DEFINE_string("host", "127.0.0.1", "The address to listen on; 0.0.0.0 or :: for all.")
     flags.DEFINE_integer("port", 8000, "The port; 0: any that is free.", lower_bound=0, upper_bound=65535)
     flags.DEFINE_float("window_ms", 5.0, "How long a pair waits for others, in milliseconds.", lower_bound=0)
-    flags.DEFINE_integer("max_pairs", 256, "Pairs of a request.", lower_bound=1)
-    flags.DEFINE_integer("max_bytes", 1 << 20, "Of a request's body.", lower_bound=1)
-    flags.DEFINE_integer("max_waiting", 4096, "Pairs of all requests that are not answered yet.", lower_bound=1)
+    flags.DEFINE_integer("max_pairs", 256, "Pairs that one request may hold.", lower_bound=1)
+    flags.DEFINE_integer("max_bytes", 1 << 20, "Bytes that a request's body may hold.", lower_bound=1)
+    flags.DEFINE_integer("max_waiting", 4096, "Pairs that may wait for an answer, of all requests.", lower_bound=1)
     flags.DEFINE_integer("grace_s", 60, "Seconds in which accepted requests are answered at the end.", lower_bound=1)
 
 

@@ -1,19 +1,19 @@
-"""Which of two judges orders a query's items better: a blinded page to compare them by eye, and GSB of the answers.
+"""Compares how two judges order a query's items: a blinded page for people to answer, and GSB of the answers.
 
     python -m agrl_jax.side_by_side --a=runs/grpo --b=runs/quickstart --queries=items.csv
     python -m agrl_jax.side_by_side --answers=answers.json
 
 Both judges judge all items of the file (a row as for `agrl_jax.judge`; several rows a query). Each orders the items
-of a query by tier, items of one tier by the expected grade of the tier probabilities, and what is still equal as in
-the file. `side_by_side.html`, which loads nothing, shows the first `--top` of both lists beside each other. A person
-says which is better and saves the answers to a file; the second command counts them: Good where B is better, Bad
-where A is, and GSB = (good - bad) / (good + same + bad), the offline form of the evaluation of arXiv 2510.08048.
+of a query by tier, then by the expected grade of the tier probabilities, then as in the file. `side_by_side.html`,
+which loads nothing, shows the first `--top` of both lists beside each other. A person says which is better and saves
+the answers to a file; the second command counts them: Good where B is better, Bad where A is, and
+GSB = (good - bad) / (good + same + bad), the offline form of the evaluation of arXiv 2510.08048.
 
-Which judge is left is drawn for each query. The page cannot reveal it, since it does not know: whichever judge is
-called A, it is the same page to the last byte. The key lies beside it, in `side_by_side.key.json`: do not hand it out.
+The side of each judge is drawn for each query. The page cannot reveal it: whichever judge is called A, the page is
+the same to the last byte. The key lies beside it, in `side_by_side.key.json`: do not hand it out.
 
-Queries for which the lists that would be shown are equal are not asked, and count as Same. Queries of one item have
-no order and are left out, as are items that one of the judges cannot judge; all are counted in what is printed.
+A query for which both judges would show equal lists is not asked, and counts as Same. A query of one item has no order
+and is left out, as is an item that one of the judges cannot judge; the command prints how many there are of each.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def rank(judged: Judgement, grades: Mapping[str, int]) -> Rank:
 
 
 def judge_rows(judge: Judge, rows: Mapping[int, Record], name: str) -> tuple[dict[int, Rank], dict[int, str]]:
-    """The ranks of the rows, by their number, and why those without one could not be judged."""
+    """The ranks of the rows by number, and the errors of the rows that could not be judged."""
     grades = {tier.name: tier.grade for tier in judge.book.tiers}
     ranks, errors = {}, {}
     numbers = list(rows)
@@ -114,8 +114,8 @@ def arrange(
 ) -> Study:
     """The first `top` items of each query in the orders of both judges; items without a rank are left out.
 
-    The lists of a query are put in an order that does not depend on whose they are, and then swapped or not by a
-    coin that depends on seed and query alone: so the page is the same whichever judge is `a`.
+    The two lists of a query are sorted by what they hold, and then swapped or not by a coin that depends on seed and
+    query alone: so the page is the same whichever judge is `a`.
     """
     texts = [{name: text for name, text in cells.texts(row).items() if name in _SHOWN and text} for row in rows]
     comparisons, left, equal, single = [], {}, [], []
@@ -204,7 +204,7 @@ def _other(judge: str) -> str:
 
 
 def table(asked: Gsb, equal: int) -> rich.table.Table:
-    """The counts of the queries that were answered, and of these with those whose lists are equal."""
+    """The counts of the queries that were answered, without and with the queries whose lists are equal."""
     whole = gsb(asked.good, asked.same + equal, asked.bad)
     rows = [
         [title, one.good + one.same + one.bad, one.good, one.same, one.bad, one.value,
@@ -286,8 +286,8 @@ def _define_flags() -> None:
     flags.DEFINE_string("answers", None, "Answers that the page saved: count them.")
     flags.DEFINE_integer("top", 10, "Items shown of each list.", lower_bound=1)
     flags.DEFINE_integer("sample", 0, "Queries drawn from the file; 0: all.", lower_bound=0)
-    flags.DEFINE_integer("seed", 0, "Of the sides, and of the sample.")
-    flags.DEFINE_enum("a_stage", "best", STAGES, "Of a workdir: the best of RL, its end, or its start.")
+    flags.DEFINE_integer("seed", 0, "Seed of the sides, and of the sample.")
+    flags.DEFINE_enum("a_stage", "best", STAGES, "Of a workdir: the best or the last of RL, or its start.")
     flags.DEFINE_enum("b_stage", "best", STAGES, "Likewise.")
     flags.DEFINE_integer("batch_size", 64, "Pairs judged at once.", lower_bound=1)
     flags.DEFINE_bool("overwrite", False, "Replace the page and key of other queries or judges.")

@@ -5,8 +5,8 @@
     python -m agrl_jax.suggest --doubt --input=mine.csv --checkpoint=my_judge --out=to_check.csv
 
 The judges are checkpoints, as `agrl_jax.judge` takes them, files that it has judged, or both. A judged file holds the
-rows of `--input`, and can stand in for it. A long pool is best judged first, by `agrl_jax.judge`, which goes on where
-it was stopped.
+rows of `--input`, and can replace it. Judge a long pool first, with `agrl_jax.judge`, which resumes where it was
+stopped.
 
 A pair is worth a label where a judge is unsure of its tier, judges are sure of different tiers, steps do not imply
 their tier, or a row of the decision table decides it that no label has met. `--by` takes some of these reasons. Rows of
@@ -52,14 +52,14 @@ def _define_flags() -> None:
     flags.DEFINE_bool("doubt", False, "The input is labelled: list the labels that are likely errors.")
     flags.DEFINE_integer("number", 200, "How many rows at most.", lower_bound=1)
     flags.DEFINE_multi_enum("by", list(REASONS), REASONS, "A reason to count; may be given several times.")
-    flags.DEFINE_integer("per_rule", 3, "How many pairs of each row of the table not met yet.", lower_bound=0)
+    flags.DEFINE_integer("per_rule", 3, "Pairs of each row of the table that is not yet met.", lower_bound=0)
     flags.DEFINE_integer("per_query", 0, "How many pairs of one query at most; 0: any number.", lower_bound=0)
     flags.DEFINE_string("out", "to_label.csv", "Where to write the rows: .csv, .tsv, .jsonl or .parquet.")
     flags.DEFINE_string("columns", "", "The files' names of our columns, where they differ: '{title: product_title}'.")
-    flags.DEFINE_string("labels", "", "Where the files' labels have other names: '{E: 4, S: 3}'.")
-    flags.DEFINE_string("bins", "", "Of ratings, the lowest one of each tier but the worst: '[1.5, 2.5, 3.5]'.")
-    flags.DEFINE_string("rulebook", None, "Of judged files alone, or of a model that is not ours.")
-    flags.DEFINE_enum("order", None, RULES["rulebook.order"].choices, "Of the response, likewise.")
+    flags.DEFINE_string("labels", "", "The tier of each label, by name or grade: '{E: 4, S: 3}'.")
+    flags.DEFINE_string("bins", "", "The lowest rating of each tier but the worst: '[1.5, 2.5, 3.5]'.")
+    flags.DEFINE_string("rulebook", None, "The rule book of judged files, or of a model not trained by agrl_jax.")
+    flags.DEFINE_enum("order", None, RULES["rulebook.order"].choices, "The order of its responses.")
     flags.DEFINE_enum("stage", "best", STAGES, "Of workdirs.")
     flags.DEFINE_integer("batch_size", 64, "Pairs judged at once.", lower_bound=1)
 

@@ -46,13 +46,13 @@ class Batch:
     tier: Array  # [B] index of the true tier
     row: Array  # [B] index of the pair in its split: identifies the example for random numbers and guidance
     family: Array  # [B] index of the query family
-    # Where steps are unknown and reasons known, to write whole responses (W tokens at most; parts in response order):
+    # For writing whole responses where steps are unknown but reasons known; W: tokens at most; parts in response order.
     reason: Array | None = None  # [B, P, W] tokens that stand before the statement of each part, right-padded
     reason_len: Array | None = None  # [B, P] tokens of each
 
 
 class Thought(NamedTuple):
-    """How a thought at the beginning of a response is told, and where it is closed by force."""
+    """How a thought at the beginning of a response is recognised, and where it is closed by force."""
 
     begin: int | None  # the token that opens it; None where the prompt has opened it
     end: tuple[int, ...]  # tokens that close it, the first of which is the mark
@@ -107,18 +107,18 @@ class Reading:
 class Instructions:
     """Keys and values of the tokens that all prompts begin with, computed once and shared by all examples."""
 
-    k: Array  # [L, K, I, D/H] compute dtype; or L arrays, where the layers' weights stand apart
+    k: Array  # [L, K, I, D/H] compute dtype; or L arrays, where the layers' weights are not stacked
     v: Array  # [L, K, I, D/H]
 
     @property
     def number(self) -> int:
-        """How many tokens they are: I."""
+        """I, the number of tokens."""
         return jax.tree.leaves(self.k)[0].shape[-2]
 
 
 @struct.dataclass
 class Instructed:
-    """Parameters with the instructions' keys and values under them: what an `instructed` policy takes as parameters."""
+    """Parameters and the instructions' keys and values: what an `instructed` policy takes as parameters."""
 
     params: Params
     instructions: Instructions
@@ -128,7 +128,7 @@ class Instructed:
 class Prefix:
     """Keys and values of the prompts, computed once per example and shared by its group."""
 
-    k: Array  # [L, B, K, S, D/H] compute dtype; or L arrays, where the layers' weights stand apart
+    k: Array  # [L, B, K, S, D/H] compute dtype; or L arrays, where the layers' weights are not stacked
     v: Array  # [L, B, K, S, D/H]
     length: Array  # [B] int32 valid entries
     last_hidden: Array  # [B, D] final hidden state at the last prompt token
@@ -138,7 +138,7 @@ class Prefix:
 class Cache:
     """Keys and values of the responses themselves."""
 
-    k: Array  # [L, B, G, K, T, D/H]; or L arrays, where the layers' weights stand apart
+    k: Array  # [L, B, G, K, T, D/H]; or L arrays, where the layers' weights are not stacked
     v: Array  # [L, B, G, K, T, D/H]
 
 
@@ -164,9 +164,9 @@ Axes = tuple[str | None, ...]  # a logical name, or None, for each axis of an ar
 
 
 class Placement(NamedTuple):
-    """How arrays lie over the devices, by their logical axes. By default that is left to the compiler."""
+    """How arrays lie over the devices, by their logical axes. By default the compiler decides."""
 
-    place: Callable[[Array, Axes], Array] = lambda x, axes: x  # holds an array to its place
+    place: Callable[[Array, Axes], Array] = lambda x, axes: x  # constrains an array to its place
     # (function, axes of its arguments, axes of its result) -> the function of whole arrays that runs it on each
     # device's part of them. An axis of the result is split where an argument's axis of that name is.
     split: Callable[[Callable[..., Array], tuple[Axes, ...], Axes], Callable[..., Array]] = (
@@ -198,7 +198,7 @@ class Policy(NamedTuple):
 
 @struct.dataclass
 class OwnAnswers:
-    """The latest answer of the policy's own to each training row that is worth showing to it again."""
+    """For each training row, the policy's own latest answer that is worth showing to it again."""
 
     tokens: Array  # [N, T] int32
     part_end: Array  # [N, P] int32, as in `Batch`; all 0 where there is no such answer yet
@@ -210,7 +210,7 @@ class GuidanceState:
 
     level: Array  # [families] float32 parts revealed, before the offset of the row
     offset: Array  # [N] int8 correction of the level for each training row
-    memory: Array  # [N] int8 pass rate in percent when the row was last guided; UNKNOWN if not, or since met again
+    memory: Array  # [N] int8 pass rate in percent when the row was last guided; UNKNOWN if never, or met since
     own: OwnAnswers | None = None  # where guidance reveals the policy's own answers
 
 
