@@ -137,7 +137,7 @@ def read_config(workdir: epath.Path) -> ConfigDict:
 
 
 def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above`, and of `below` what it lacks, branch by branch."""
+    """`above`, with what it lacks taken from `below`, branch by branch."""
     shared = {name for name, value in below.items() if isinstance(value, dict) and name in above}
     return {**below, **above, **{name: _overlaid(below[name], above[name]) for name in shared}}
 
@@ -333,9 +333,9 @@ def load_model(
 ) -> Model:
     """The policy of a config, without its weights; on a mesh, its activations are held to their places there.
 
-    The tokenizer, of a pretrained model the shape too (see `keep_pretrained`), and `rules` unless given, are read from
-    the workdir. A run that begins, which has `data`, trains the tokenizer of a policy from scratch on them, and leaves
-    it there.
+    The workdir holds the tokenizer, the rule book, which `rules` replaces, and the shape of a pretrained model (see
+    `keep_pretrained`). A run that begins passes its `data`: a policy from scratch trains its tokenizer on them, and
+    keeps it in the workdir.
     """
     rules = rules or kept_rules(config, workdir)
     if config.policy.pretrained:
@@ -437,20 +437,20 @@ def _kept_pretrained(config: ConfigDict, workdir: epath.Path) -> tuple[Tokenizer
 
 
 def _asked(config: ConfigDict) -> dict[str, Any]:
-    """What the kept tokenizer and shape depend on; without thinking, as older versions kept it."""
+    """What the kept tokenizer and shape depend on. Without thinking it is what older versions kept."""
     thinking = config.policy.thought_len if config.policy.thinking == "on" else None
     return {"pretrained": config.policy.pretrained, "style": config.data.style, "thinking": thinking}
 
 
 def _read_kept(workdir: epath.Path, asked: Mapping[str, str]) -> dict[str, Any]:
-    """What is kept of the pretrained model that is asked for; empty where that is nothing, or of another model."""
+    """What the workdir keeps of the pretrained model asked for; empty if it keeps nothing, or another model."""
     file = workdir / POLICY_FILE
     kept = read_json(file, ConfigError) if file.exists() else {}
     return kept if {name: kept.get(name) for name in asked} == asked else {}
 
 
 def _computing(config: ConfigDict, shape: PolicyConfig) -> PolicyConfig:
-    """A shape with what the config says of how to compute with it."""
+    """A shape with the dtypes and the rematerialisation that the config sets."""
     wanted = {name: config.policy[name] for name in ("param_dtype", "compute_dtype", "remat")}
     return dataclasses.replace(shape, **wanted)
 
@@ -465,7 +465,7 @@ def _from_scratch(
     elif data is None:
         raise ConfigError(f"{path}: not found; is {workdir} the workdir of a training run?")
     else:
-        other.unlink(missing_ok=True)  # of a pretrained model that a run with another config began with
+        other.unlink(missing_ok=True)  # left by a run that began with a pretrained model
         tokenizer = tokenizers.train_bpe(_training_texts(config, rules, data), config.policy.vocab_size)
         tokenizer.save(path)
     return tokenizer, PolicyConfig(**_own_shape(config) | {"vocab_size": tokenizer.vocab_size})
