@@ -1,4 +1,4 @@
-"""What a cell of a file or a frame holds, as plain text for a prompt and as a plain value for a file."""
+"""Cells of a file or a frame as plain text for a prompt, and as plain values for a file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def is_missing(value: Any) -> bool:
     if value is None:
         return True
     try:
-        return bool(value != value)  # NaN and NaT alone are unlike themselves
+        return bool(value != value)  # only NaN and NaT differ from themselves
     except (TypeError, ValueError):  # the truth of NA is unknown; an array has several
         return type(value).__name__ == "NAType"
 
@@ -63,7 +63,7 @@ def _text(value: Any) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether the text has no half of a character (a lone surrogate), which no file and no tokenizer can hold."""
+    """Whether the text has no lone surrogate (half of a character), which no file and no tokenizer can hold."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -14,16 +14,16 @@ Message = dict[str, str]
 
 _ANSWER = "{answer}"  # stands for what an assistant says
 
-# A thought that the template leaves open at the end of a prompt, for the model to go on with.
+# The mark of a thought that the template opens at the end of a prompt, for the model to go on with.
 _OPEN_THOUGHT = re.compile(r"([<\[])([\w:]*(?:think|thought|reason)\w*)([>\]])\s*$", re.IGNORECASE)
 
 
 def pieces(book: RuleBook, tokenizer: Tokenizer) -> tuple[str, str, str]:
     """The fixed text before the query, between query and item, and after the item.
 
-    The first and the last hold special tokens by their spelling. The instructions are the system's turn, or stand
-    first in the user's where the template has no place for a system. A thought that the template opens is closed, so
-    that the answer follows, unless the tokenizer is `thinking`.
+    The first and the last hold special tokens by their spelling. The instructions are the system's turn, or begin the
+    user's turn where the template has no system. Unless the tokenizer is `thinking`, a thought that the template opens
+    is closed, so that the answer follows.
 
     Raises:
       TokenizerError: the model has no chat template, or one that cannot be rendered.
@@ -43,18 +43,18 @@ def pieces(book: RuleBook, tokenizer: Tokenizer) -> tuple[str, str, str]:
 
 
 def _without_open_thought(reply: str) -> str:
-    """The beginning of a reply, with the thought that it opens closed at once, as Qwen3's template does it."""
+    """The beginning of a reply; a thought that it opens is closed at once, as by Qwen3's template."""
     opened = _OPEN_THOUGHT.search(reply)
     return f"{reply.rstrip()}\n\n{opened[1]}/{opened[2]}{opened[3]}\n\n" if opened else reply
 
 
 def thought(book: RuleBook, tokenizer: Tokenizer) -> tuple[str, str]:
-    """What stands before and after a thought at the beginning of an answer; the first is empty where the prompt has it.
+    """The marks before and after a thought that begins an answer; the first is empty where the prompt ends with it.
 
-    The marks are those that the chat template leaves open, or else <think>.
+    They are the marks that the chat template opens, or else <think>.
 
     Raises:
-      TokenizerError: as `pieces`; or prompts are the same with thinking and without; or the marks are no tokens.
+      TokenizerError: as `pieces`; or thinking does not change the prompts; or a mark is not a token.
     """
     after, quiet = (pieces(book, tokenizer.with_thinking(limit))[2] for limit in (1, 0))
     if after == quiet:
@@ -81,14 +81,14 @@ def end_of_turn(tokenizer: Tokenizer) -> int:
 def render(tokenizer: Tokenizer, messages: Sequence[Message], reply: bool = True) -> str:
     """The messages as `transformers` renders them by the chat template; with `reply`, up to where the assistant speaks.
 
-    Models that can think aloud before they answer are told to where the tokenizer is `thinking`, else not to.
+    A template that knows thinking asks for a thought where the tokenizer is `thinking`, and for none elsewhere.
 
     Raises:
       TokenizerError: the model has no chat template, or one that cannot be rendered.
     """
     if tokenizer.chat_template is None:
         raise TokenizerError("the model has no chat template; set data.style=full")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it need not say that PyTorch is missing
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # no warning that PyTorch is missing
     from transformers.utils import chat_template_utils  # takes a second, and only templates need it
 
     try:
@@ -96,6 +96,6 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], reply: bool = True
             [list(messages)], chat_template=tokenizer.chat_template, add_generation_prompt=reply,
             enable_thinking=tokenizer.thinking > 0, **tokenizer.special_tokens,
         )  # fmt: skip
-    except Exception as error:  # a template is a program of others, and can fail in any way
+    except Exception as error:  # a template is foreign code, and can raise anything
         raise TokenizerError(f"the chat template cannot be rendered: {error}; set data.style=full") from error
     return text

@@ -1,6 +1,6 @@
-"""What labelled pairs say of a rule book: which rows, values and tiers they meet, and which tiers an edit changes.
+"""Finds which rows, values and tiers of a rule book labelled pairs meet, and which of their tiers an edit changes.
 
-Pairs are taken as their file states them: what the rule book does not know is found and counted, not refused.
+Pairs are taken as their file states them: labels and values that the rule book does not have are counted, not refused.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Alike:
 def read_stated(
     path: epath.PathLike, books: Sequence[RuleBook], form: PairsFormat = AS_DESCRIBED
 ) -> tuple[list[Alike], list[str]]:
-    """The pairs of a file by what they are labelled, and the rows and step columns that cannot be read, and why.
+    """The pairs of a file, grouped by their labels; and the rows and step columns that cannot be read, with reasons.
 
     Args:
       path: a file with the column `label`, and optionally `step_NAME` for steps of the books, `query` and `title`.
@@ -75,10 +75,10 @@ def read_stated(
 def meet(groups: Iterable[Alike], book: RuleBook, form: PairsFormat = AS_DESCRIBED) -> dict[str, Any]:
     """What pairs meet of a rule book, JSON-able.
 
-    `rows` of the table, each with the `pairs` that it decides and those that it `may` decide, by steps that are not
+    `rows` of the table, each with the `pairs` that it decides and those that it `may` decide, as some steps are not
     known; `values` of the steps with their pairs, stated or implied by the label; `tiers`; `contradicting` labels,
-    which no completion of their steps gives, and whose steps are of no use; and `foreign` labels and values, which the
-    book does not have.
+    which no completion of their steps gives, and whose steps are not counted; and `foreign` labels and values, which
+    the book does not have.
     """
     reader = _Reader(book, form)
     winner = winners(book.rows, book.num_values)
@@ -128,10 +128,10 @@ def meet(groups: Iterable[Alike], book: RuleBook, form: PairsFormat = AS_DESCRIB
 def changed(
     groups: Iterable[Alike], old: RuleBook, new: RuleBook, form: PairsFormat = AS_DESCRIBED
 ) -> list[dict[str, Any]]:
-    """The pairs, labelled by `old`, whose tier is another by `new`; in the order of the file.
+    """The pairs, labelled by `old`, whose tier differs under `new`; in the order of the file.
 
-    Of each its place, `old` tier and the `new` tiers that its steps leave possible; it changes `surely` where the old
-    one is not among these. Pairs that `old` does not give their label count as unchanged.
+    Each has its place, its `old` tier and the `new` tiers that its steps leave possible; it changes `surely` where the
+    old tier is not among these. Pairs whose label `old` does not give count as unchanged.
     """
     reader, possible, same = _Reader(old, form), outcomes(old, new), same_tiers(old, new)
     found = []
@@ -191,7 +191,7 @@ def write_changed(path: epath.PathLike, found: Sequence[Mapping[str, Any]]) -> N
 
 
 class _Reader:
-    """Reads labels and steps in the terms of a rule book, and counts what it does not have."""
+    """Reads labels and steps in the terms of a rule book, and counts those that the book does not have."""
 
     def __init__(self, book: RuleBook, form: PairsFormat) -> None:
         self.table = book.tier_table().reshape(book.num_values)
@@ -220,11 +220,11 @@ class _Reader:
 
 
 def _block(steps: Sequence[int]) -> tuple[Any, ...]:
-    """The completions of known steps, as an index into the table; each axis stays."""
+    """An index into the table that selects all completions of the known steps, and keeps all axes."""
     return tuple(slice(None) if value == UNKNOWN else slice(value, value + 1) for value in steps)
 
 
 def _listed(what: str, lines: Sequence[str], most: int = MAX_LISTED) -> list[str]:
-    """What is counted, and the first of them; nothing where there is none."""
+    """A heading and the first of the `lines`; nothing where there are none."""
     more = [f"  ... and {len(lines) - most:,} more"] if len(lines) > most else []
     return [what, *(f"  {line}" for line in lines[:most]), *more] if lines else []

@@ -1,7 +1,7 @@
-"""The bundled benchmark's pairs as real shops would write them: the same truth in other spellings.
+"""Rewrites the bundled benchmark's pairs as real shops would write them; their truth stays.
 
-Nothing here changes what a pair says: a brand may move from its field into the title, a price lose its sign, a query
-its capitals or a letter, and a title gain a model's name or a seller's praise. Deterministic: the key gives the dice.
+A brand may move from its field into the title, a price lose its sign, a query lose its capitals or a letter, and a
+title gain a model's name or a seller's praise. The key decides every choice.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def disguise(pair: Pair, *key: object) -> Pair:
 
 
 def retyped(pair: Pair, *key: object) -> Pair:
-    """A real pair, its query typed in another way; of the item, the description or the capitals may be missing."""
+    """A real pair with its query typed in another way; its item may lose the description or the capitals."""
     dice = Dice("retyped", *key)
     return dataclasses.replace(
         pair,
@@ -94,7 +94,7 @@ def typed(query: str, dice: Dice) -> str:
 
 
 def _slipped(query: str, dice: Dice) -> str:
-    """One longer word with two letters swapped, one missing, doubled, or hit beside its key."""
+    """The query with a slip in one longer word: two letters swapped, or one missing, doubled, or hit beside its key."""
     words = query.split(" ")
     long = [i for i, word in enumerate(words) if len(word) >= 5 and word.isalpha()]
     if not long:
@@ -121,7 +121,7 @@ def _capped(query: str, dice: Dice) -> str:
 
 
 def _with_model(title: str, brand: str, dice: Dice) -> str:
-    """The title with a model's name: after the brand where it leads, else in front or at the end."""
+    """The title with a model's name: after the brand if the title begins with it, else in front or at the end."""
     name = dice.pick(_LINES) + dice.pick(_SUFFIXES)
     if dice.chance(0.3):
         name = f"{dice.pick('ABCDGKMRSTX')}{dice.pick('ABDLPRTX')}-{100 + dice.below(900)}"

@@ -54,7 +54,7 @@ def read_esci(
 
 
 def tiers_by_grade(book: RuleBook, grades: dict[str, int]) -> dict[str, int]:
-    """For each label of a public data set the tier of the rule book that has its grade.
+    """By label of a public data set, the tier of the rule book that has its grade.
 
     Raises:
       PairsError: no tier has the grade of a label.
@@ -86,7 +86,7 @@ def _examples(folder: epath.Path, locale: str, small_version: bool) -> Iterator[
 
 
 def _products(folder: epath.Path, locale: str, wanted: set[str]) -> dict[str, dict[str, str]]:
-    """The texts of those of the wanted products that have a title: the file's others are never in memory together."""
+    """The texts of the wanted products that have a title; the others are never in memory together."""
     texts = ["title", "description", "bullet_point", "brand", "color"]
     columns = ["product_id", *(f"product_{name}" for name in texts)]
     found = {}
@@ -127,5 +127,5 @@ def _pair(example: _Example, texts: dict[str, str], tiers: dict[str, int], book:
 
 
 def _clean(text: str | None) -> str:
-    """Without markup, on one line."""
+    """The text without markup, on one line."""
     return clean(html.unescape(_TAG.sub(" ", text or "")))

@@ -1,4 +1,4 @@
-"""What a user says of a file of pairs that was not written for this program: names of columns, labels, ratings."""
+"""How a user describes a file of pairs that was not written for this program: names of columns, labels, ratings."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class PairsFormat:
 
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)  # our name of a column: the file's
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)  # a label of the file: name or grade of a tier
-    bins: tuple[float, ...] = ()  # ratings from which the tiers but the lowest begin, ascending
+    bins: tuple[float, ...] = ()  # the lowest rating of each tier but the worst, ascending
     skip_bad_rows: bool = False  # leave out rows that cannot be used; else the file is refused
 
     @classmethod
     def parse(cls, columns: str = "", labels: str = "", bins: str = "", on_bad_rows: str = "refuse") -> PairsFormat:
-        """From the texts of config fields or flags: "{title: product_title}", "{E: 4, S: 3}", "[1.5, 2.5, 3.5]".
+        """Parses config fields or flags: "{title: product_title}", "{E: 4, S: 3}", "[1.5, 2.5, 3.5]".
 
         Raises:
           PairsError: a text is not of that form.
@@ -47,7 +47,7 @@ class PairsFormat:
 
 
 def _parsed(name: str, text: str, kind: type, example: str) -> dict[str, str] | list[str]:
-    """A flat YAML list or mapping of words; none of them is read as a number or as true or false."""
+    """A flat YAML list or mapping of words; numbers and booleans stay words."""
     try:
         found = yaml.load(text, yaml.BaseLoader) if text.strip() else kind()
     except yaml.YAMLError:
@@ -62,7 +62,7 @@ def label_reader(book: RuleBook, form: PairsFormat) -> tuple[Callable[[str], int
     """The function from a label to the index of its tier, or UNKNOWN; and what labels should be, in words.
 
     Raises:
-      PairsError: labels are mapped to what is no tier, or the bins do not fit the tiers.
+      PairsError: a label is mapped to something that is not a tier, or the bins do not fit the tiers.
     """
     if form.bins and form.labels:
         raise PairsError("labels and bins are given: labels are either mapped or binned")

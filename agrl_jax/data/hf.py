@@ -1,7 +1,7 @@
 """Labelled pairs from a dataset of the `datasets` library that lies on this machine; nothing is downloaded.
 
-Its columns are those of `agrl_jax.data.pairs`, or named by a `PairsFormat`. A column of class labels is read by their
-names. The splits of a dataset are the splits of the pairs; one without is split by query.
+Its columns are those of `agrl_jax.data.pairs`, or named by a `PairsFormat`. Class labels are read by their names. The
+splits of a dataset are the splits of the pairs; a dataset without splits is split by query.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Splits(RowTable):
 
     @property
     def count(self) -> int:
-        """Of all rows."""
+        """The number of rows."""
         return sum(map(len, self.splits.values()))
 
     @property
     def names(self) -> list[str]:
-        """Of the columns, with `split` where the dataset has splits."""
+        """The names of the columns, with `split` where the dataset has splits."""
         columns = [name for split in self.splits.values() for name in split.column_names]
         return list(dict.fromkeys([*columns, *(["split"] if "" not in self.splits else [])]))
 
@@ -57,7 +57,7 @@ def open_dataset(path: epath.PathLike) -> Splits:
     if not isinstance(found, dict):
         return Splits((), str(path), splits={"": found})
     named = {_NAMES.get(name, name): split for name, split in found.items()}
-    if list(named) == ["train"]:  # as files of one piece are loaded
+    if list(named) == ["train"]:  # the library's name for data without splits
         return Splits((), str(path), splits={"": named["train"]})
     for name in found:
         if _NAMES.get(name, name) not in SPLITS or len(named) < len(found):
@@ -90,6 +90,6 @@ def _load(path: epath.Path) -> Any:
             more = {"delimiter": "\t"} if path.suffix.lower() == ".tsv" else {}
             return datasets.load_dataset(kind, data_files=str(path), split="train", **more)
         return datasets.load_dataset(str(path))
-    except Exception as error:  # the library raises whatever its readers do
+    except Exception as error:  # the library's readers can raise anything
         reason = str(error).partition("\n")[0]
         raise PairsError(f"{path}: not a dataset that can be read: {reason}") from error

@@ -1,5 +1,4 @@
-"""Training pairs of a judge for real shops: the bundled benchmark's, disguised, and real ones of which the tier is
-known."""
+"""Mixes training pairs of a judge for real shops: bundled pairs, partly disguised, and real pairs with known tiers."""
 
 from __future__ import annotations
 
@@ -19,16 +18,16 @@ class MixtureConfig:
     """What a mixture is made of; the rest are bundled pairs."""
 
     rows: int  # in all; with as many as training takes, every row is seen once
-    real: float  # share of real pairs, each as often as it takes
-    strangers: float  # share of real queries with items of other queries that have no word in common: of the worst tier
-    disguised: float  # share of the bundled pairs that are written as a marketplace would
+    real: float  # share of real pairs, which are repeated as needed
+    strangers: float  # share of strangers: see `strangers`
+    disguised: float  # share of the bundled pairs that are rewritten as a marketplace would write them
 
 
 def mix(bundled: Sequence[Pair], real: Sequence[Pair], book: RuleBook, cfg: MixtureConfig, seed: int) -> list[Pair]:
-    """`cfg.rows` pairs. Real ones come with their tiers as they are. Bundled ones are of each tier alike, so that a
-    tier cannot be told by the style in which a pair is written.
+    """Returns `cfg.rows` pairs. Real ones keep the tiers that they have. Bundled ones have every tier equally often, so
+    that the style of a pair does not tell its tier.
 
-    The same for the same arguments, everywhere. Batches are to be shuffled: real and bundled pairs stand apart here.
+    The same arguments give the same pairs, everywhere. Shuffle them for batches: real and bundled pairs come apart.
 
     Raises:
       PairsError: there are no real pairs, or none of some tier among the bundled ones; or too few strangers are found.
@@ -45,7 +44,7 @@ def mix(bundled: Sequence[Pair], real: Sequence[Pair], book: RuleBook, cfg: Mixt
 
 
 def strangers(real: Sequence[Pair], count: int, book: RuleBook, seed: int) -> list[Pair]:
-    """Real queries with the items of other queries, with which they share no word: of the worst tier."""
+    """Pairs of a real query and another query's item, which share no word; their tier is the worst."""
     dice, found = Dice("strangers", seed), []
     worst = len(book.tiers) - 1
     for _ in range(_TRIES * count):
@@ -61,7 +60,7 @@ def strangers(real: Sequence[Pair], count: int, book: RuleBook, seed: int) -> li
 
 
 def _again(pairs: Sequence[Pair], *key: object) -> Iterator[Pair]:
-    """The pairs without end, each time in a new order."""
+    """Repeats the pairs without end, each time in a new order."""
     if not pairs:
         raise PairsError("a mixture needs real pairs, and bundled ones of every tier")
     for time in range(1 << 20):

@@ -7,11 +7,11 @@ Files with other columns, other labels or ratings are read with a `PairsFormat`.
     family      the kind of query, by which evaluation is cut
     split       train, validation or test
     step_NAME   the true value of the rule book's step NAME ("step_brand": "match"); empty where unknown
-    reason_NAME why step NAME has its value, in words that a judge may write before it; `reason`: why it is that tier.
+    reason_NAME why step NAME has its value, in words that a judge may write before it; `reason` explains the tier.
                 They are read where the rule book has free text
 
-Step columns carry a prefix because `brand` and `category` say what the item is, not how well it fits. Other columns
-are ignored.
+Step columns carry a prefix because `brand` and `category` say what the item is, not how well it fits. Other columns are
+ignored.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Pair)}
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """The pairs of a file in its order, and what was found."""
+    """The pairs of a file in its order, and what was found in it."""
 
     pairs: list[Pair]
     contradicting: tuple[int, ...] = ()  # rows (the first is 1) whose steps contradict their label: masked
@@ -126,9 +126,9 @@ def _labelled_twice(pairs: Iterable[Pair]) -> int:
 
 
 def digest(pairs: Iterable[Pair]) -> str:
-    """A short name for pairs in their order, by all that training and evaluation take from them.
+    """A short name for pairs in their order: the hash of all that training and evaluation take from them.
 
-    A field that a later version adds leaves it as it is, where it has its default.
+    A field that a later version adds does not change it where the field has its default.
     """
     total = hashlib.sha256()
     for pair in pairs:
@@ -138,8 +138,8 @@ def digest(pairs: Iterable[Pair]) -> str:
 
 
 def hide_steps(pairs: Sequence[Pair], known: int, book: RuleBook, seed: int) -> list[Pair]:
-    """Pairs of which `known`, drawn by `seed`, keep their steps; of the others those remain that the tier implies, as
-    of real pairs that were labelled with a tier alone: without reasons. Order and number stay.
+    """The pairs, of which `known`, drawn by `seed`, keep their steps and reasons. The others keep the steps that the
+    tier implies, like real pairs that are labelled with a tier alone. Order and number stay.
     """
     kept = set(np.random.default_rng(seed).permutation(len(pairs))[:known].tolist())
     return [
@@ -217,8 +217,8 @@ def read_labelled(source: Source, book: RuleBook, form: PairsFormat = AS_DESCRIB
 def split_by_query(pairs: Iterable[Pair], seed: int, shares: Mapping[str, float]) -> dict[str, list[Pair]]:
     """Splits pairs such that no query is on two sides, upper and lower case aside.
 
-    A query's side follows from sha256 of seed and query, whatever the other rows are; only where a split would
-    stay empty does it get the one query that is nearest to it.
+    The sha256 of seed and query decides a query's side, whatever the other rows are; only a split that would stay empty
+    gets the query that is nearest to it.
 
     Args:
       pairs: in any order, which each split keeps.
@@ -269,7 +269,7 @@ def _into_splits(pairs: list[Pair], seed: int, shares: Mapping[str, float]) -> d
 
 
 def _columns(file: RowFile | RowTable, book: RuleBook, renamed: Mapping[str, str]) -> dict[str, str]:
-    """The file's names of those of our columns that it has."""
+    """The file's names of our columns, for the columns that it has."""
     steps = [STEP_PREFIX + step.name for step in book.steps]
     reasons = _reason_columns(book)
     ours = (*_REQUIRED, *_TEXTS, "split", *steps, *reasons)
@@ -351,7 +351,7 @@ class _RowReader:
         return tuple(steps)
 
     def _reasons(self, cells: Mapping[str, str], values: Sequence[int]) -> tuple[str, ...]:
-        """Why each part has its value; of a part that is unknown there is nothing to explain."""
+        """Why each part has its value; an unknown part has no reason."""
         known = zip(self._reason_columns, values, strict=False)
         reasons = tuple(cells.get(name, "") if value != UNKNOWN else "" for name, value in known)
         for part, reason in enumerate(reasons):

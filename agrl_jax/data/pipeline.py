@@ -20,7 +20,7 @@ from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.types import UNKNOWN, Batch, Thought
 
 _CHUNK = 8192  # pairs tokenised at once
-_WORTH = 32  # tokens that prompts must have in common to be run apart: fewer cost less in each prompt
+_WORTH = 32  # tokens that instructions must have to be computed apart; fewer are cheaper within each prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ def encode(
     style: str = "terse",
     families: Sequence[str] | None = None,
 ) -> EncodedSplit:
-    """Tokenises gold responses, and prompts but for the `instructions` that all of them begin with.
+    """Tokenises gold responses, and prompts without the `instructions` that all of them begin with.
 
     A prompt over the limit loses the end of its item text, never of its query.
 
@@ -112,7 +112,7 @@ def part_texts(book: RuleBook, tokenizer: Tokenizer) -> PartTexts:
     return PartTexts(*_padded([values + [[]] * (most - len(values)) for values in texts]))
 
 
-_LIKE_SIZED = 16  # batches whose rows are sorted by length among them
+_LIKE_SIZED = 16  # batches whose rows are sorted by length together
 _WIDTH = 8  # prompts of such batches are cut to a multiple of this
 
 
@@ -144,7 +144,7 @@ def batches(
 
 
 def _like_sized(encoded: EncodedSplit, rows: Any, k: int, seed: int) -> np.ndarray:
-    """The rows of batch k, where each group of batches has its rows sorted by length and comes in a random order."""
+    """The rows of batch k. Each group of batches sorts its rows by length, and shuffles its batches."""
     group, place = divmod(k, _LIKE_SIZED)
     mine = np.concatenate([rows[group * _LIKE_SIZED + i] for i in range(_LIKE_SIZED)])
     mine = mine[np.argsort(encoded.batch.prompt_len[mine], kind="stable")].reshape(_LIKE_SIZED, -1)
@@ -152,7 +152,7 @@ def _like_sized(encoded: EncodedSplit, rows: Any, k: int, seed: int) -> np.ndarr
 
 
 def _cut(batch: Batch) -> Batch:
-    """The batch with its prompts cut to the longest of them, in steps of some tokens."""
+    """The batch with its prompts cut to the longest of them, rounded up to a multiple of _WIDTH."""
     width = -(-int(batch.prompt_len.max()) // _WIDTH) * _WIDTH
     return batch.replace(prompt=batch.prompt[:, :width])
 
@@ -183,7 +183,7 @@ def stratified(encoded: EncodedSplit, count: int, seed: int) -> np.ndarray:
     exact = np.array([count * len(strata[key]) / len(encoded) for key in keys])
     sizes = np.floor(exact).astype(int)
     rng = np.random.default_rng(seed)
-    # The largest remainders are rounded up; equal ones in an order that favours no family.
+    # The largest remainders are rounded up; a random order among equal ones favours no family.
     order = np.lexsort((rng.permutation(len(keys)), -(exact - sizes)))
     sizes[order[: count - sizes.sum()]] += 1
     chosen = [rng.permutation(strata[key])[:size] for key, size in zip(keys, sizes, strict=True)]
@@ -207,7 +207,7 @@ def prompt_pieces(book: RuleBook, tokenizer: Tokenizer, style: str) -> tuple[str
 
 
 def instructions(book: RuleBook, tokenizer: Tokenizer, style: str) -> np.ndarray:
-    """The tokens [I] int32 that every prompt begins with and `prompts` leaves out; none where there are but few."""
+    """The tokens [I] int32 that every prompt begins with and `prompts` leaves out; none if there are fewer than 32."""
     head, _, _ = _fixed(book, tokenizer, style)
     return np.array(head if len(head) >= _WORTH else [], np.int32)
 
@@ -233,7 +233,7 @@ def _fixed(
 
     The pieces are tokenised one by one. A space goes with the word that follows it, as in running text.
     """
-    templated = style == "chat"  # then the special tokens are in the fixed text, and are parsed there alone
+    templated = style == "chat"  # only then does the fixed text hold special tokens
     before, between, after = prompt_pieces(book, tokenizer, style)
     before, query_space = _move_spaces(before)
     between, item_space = _move_spaces(between)
@@ -262,7 +262,7 @@ def _prompts(
 
 
 def _without_room(pairs: Sequence[tuple[Pair, int]], limit: int) -> str:
-    """The message about pairs whose query and fixed text take so many tokens, by the numbers of their file."""
+    """The message about (pair, tokens of its query and fixed text) that leave no room; it names their rows."""
     lines = [
         f"{f'row {pair.row}' if pair.row else f'pair {pair.id}'}: {needed} tokens: {pair.query[:80]!r}"
         for pair, needed in pairs[:MAX_LISTED]
@@ -300,7 +300,7 @@ def _gold(
 ) -> Mapping[str, Any]:
     """The fields of a batch that follow from the gold responses; without reasons, few are distinct.
 
-    With the `marks` of a thought, the reason of the first part is one.
+    With the `marks` of a thought, the reason of the first part becomes one.
     """
     room = book.response.free_text != "none"
     keys = [(pair.tier, values, pair.reasons if room else ()) for pair, values in zip(pairs, steps, strict=True)]
@@ -352,7 +352,7 @@ def thought(book: RuleBook, tokenizer: Tokenizer) -> Thought | None:
 
 
 def _padded(texts: Sequence[Sequence[Sequence[int]]]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [n, m, W] int32 of n x m texts, right-padded, and how many count, [n, m] int32."""
+    """Tokens [n, m, W] int32 of n x m texts, right-padded, and their lengths [n, m] int32."""
     length = np.array([[len(text) for text in row] for row in texts], np.int32)
     tokens = np.zeros((*length.shape, max(1, length.max())), np.int32)
     for place in np.ndindex(*length.shape):

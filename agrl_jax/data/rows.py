@@ -1,6 +1,6 @@
 """Files of any number of rows (CSV, TSV, JSON lines, Parquet), read and written as a stream.
 
-A row that cannot be read stays a row: it comes with what could be read of it, and with what is wrong.
+A row that cannot be read stays a row: it holds the cells that could be read, and says what is wrong.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ KINDS = (".csv", ".tsv", ".jsonl", ".parquet")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 _BLOCK = 1 << 16  # rows of a Parquet file held at once
-_LONGEST_CELL = 1 << 24  # characters of a CSV file, so that a quote that is never closed does not take in all of it
+_LONGEST_CELL = 1 << 24  # characters; a quote in a CSV file that is never closed does not take in the rest of the file
 _DEEPEST = 100  # levels of a JSON value, well within what Python can read and write again
 _EXACT = 2**53  # whole numbers up to here are floats without loss
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -53,18 +53,18 @@ class PairsError(ValueError):
 
 
 def listed(what: str, lines: Sequence[str]) -> str:
-    """What is counted, and the first of them, each in a line of its own."""
+    """A heading and the first of the `lines`, each on a line of its own."""
     more = [f"... and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
     return "\n  ".join([what, *lines[:MAX_LISTED], *more])
 
 
 class Row(NamedTuple):
-    """A row: its cells by column, and what is wrong with it, empty if nothing is."""
+    """A row: its cells by column, and what is wrong with it (empty if nothing is)."""
 
     record: Record
     error: str = ""
     line: int = 0  # of the file, where the row begins; the first is 1. 0 in Parquet
-    text: str = ""  # the line as it stands in the file, where its cells are not known, or quotes in them are text
+    text: str = ""  # the line as it stands in the file, if its cells are not known or hold quotes as text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class RowFile:
     first: int = 0  # rows of the file that come before these
 
     def shard(self, index: int, number: int) -> RowFile:
-        """Piece `index` from 0 of `number` pieces: as many rows in each as can be, in the order of the file."""
+        """Piece `index`, from 0, of `number` pieces of the file, which follow each other and are as equal as can be."""
         start, end = (self.count * place // number for place in (index, index + 1))
         return dataclasses.replace(self, first=self.first + start, count=end - start)
 
@@ -113,7 +113,7 @@ class RowFile:
         return itertools.islice(rows, self.first, self.first + self.count)
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
-        """The rows of a Parquet file. Of its row groups only those that hold some are read."""
+        """The rows of a Parquet file; only row groups that hold some of them are read."""
         with self.path.open("rb") as stream, pq.ParquetFile(stream) as file:
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             starts = list(itertools.accumulate(sizes, initial=0))
@@ -129,7 +129,7 @@ class RowFile:
 
 @dataclasses.dataclass(frozen=True)
 class RowTable:
-    """Rows in memory, with what a `RowFile` has that readers of rows need."""
+    """Rows in memory, with the part of `RowFile` that readers of rows need."""
 
     records: Sequence[Record]
     path: str = "the rows"
@@ -177,8 +177,7 @@ def records_of(source: Source) -> Sequence[Record]:
 
 
 def with_class_names(record: Record, features: Mapping[str, Any] | None) -> Record:
-    """A row of the library `datasets` with the names of its class labels, which are numbers there; a missing one is
-    None."""
+    """A row of the library `datasets` with names in place of the numbers of its class labels; a missing one is None."""
     classes = {name: kind for name, kind in (features or {}).items() if hasattr(kind, "int2str")}
     named = {
         name: kind.int2str(record[name]) if record[name] is not None and record[name] >= 0 else None
@@ -188,7 +187,7 @@ def with_class_names(record: Record, features: Mapping[str, Any] | None) -> Reco
 
 
 def read_rows(source: Source) -> RowFile | RowTable:
-    """Rows of a file, see `open_rows`, or of what lies in memory; what is opened already stays as it is.
+    """The rows of a file, see `open_rows`, or of a source in memory; an opened one is returned as it is.
 
     Raises:
       PairsError: as `open_rows`.
@@ -246,7 +245,7 @@ def check_columns(file: RowFile | RowTable, names: Iterable[str]) -> None:
 
 
 def _hint(file: RowFile | RowTable, name: str) -> str:
-    """What may be the matter where a column is not found."""
+    """A guess at why a column is not found."""
     (first, *others) = file.names
     if file.delimiter and not others:
         for other, kind in ((";", "semicolons"), ("\t", "tabs"), (",", "commas")):
@@ -298,7 +297,7 @@ def _lines(path: epath.Path, newline: str) -> Iterator[str]:
 
 
 def _not_utf8(path: epath.Path) -> PairsError:
-    """The error that names the first line that is not UTF-8, and what it may be."""
+    """The error that names the first line that is not UTF-8, and its likely encoding."""
     with _read(path) as file:
         for number, line in enumerate(file, 1):
             try:
@@ -335,9 +334,9 @@ def _survey_parquet(path: epath.Path) -> tuple[int, pa.Schema]:
 def _table_rows(table: pa.Table) -> Iterator[Row]:
     """The rows of a table in types that JSON and CSV can hold: dates, times and decimals as text."""
     for place, field in enumerate(table.schema):
-        if pa.types.is_temporal(field.type):  # not by Python's types, which have no nanoseconds
+        if pa.types.is_temporal(field.type):  # Python's types have no nanoseconds
             table = table.set_column(place, field.name, table[place].cast(pa.string()))
-        elif pa.types.is_float32(field.type):  # by their digits: 9.99, not 9.989999771118164
+        elif pa.types.is_float32(field.type):  # as 9.99, not 9.989999771118164
             table = table.set_column(place, field.name, table[place].cast(pa.string()).cast(pa.float64()))
     return (Row(plain(record)) for record in table.to_pylist())
 
@@ -374,10 +373,10 @@ class _CsvLine(NamedTuple):
 
 
 def _csv_lines(lines: Iterable[str], delimiter: str, width: int | None = None) -> Iterator[_CsvLine]:
-    """The rows but for blank lines.
+    """The rows, without blank lines.
 
-    A quote that is never closed would swallow the rows after it. So a broken row ends at the end of its first
-    line, and reading goes on with the next one. In TSV such a line's quotes are text, if it then has all its cells.
+    A quote that is never closed would swallow the rows after it. So a broken row ends with its first line, and reading
+    goes on with the next one. In TSV, the quotes of such a line are text if the line then has all its cells.
     """
     numbered, again, taken = enumerate(lines, 1), deque[tuple[int, str]](), list[tuple[int, str]]()
 
@@ -403,7 +402,7 @@ def _csv_lines(lines: Iterable[str], delimiter: str, width: int | None = None) -
                 yield _CsvLine(number, cells)
             continue
         if 0 < len(cells) < width and len(taken) == 1:
-            yield _CsvLine(number, cells, error)  # the cells at its end are missing
+            yield _CsvLine(number, cells, error)  # a short row has no last cells
             continue
         again.extendleft(reversed(taken[1:]))
         reader = csv.reader(feed(), delimiter=delimiter, strict=True)
@@ -491,7 +490,7 @@ def _deeper(value: Any, levels: int) -> bool:
 
 
 def _as_type(value: Any, kind: pa.DataType) -> Any:
-    """A JSON value for a column of this type: a text column may hold what is not text, as JSON."""
+    """A JSON value for a column of this type; a text column holds other values as JSON."""
     if value is None or kind != pa.string() or isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False)
@@ -558,7 +557,7 @@ def _write_json(file: io.TextIOWrapper, source: RowFile, values: Iterable[Record
 def _write_csv(
     file: io.TextIOWrapper, source: RowFile, added: pa.Schema, values: Iterable[Record], delimiter: str
 ) -> None:
-    """A line that could not be read as CSV is written as it stands, where the delimiter is the same."""
+    """Writes a line that could not be read as it stands, where the delimiter is the same."""
     file.write(_csv_line([*source.schema.names, *added.names], delimiter))
     for row, value in zip(source.rows(), values, strict=True):
         more = _csv_line([value.get(name) for name in added.names], delimiter)
@@ -574,7 +573,7 @@ def _csv_line(values: Iterable[Any], delimiter: str) -> str:
 
 
 def _cell(value: Any, delimiter: str) -> str:
-    """A value as a cell. It is quoted where it has to be: in TSV a quote within it is text."""
+    """A value as a cell, quoted where it has to be; in TSV a quote within it is text."""
     if value is None or isinstance(value, str):
         text = value or ""
     else:
@@ -589,12 +588,12 @@ def _cell(value: Any, delimiter: str) -> str:
 
 
 class Journal:
-    """What has been found out of each row so far, in a file beside the output: work can go on where it stopped.
+    """The results of the rows so far, in a file beside the output, so that work can go on where it stopped.
 
-    The first line says what all else depends on, the `identity`; then there is one line of JSON for each row.
-    A journal of another identity, or that another process is writing, is refused; one of another identity is begun
-    anew with `overwrite`, one of this identity is gone on with. After a stop, what is there is cut back to a multiple
-    of `chunk` rows: so rows are always taken in the same chunks, and come out the same.
+    The first line is the `identity`, all that the results depend on; then each row has a line of JSON. A journal of
+    this identity is continued. A journal of another identity is refused, or begun anew with `overwrite`; one that
+    another process is writing is refused. After a stop, the journal is cut back to a multiple of `chunk` rows: so rows
+    always come in the same chunks, with the same results.
     """
 
     def __init__(self, path: str | Path, identity: Mapping[str, Any], chunk: int, overwrite: bool = False) -> None:
@@ -623,7 +622,8 @@ class Journal:
             self._file.truncate(0)
 
     def _identity_before(self) -> Record:
-        """The identity in the first line; empty if that is torn or not written yet. Another file is left alone."""
+        """The identity in the first line; empty if the line is torn or not written yet. A file that is no journal is
+        left alone."""
         self._file.seek(0)
         try:
             first = self._file.readline()

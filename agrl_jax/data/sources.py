@@ -24,11 +24,11 @@ def read_source(
 
     Args:
       kind: `pairs`, a file; `hf`, a dataset, see `open_dataset`; `esci` or `wands`, the folder of the release.
-      path: of the file or folder.
+      path: the file or folder.
       book: gives the tiers and steps.
       seed: of the splits.
       form: how a file of `pairs`, or a dataset, and `test` differ from what `agrl_jax.data.pairs` describes.
-      test: a file, or dataset, that holds the test pairs, where `path` has none; not of a release.
+      test: a file or dataset with the test pairs, where `path` has none; not for a release.
 
     Raises:
       PairsError: see `read_pairs`, `open_dataset`, `read_esci` and `read_wands`.
@@ -50,7 +50,7 @@ def read_tests(path: epath.PathLike, book: RuleBook, form: PairsFormat) -> Pairs
 
 
 def read_training(kind: str, path: epath.PathLike, book: RuleBook, seed: int, form: PairsFormat) -> PairsFile:
-    """The pairs of a source that are for training, as its split `train`: of a file without a `split` column, all.
+    """The training pairs of a source, as its split `train`: all pairs of a file without a `split` column.
 
     Raises:
       PairsError: see `read_source`.

@@ -24,7 +24,7 @@ def read_wands(folder: epath.PathLike, book: RuleBook, seed: int = 0) -> PairsFi
     """Reads all pairs and splits them by query, 80/10/10.
 
     Args:
-      folder: where the three files are.
+      folder: holds the three files.
       book: its tiers need the grades 4, 3 and 1. WANDS has no steps; those that a tier implies are filled in.
       seed: of the split.
 

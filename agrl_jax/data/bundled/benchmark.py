@@ -65,8 +65,8 @@ class Benchmark(tfds.core.GeneratorBasedBuilder):
 def load_benchmark(data_dir: epath.PathLike, seed: int = 0, rules: RuleBook | None = None) -> dict[str, list[Pair]]:
     """The splits of the benchmark, from `data_dir`; built there first unless they are there already.
 
-    What was built from another ontology, rule book or generator is another dataset, and left alone. A build that was
-    killed leaves nothing that would be read. Pairs have reasons where the rule book has free text.
+    Another ontology, rule book or generator makes another dataset, beside this one. A build that was killed leaves
+    nothing that would be read. Pairs have reasons where the rule book has free text.
 
     Raises:
       PairsError: `rules` have other steps or another table than the rule book by which the pairs are labelled, or a
@@ -99,12 +99,12 @@ def _check_rules(rules: RuleBook) -> None:
 def builder(data_dir: epath.PathLike, seed: int = 0) -> Benchmark:
     """The TFDS builder of the benchmark, its files in place: `builder(...).as_data_source("train")` reads a split."""
     config = BenchmarkConfig(name=f"seed{seed}_{_digest()[:16]}", seed=seed)
-    with _quiet(), tempfile.TemporaryDirectory() as downloads:  # nothing is downloaded, but TFDS wants a place
+    with _quiet(), tempfile.TemporaryDirectory() as downloads:  # nothing is downloaded, but TFDS asks for a folder
         made = Benchmark(data_dir=data_dir, config=config, file_format="array_record")
         try:
             made.download_and_prepare(download_dir=downloads)
         except OSError:
-            # Another process was first to put the same files in place.
+            # Another process may have put the same files in place first.
             made = Benchmark(data_dir=data_dir, config=config, file_format="array_record")
             if not made.is_prepared():
                 raise
@@ -118,7 +118,7 @@ def _digest() -> str:
 
 
 def _check_reasons(splits: Mapping[str, Sequence[Pair]], rules: RuleBook) -> None:
-    """The reasons state nothing in the words of the benchmark's own rule book, but may in those of another."""
+    """Raises PairsError where a reason would be read as an answer. In the benchmark's own wording none is."""
     for pair in itertools.chain.from_iterable(splits.values()):
         for part, (value, reason) in enumerate(zip((*pair.steps, pair.tier), pair.reasons, strict=True)):
             if phrase := wording.misread_reason(rules, part, value, reason):
@@ -143,7 +143,7 @@ def _pairs(split: str, source: Any, reasons: bool) -> Iterator[Pair]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """TFDS announces a download, bars for shuffling and a warning for each config of one's own: none of use here."""
+    """Silences what TFDS says of downloads, shuffling and custom configs."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)

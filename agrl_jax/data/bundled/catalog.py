@@ -9,14 +9,14 @@ A query is made of what it means (`queries`), an item of what it says (`items`),
     category    same: the type asked for, by whatever name; for a question, any type that would do. substitute and
                 complement: as the ontology relates the two types; accessories are complements, although their titles
                 name the product that they are for. different: all else.
-    brand       The item's own, in its title or its brand field. A brand after "for" is that of another product. An
+    brand       The item's own, in its title or its brand field. A brand after "for" belongs to another product. An
                 item that names no brand is a mismatch. A brand that is ruled out or compared with is not asked for.
     attributes  met: all that was asked for is stated. violated: at least one is contradicted, by another value of the
                 same attribute or by a denial ("leather free"). partly met: some are stated and none is contradicted.
                 unknown: none is stated.
     limits      broken: at least one is. unknown: none is broken, but one cannot be told. kept: all are.
-                - a value ruled out: broken where it is stated, kept where another value or its denial is
-                - a brand ruled out: broken where it is the item's, kept where another is, unknown where none is named
+                - a value ruled out: broken if it is stated, kept if another value or its denial is
+                - a brand ruled out: broken if it is the item's, kept if the item has another, unknown if none is named
                 - "under $50": by the price; unknown where it is not shown
                 - "cheaper than BRAND": kept if the price shown is below what the brand charges for what is wanted, the
                   lower end of its price band; where no price is shown, if the item's brand is of a lower price level;
@@ -47,12 +47,12 @@ SIZES = {"sft": 24_000, "train": 40_000, "validation": 2_000, "b_eval": 2_000, "
 VERSION = "1.2.0"  # rises when this code comes to give other pairs, or more of them
 
 _HELD_OUT = 0.15  # of types, brands and phrasings
-_UNSEEN = 0.25  # of the evaluation queries drawn; as many come to nothing, about a fifth of the rows
+_UNSEEN = 0.25  # of the evaluation queries drawn; about a fifth of the rows, since many such draws fail
 _ITEMS_PER_QUERY = (3, 4, 5, 6)
 
 
 class CatalogError(ValueError):
-    """Splits that cannot be had."""
+    """Splits that cannot be made."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class _Recipe:
     """What a split is made of."""
 
     families: Mapping[str, float]  # relative frequency of queries
-    side: tuple[float, float]  # queries whose point lies here: splits of different sides share none
+    side: tuple[float, float]  # the interval of the points of its queries: disjoint sides share no query
     relations: Mapping[str, float] = dataclasses.field(
         default_factory=lambda: {"same": 68, "substitute": 12, "complement": 10, "different": 10}
     )
@@ -107,8 +107,8 @@ def splits(seed: int, sizes: Mapping[str, int] | None = None, rules: RuleBook | 
 
     Args:
       seed: of everything.
-      sizes: pairs of each split; of those left out, as SIZES says.
-      rules: gives the tiers; the default rule book if None. It needs the steps and values of that.
+      sizes: pairs of each split; by default SIZES.
+      rules: gives the tiers; the default rule book if None. It needs the default's steps and values.
 
     Raises:
       CatalogError: a split is unknown, its size is negative, or `b_eval` cannot be balanced over the tiers.
@@ -127,7 +127,7 @@ def splits(seed: int, sizes: Mapping[str, int] | None = None, rules: RuleBook | 
 
 
 def holdout(world: World, seed: int) -> tuple[Stock, Stock]:
-    """What all splits may use, and what is held out for evaluation, both in an order of popularity that the seed gives.
+    """The words that all splits may use, and those held out for evaluation, in the seed's order of popularity.
 
     The plain phrasing of a list is never held out.
     """
@@ -170,7 +170,7 @@ def _attributes(query: Query, item: Item) -> str:
 
 
 def _stated(item: Item, attribute: str, value: str) -> bool | None:
-    """Whether the item says that it has the value or that it has not; None where it says neither."""
+    """Whether the item says that it has the value (True) or has it not (False); None where it says neither."""
     if attribute in item.says:
         return item.says[attribute] == value
     return False if (attribute, value) in item.denies else None
@@ -220,7 +220,7 @@ class _Split:
 
     def make(self, size: int) -> list[Pair]:
         share = size // len(self._rules.tiers) if self._recipe.balanced else size
-        room = [share] * len(self._rules.tiers)  # pairs of each tier that may still be had
+        room = [share] * len(self._rules.tiers)  # pairs that each tier still takes
         pairs: list[Pair] = []
         while len(pairs) < size:
             query, seen = self._query()
@@ -235,7 +235,7 @@ class _Split:
         return pairs
 
     def _query(self) -> tuple[Query | None, bool]:
-        """A query that belongs to this split, or None; and whether all its words were seen in training."""
+        """A query of this split, or None; and whether all its words were seen in training."""
         dice = self._dice
         family = dice.weighted(self._recipe.families)
         seen = not dice.chance(self._recipe.unseen)
@@ -246,7 +246,7 @@ class _Split:
         return (None if self._is_seen(query) != seen else query), seen
 
     def _new_words(self) -> Stock:
-        """A stock whose types, brands or phrasings are all held out, the rest not."""
+        """A stock with one kind of words held out (types, brands or phrasings) and the others not."""
         field = self._dice.weighted({"types": 3, "brands": 3, "phrasings": 4})
         return dataclasses.replace(self._seen, **{field: getattr(self._unseen, field)})
 
@@ -257,21 +257,21 @@ class _Split:
         brands = {query.brand, *(limit.subject for limit in query.limits_of("not brand"))}
         phrasings = {text for texts in self._unseen.phrasings.values() for text in texts}
         return (
-            # A question is about its use case: of the types that would do, it names none.
+            # A question names none of the types that would do.
             (query.family == "question" or query.types[0] not in self._unseen.types)
             and brands.isdisjoint(self._unseen.brands)
             and phrasings.isdisjoint(query.phrasings)
         )
 
     def _pair(self, query: Query, seen: bool, number: int) -> Pair | None:
-        """A pair of the query and a new item; None where a draw comes to nothing or the pair stands already."""
+        """A pair of the query and a new item; None where a draw fails or the pair exists already."""
         dice, recipe = self._dice, self._recipe
         relations = dict(recipe.relations)
-        if not query.constraints:  # then all that is of the type is excellent
+        if not query.constraints:  # every item of the type is excellent
             relations["same"] /= 2
         relation = dice.weighted(relations)
         stock = self._seen if seen else self._all
-        if query.limits_of("cheaper"):  # a brand that was held out has no price band that could be known
+        if query.limits_of("cheaper"):  # the price band of a held-out brand cannot be known
             stock = dataclasses.replace(stock, brands=self._seen.brands)
         item = make_item(dice, self._world, query, stock, relation, recipe.clean)
         if item is None:

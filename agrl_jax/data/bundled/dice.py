@@ -13,8 +13,7 @@ T = TypeVar("T")
 class Dice:
     """Choices drawn from a key.
 
-    They use `random.Random.random` alone: of all of Python's generators, its sequence is the one that is promised
-    never to change.
+    They use only `random.Random.random`, the one function of `random` whose sequence Python promises never to change.
     """
 
     def __init__(self, *key: object) -> None:
@@ -36,7 +35,7 @@ class Dice:
         return options[0] if self.chance(probability) else self.pick(options)
 
     def popular(self, options: Sequence[T]) -> T:
-        """One of the options, the earlier the likelier: one time in three it is of the first tenth."""
+        """One of the options, the earlier the likelier: one draw in three is from the first tenth."""
         point = self._random()
         return options[int(len(options) * point * point)]
 
@@ -50,7 +49,7 @@ class Dice:
         return key
 
     def some(self, options: Sequence[T], count: int, weights: Sequence[float] | None = None) -> list[T]:
-        """At most `count` of the options, each once, in random order; the heavier sooner."""
+        """At most `count` of the options, each once, in random order; heavier ones tend to come first."""
         left = dict(enumerate(weights or [1.0] * len(options)))
         chosen: list[int] = []
         for _ in range(min(count, len(options))):

@@ -9,13 +9,13 @@ from agrl_jax.data.bundled.dice import Dice
 from agrl_jax.data.bundled.queries import PLAIN, POPULAR, Query, Stock
 from agrl_jax.data.bundled.world import LEVELS, ProductType, World, follows_noun
 
-_OUTCOMES = {"good": 6.0, "off": 2.5, "unsaid": 1.5}  # of a constraint that the item need not meet
+_OUTCOMES = {"good": 6.0, "off": 2.5, "unsaid": 1.5}  # of a constraint that an item may miss: weights
 _VERSIONS = ("pro", "plus", "v2", "s3", "x5", "basic", "one", "prime")
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """An item, and what its text says of it. What it does not say is nowhere."""
+    """An item, and what its text says of it: nothing else is known of it."""
 
     type: str
     brand: str  # its own; empty where the text names none
@@ -68,7 +68,7 @@ def _type(dice: Dice, world: World, query: Query, stock: Stock, relation: str) -
 
 
 def _different_type(dice: Dice, world: World, query: Query, stock: Stock) -> ProductType | None:
-    """Another type, more often than not one of the same department or with a word of the query in its name."""
+    """Another type, mostly one of the same department or with a word of the query in its name."""
     wanted = world.types[query.types[0]]
     how = dice.weighted({"department": 3, "word": 2, "any": 5})
     for _ in range(200):
@@ -109,7 +109,7 @@ def _attributes(
     denies = []
 
     def state(attribute: str, value: str, other: bool) -> None:
-        """Says the value, or that it is another."""
+        """Says the value, or another one."""
         values = kind.attributes.get(attribute, ())
         others = [option for option in values if option != value]
         noun = world.attributes[attribute].nouns.get(value)
@@ -140,7 +140,7 @@ def _attributes(
 def _brand_and_price(
     dice: Dice, world: World, kind: ProductType, query: Query, stock: Stock, brand_aim: str, limit_aims: list[str]
 ) -> tuple[str, int | None]:
-    """A brand (empty: none is named) and a price in cents (None: not shown) that do as they are meant to."""
+    """A brand (empty: none is named) and a price in cents (None: not shown) that follow the aims."""
     sellers = [name for name in stock.brands if kind.department in world.brands[name]]
     levels = {name: world.brands[name][kind.department] for name in sellers}
     brands = list(levels)
@@ -230,7 +230,7 @@ class _Seller:
         return title, description, color
 
     def _company(self, kind: ProductType, query: Query, relation: str) -> str:
-        """The product that an accessory is for, or that goes with it: often one of the query's own words."""
+        """The product that an accessory is for, or that goes with the item: often one that the query names."""
         hosts = [name for name in kind.hosts if name in self._stock.types]
         hosts = [name for name in hosts if name in query.types] or hosts
         if hosts and self._dice.chance(0.75):
@@ -240,7 +240,7 @@ class _Seller:
             name = self._dice.first(host.names, PLAIN)
             return f" for {brand} {name}" if self._dice.chance(0.5) else f" for {name}"
         if relation == "complement" and self._dice.chance(0.5):
-            # The one with which it goes: never a type that would make it something else.
+            # A product that the item goes with: another type would make it something else.
             friends = [name for name in query.types if name in kind.complements and name in self._stock.types]
             if friends:
                 name = self._dice.first(self._world.types[self._dice.pick(friends)].names, PLAIN)

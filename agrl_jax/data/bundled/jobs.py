@@ -4,8 +4,8 @@
     jobs.write_pairs("jobs.csv", rules)
 
 The rule book has the steps `role` (same, related, other), `place` (here, remote, elsewhere, not asked) and `hours`
-(as asked, other hours, unstated, not asked). What they are is true by construction; the tier follows from the
-table, whatever it is.
+(as asked, other hours, unstated, not asked). Their values are true by construction; the tier follows from the table,
+whatever it is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import random
 
 from agrl_jax.rulebook.book import RuleBook
 
-# By trade the roles, as people call them, and as ads do.
+# The roles of each trade, as people call them: as ads call them.
 TRADES = {
     "care": {"nurse": ("Registered Nurse", "Staff Nurse RGN"), "carer": ("Care Assistant", "Support Worker")},
     "kitchen": {"cook": ("Chef de Partie", "Line Cook"), "kitchen porter": ("Dishwasher", "Kitchen Porter")},

@@ -12,13 +12,13 @@ from agrl_jax.data.bundled.world import LEVELS, ProductType, UseCase, World, fol
 
 FAMILIES = ("plain", "attribute", "brand", "negation", "affordable", "question", "misspelling", "longtail")
 HEAD = FAMILIES[:3]
-POPULAR = {"color": 4.0, "material": 3.0, "size": 2.0, "audience": 2.0}  # how often spoken of, other attributes being 1
-PLAIN = 0.85  # how often a product or value is called by its plain name, whatever its synonyms; else by any
+POPULAR = {"color": 4.0, "material": 3.0, "size": 2.0, "audience": 2.0}  # weights; other attributes: 1
+PLAIN = 0.85  # how often a product or value goes by its plain name; else by any of its names
 _CAPS = (5, 8, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 150, 200, 300, 400, 500, 800, 1000)  # round prices, in dollars
 
 
 class Limit(NamedTuple):
-    """Something ruled out or capped."""
+    """A value or brand that is ruled out, or a price that is capped."""
 
     kind: str  # "not": an attribute's value; "not brand"; "under": a price; "cheaper": than a brand
     subject: str  # the attribute, the brand, or empty
@@ -59,7 +59,7 @@ class Stock:
 
 
 def make_query(dice: Dice, world: World, stock: Stock, family: str) -> Query | None:
-    """A query of the family, in words of the stock; None where a draw comes to nothing."""
+    """A query of the family, in words of the stock; None where a draw fails."""
     maker = _Maker(dice, world, stock)
     if family == "question":
         return maker.question()
@@ -70,7 +70,7 @@ def make_query(dice: Dice, world: World, stock: Stock, family: str) -> Query | N
 
 
 class _Maker:
-    """Makes queries of each family; each method gives None where the draw comes to nothing."""
+    """Makes queries of each family; each method gives None where the draw fails."""
 
     def __init__(self, dice: Dice, world: World, stock: Stock) -> None:
         self._dice, self._world, self._stock = dice, world, stock
@@ -138,7 +138,7 @@ class _Maker:
         self, family: str, kind: ProductType, attributes: int = 0, brand: bool = False, limits: tuple[str, ...] = (),
         wrap: bool = False,
     ) -> Query | None:  # fmt: skip
-        """A query for `kind` with so many attributes, a brand, and limits of the kinds named, worded inside out."""
+        """A query for `kind` with `attributes` attributes, a brand, and limits of these kinds, worded inside out."""
         rules = self._limits(kind, limits)
         asked = self._asked(kind, attributes, {rule.subject for rule in rules or ()})
         brands = [name for name in self._stock.brands if kind.department in self._world.brands[name]]
@@ -168,7 +168,7 @@ class _Maker:
         return self._dice.some(options, count, [POPULAR.get(name, 1.0) for name, _ in options])
 
     def _limits(self, kind: ProductType, kinds: tuple[str, ...]) -> list[Limit] | None:
-        """A limit of each kind; None if one cannot be had."""
+        """A limit of each kind; None if one is impossible."""
         limits: list[Limit] = []
         for name in kinds:
             options = self._options(kind, name, {limit.subject for limit in limits})
@@ -221,7 +221,7 @@ class _Maker:
 
 
 def _tidy(text: str) -> str:
-    """Without the traces of empty places in a phrasing."""
+    """The text without the gaps that empty places of a phrasing leave."""
     text = " ".join(text.split()).replace(" ,", ",")
     return text.strip(" ,-")
 
@@ -255,7 +255,7 @@ def _words(names: tuple[str, ...]) -> frozenset[str]:
 
 
 def _vocabulary(world: World) -> frozenset[str]:
-    """Words that a slip must not make: then it would be another word, spelt right."""
+    """Words that a slip must not make, since they would be spelt right."""
     names = [name for kind in world.types.values() for name in kind.names]
     ways = [way for attribute in world.attributes.values() for said in attribute.values.values() for way in said]
     return _words((*names, *ways, *world.brands))

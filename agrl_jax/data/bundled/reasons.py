@@ -1,8 +1,8 @@
 """Why each step has its value: the words of query and item that decide it, as a judge may write them.
 
-They come from what a query means and an item says, the same from which `catalog.judge` has the values; so they are true
-by construction. Words are those of the texts where they stand there, else the plain ones: of a misspelt query, what was
-meant. Each fact is worded in one of several ways.
+They come from what a query means and an item says, from which `catalog.judge` takes the values too; so they are true by
+construction. They use the words of the texts, or else the plain ones; for a misspelt query, the words that were meant.
+Each fact is worded in one of several ways.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from agrl_jax.data.bundled.items import Item
 from agrl_jax.data.bundled.queries import Limit, Query
 from agrl_jax.data.bundled.world import World, says
 
-_MOST_TYPES = 3  # that would do, named for an item of another type
+_MOST_TYPES = 3  # how many of the types that would do are named for an item of another type
 _FACTS = ("{what}: {asked}; item: {found}", "{what}: {asked}, item: {found}", "{asked} {what}, item: {found}")
 _NO_BRAND = ("no brand to buy is named", "the query names no brand", "no brand in the query")
 _NO_FEATURES = ("the query asks for no features", "no features in the query", "no features are asked for")
@@ -36,7 +36,7 @@ class _Writer:
     def category(self) -> str:
         kinds = self._world.types
         found = _word(self._item_text, kinds[self._item.type].names)
-        if self._query.family == "question":  # it names none of the types that would do
+        if self._query.family == "question":  # which names none of the types that would do
             types = self._query.types
             some = [self._item.type] if self._item.type in types else types[:_MOST_TYPES]
             return self._fact("would do", " or ".join(some), found)
@@ -99,7 +99,7 @@ class _Writer:
 
 
 def _word(text: str, ways: Iterable[str]) -> str:
-    """The way of saying it that stands in the text, the longest if there are several; the first where none does."""
+    """The longest of the `ways` that stands in the text; the first where none does."""
     ways = list(ways)
     there = [way for way in ways if says(text, way) or says(text.lower(), way.lower())]
     return max(there, key=len, default=ways[0])

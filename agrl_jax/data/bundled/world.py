@@ -1,4 +1,4 @@
-"""The retail world of the bundled benchmark: what is sold, by whom, and how one speaks of it.
+"""The retail world of the bundled benchmark: what is sold, by whom, and in which words.
 
 All of it is data, in the YAML files of `ontology/`: one for each department with its product types, and
 `attributes`, `brands`, `use_cases` and `phrasings`. They are checked when they are read.
@@ -33,9 +33,9 @@ class Attribute:
     """Something that can be said of a product, such as its colour."""
 
     name: str
-    values: Mapping[str, tuple[str, ...]]  # each value with the ways in which it is said, the plain one first
-    nouns: Mapping[str, str]  # values that one can do "without", and the word for each
-    adjectives: Mapping[str, str]  # values that a product can be "not", and the word for each
+    values: Mapping[str, tuple[str, ...]]  # by value the ways of saying it, the plain one first
+    nouns: Mapping[str, str]  # by value the word after "without", where it can be ruled out so
+    adjectives: Mapping[str, str]  # by value the word after "not", where it can be ruled out so
 
     def can_ask(self, value: str) -> bool:
         """Whether shoppers ask for the value: they do not ask for "contains gluten"."""
@@ -59,13 +59,13 @@ class ProductType:
     hosts: tuple[str, ...]  # types that it is an accessory of: its titles may name them
 
     def band(self, level: str) -> tuple[int, int]:
-        """The dollars from and to which products of a price level cost."""
+        """The lowest and the highest price of a price level, in dollars."""
         return self.prices[LEVELS.index(level)], self.prices[LEVELS.index(level) + 1]
 
 
 @dataclasses.dataclass(frozen=True)
 class UseCase:
-    """A need that shoppers tell without naming a product."""
+    """A need that shoppers describe without naming a product."""
 
     uses: tuple[str, ...]  # its wordings
     ask: str  # which questions fit: `wear` or `need`
@@ -79,7 +79,7 @@ class World:
 
     attributes: Mapping[str, Attribute]
     types: Mapping[str, ProductType]
-    brands: Mapping[str, Mapping[str, str]]  # for each the departments that it sells in, and its price level there
+    brands: Mapping[str, Mapping[str, str]]  # by brand and department that it sells in, its price level there
     use_cases: tuple[UseCase, ...]
     query_phrasings: Mapping[str, tuple[str, ...]]
     item_phrasings: Mapping[str, tuple[str, ...]]
@@ -90,8 +90,8 @@ class World:
         return tuple(dict.fromkeys(kind.department for kind in self.types.values()))
 
     def relation(self, wanted: Iterable[str], name: str) -> str:
-        """What the type `name` is to a shopper who wants one of the types `wanted`: same, substitute, complement or
-        different, the first that holds for any of them."""
+        """What the type `name` is to a shopper who wants one of the types `wanted`: the first of same, substitute,
+        complement and different that holds for any of them."""
         wanted = tuple(wanted)
         kind = self.types[name]
         if name in wanted:
@@ -187,7 +187,7 @@ def _types(departments: Mapping[str, Mapping[str, Any]], attributes: Mapping[str
 def _values(
     file: str, name: str, has: Mapping[str, Any], attributes: Mapping[str, Attribute]
 ) -> dict[str, tuple[str, ...]]:
-    """For each attribute of a type its values; `any` stands for all."""
+    """By attribute of a type its values; `any` stands for all."""
     found = {}
     for attribute, values in has.items():
         if attribute not in attributes:
