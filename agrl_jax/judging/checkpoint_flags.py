@@ -16,19 +16,19 @@ _AXES = {"data": -1, "fsdp": 1, "tensor": 1}
 
 
 def define(batch_size: int) -> None:
-    """Defines them, the size of a batch with this default."""
+    """Defines the flags, with this default of --batch_size."""
     what = "The judge in the box, smollm2-four-tier, or a workdir, a Hugging Face folder or a GGUF file."
     flags.DEFINE_string("checkpoint", None, what, required=True)
-    flags.DEFINE_enum("stage", "best", STAGES, "Of a workdir: the best of RL, its end, or its start.")
+    flags.DEFINE_enum("stage", "best", STAGES, "Of a workdir: the best or the last of RL, or its start.")
     flags.DEFINE_integer("batch_size", batch_size, "Pairs judged at once; fewer take as long.", lower_bound=1)
     flags.DEFINE_bool("use_cuts", False, "Choose the tier by the cut points that were kept.")
-    flags.DEFINE_string("rulebook", None, "Rule book of a model that is not ours; else where to find the trained one.")
+    flags.DEFINE_string("rulebook", None, "The rule book of a model not trained by agrl_jax; else where its own lies.")
     orders, styles = RULES["rulebook.order"].choices, RULES["data.style"].choices
-    flags.DEFINE_enum("order", None, orders, "Order of the response of a model that is not ours.")
-    flags.DEFINE_enum("style", None, styles, "Of the prompt: full with the rule book's instructions.")
+    flags.DEFINE_enum("order", None, orders, "The order of its responses, likewise.")
+    flags.DEFINE_enum("style", None, styles, "The prompt's style; full: with the rule book's instructions.")
     flags.DEFINE_integer("prompt_len", None, "Tokens of a prompt; longer item texts are shortened.", lower_bound=1)
     flags.DEFINE_integer("response_len", None, "Tokens of a response.", lower_bound=1)
-    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of parameters and computation.")
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "The dtype of parameters and computation.")
     for axis, size in _AXES.items():
         flags.DEFINE_integer(f"mesh.{axis}", size, f"Devices along this axis, as the field mesh.{axis} of a config.")
 

@@ -3,7 +3,7 @@
 With the tiers best first, the tier chosen is the first at which the cumulative probability reaches the cut
 point of that tier; the last tier takes the rest. (CumPT of TaoSR1, arXiv 2508.12365, as far as its public
 description goes; the search below is ours.) Cut points of one half choose the median tier. A lower one makes
-its tier easier to reach, so tiers that the policy is too shy of, or too fond of, can be set right without
+its tier easier to reach, so a policy that chooses a tier too rarely or too often can be corrected without
 training.
 """
 
@@ -52,7 +52,7 @@ def _f1(truth: np.ndarray, chosen: np.ndarray) -> float:
 def fit(probs: np.ndarray, truth: np.ndarray, before: np.ndarray) -> Fit:
     """The cut points, to two decimals, with the highest macro-F1 found, by coordinate ascent.
 
-    One cut point at a time moves to its best place, the others held, until no move helps; among equal places to
+    One cut point at a time moves to its best place, the others held, until no move helps; among equal places it takes
     the one nearest to one half. The best of nine starts counts: one half for all, and eight drawn with a fixed seed.
 
     Args:
@@ -68,7 +68,7 @@ def fit(probs: np.ndarray, truth: np.ndarray, before: np.ndarray) -> Fit:
 
 
 def _ascend(probs: np.ndarray, truth: np.ndarray, start: Sequence[float]) -> tuple[float, list[float]]:
-    """Where moving one cut point at a time leads, and the macro-F1 there."""
+    """The macro-F1 and the cut points at which no move of a single cut point helps."""
     cuts, best = list(start), -1.0
     nearest_half_first = PLACES[np.argsort(np.abs(PLACES - 0.5), kind="stable")].tolist()
     while True:
@@ -86,7 +86,7 @@ def _ascend(probs: np.ndarray, truth: np.ndarray, start: Sequence[float]) -> tup
 
 
 def save(path: epath.PathLike, tiers: Sequence[str], fitted: Fit, made_for: Mapping[str, str]) -> None:
-    """Writes cut points by the names of their `tiers`, with what they achieve and what they were `made_for`."""
+    """Writes cut points by their tiers' names, with the macro-F1 that they reach and what they were `made_for`."""
     cuts = dict(zip(tiers[:-1], fitted.cuts, strict=True))
     content = fitted._asdict() | {"cuts": cuts, "made_for": dict(made_for)}
     write_json(path, content)
@@ -96,7 +96,7 @@ def load(path: epath.PathLike, tiers: Sequence[str], made_for: Mapping[str, str]
     """The cut points of a file, one for each tier but the last.
 
     Raises:
-      CutsError: there is no such file, it has other tiers, or it was made for something else than `made_for`.
+      CutsError: there is no such file, it has other tiers, or it was not made for `made_for`.
     """
     path = epath.Path(path)
     again = "; fit cut points with --fit_cuts=LABELLED_FILE"

@@ -28,8 +28,8 @@ from agrl_jax.runtime import sharding
 from agrl_jax.runtime.console import progress
 from agrl_jax.types import UNKNOWN, Array, Params, Policy, RuleTables
 
-_LENGTHS = 8  # that prompts are padded to, at most: each is compiled once
-_SHORTEST_UNIT = 16  # of which those lengths are multiples, at least
+_LENGTHS = 8  # prompts are padded to so many lengths at most, each of which is compiled once
+_SHORTEST_UNIT = 16  # these lengths are multiples of this, or of more
 _DECIMALS = 6  # of probabilities
 _CHUNK_BATCHES = 4  # batches that are judged and kept together
 
@@ -50,14 +50,14 @@ class Judgement:
 
 
 class Judge:
-    """A policy that judges. `batch_size` is rounded up to what the devices can share."""
+    """A policy that judges. `batch_size` is rounded up to a multiple of the devices that share a batch."""
 
     def __init__(
         self, loaded: Trained, batch_size: int = 64, use_cuts: bool = False, mesh: jax.sharding.Mesh | None = None
     ) -> None:
         mesh = mesh or sharding.make_mesh()
         self._loaded, self.book = loaded, loaded.book
-        self.repeated = 0  # pairs so far that were equal to another of their call, and so not judged once more
+        self.repeated = 0  # pairs so far that equalled another one of their call, and so were not judged again
         self._made_for = trained.identity(loaded.book, loaded.params)
         self.calibration = probabilities.load(loaded.calibration_file, loaded.checkpoint, loaded.book)
         self._cuts = cuts.load(loaded.cuts_file, self._tiers, self._cuts_made_for) if use_cuts else None
@@ -88,12 +88,12 @@ class Judge:
         """The judge in the box, a workdir, an exported or other Hugging Face folder or a GGUF file; see `trained.load`.
 
         Args:
-          path: of the checkpoint, or its name.
+          path: the checkpoint's path or name.
           stage: of a workdir: `best` of RL by validation, `rl` (its latest) or `sft_end`.
-          settings: what to take in place of what the checkpoint says; of use for a model that is not ours.
+          settings: replace those of the checkpoint; of use for a model that agrl_jax did not train.
           batch_size: pairs judged at once.
           use_cuts: choose tiers by the cut points that `fit_cuts` has kept with the checkpoint.
-          mesh: the devices, by default all, each with all parameters.
+          mesh: the devices; by default all, each with all parameters.
         """
         mesh = mesh or sharding.make_mesh()
         return cls(trained.load(path, stage, settings, mesh), batch_size, use_cuts, mesh)
@@ -118,12 +118,12 @@ class Judge:
 
     @property
     def _cuts_made_for(self) -> dict[str, str]:
-        """What cut points follow from: the probabilities, and so their temperature."""
+        """What cut points depend on: the probabilities, and so their temperature."""
         return self._made_for | {"temperature": repr(self._temperature)}
 
     @property
     def chunk(self) -> int:
-        """How many rows are best judged together: they are batched by length."""
+        """How many rows to judge in one call, so that they can be batched by length."""
         return self.batch_size * _CHUNK_BATCHES
 
     def judge(self, rows: Source, advance: Callable[[int], None] = lambda rows: None) -> list[Judgement]:
@@ -136,8 +136,8 @@ class Judge:
         return [Judgement(error=one) if isinstance(one, str) else self._judgement(one) for one in answers]
 
     def judgements(self, pairs: Sequence[Pair]) -> tuple[Judgements, list[tuple[int, str]]]:
-        """Judges labelled pairs for scoring: the answers beside the truth, and which pairs could not be judged, by
-        index, and why."""
+        """Judges labelled pairs for scoring: the answers beside the truth; and the indices of the pairs that could not
+        be judged, with reasons."""
         rows = [{name: getattr(pair, name) for name in cells.TEXTS} for pair in pairs]
         answers: list[dict[str, np.ndarray] | str] = []
         with progress("judge", len(rows)) as bar:
@@ -167,8 +167,8 @@ class Judge:
         ), errors
 
     def fit_temperature(self, path: str, form: PairsFormat = AS_DESCRIBED) -> probabilities.Calibration:
-        """Fits the temperature of the probabilities on a file of labelled pairs, uses it from now on, and keeps it with
-        the checkpoint; likewise whether the stated or the likeliest tier is the better."""
+        """Fits the temperature of the probabilities on a file of labelled pairs, and finds whether the stated or the
+        likeliest tier is the better one there; uses both from then on, and keeps them with the checkpoint."""
         self._loaded.check_keeps()
         self._cuts = self.calibration = None
         judged = self._labelled(path, form)
@@ -177,7 +177,7 @@ class Judge:
         return self.calibration
 
     def fit_cuts(self, path: str, form: PairsFormat = AS_DESCRIBED) -> cuts.Fit:
-        """Fits cut points on a file of labelled pairs, uses them from now on, and keeps them with the checkpoint.
+        """Fits cut points on a file of labelled pairs, uses them from then on, and keeps them with the checkpoint.
 
         `form` says how the file differs from what `agrl_jax.data.pairs` describes.
         """
@@ -201,11 +201,11 @@ class Judge:
 
     @property
     def _unit(self) -> int:
-        """Of which the lengths that prompts are padded to are multiples."""
+        """The number of which all padded lengths are multiples."""
         return max(_SHORTEST_UNIT, -(-self._loaded.prompt_len // _LENGTHS))
 
     def warm_up(self) -> None:
-        """Compiles what judges prompts of any length, so that no pair waits for it."""
+        """Compiles the programs for prompts of all lengths, so that no pair waits for them."""
         for length in range(self._unit, self._loaded.prompt_len + self._unit, self._unit):
             jax.block_until_ready(self._start([[0] * length]))
 
@@ -222,8 +222,8 @@ class Judge:
     def _answers(
         self, rows: Sequence[Mapping[str, Any]], advance: Callable[[int], None]
     ) -> list[dict[str, np.ndarray] | str]:
-        """The policy's answer to each row: `tier` and `steps` as stated, `part_logprobs`, `probs` of the tiers and, of
-        free text, the `tokens` and which of them are `text`. Or why the row cannot be judged."""
+        """The policy's answer to each row, or why the row cannot be judged. An answer has `tier` and `steps` as stated,
+        `part_logprobs`, `probs` of the tiers and, with free text, the `tokens` and which of them are `text`."""
         pairs = [_pair(row) for row in rows]
         loaded = self._loaded
         prompts = list(pipeline.prompts(pairs, self.book, loaded.tokenizer, loaded.prompt_len, loaded.style))
@@ -269,7 +269,7 @@ class Judge:
         return probs.argmax(axis=1) if self.tier_from == probabilities.PROBABILITIES else stated
 
     def _response(self, answer: Mapping[str, np.ndarray]) -> str:
-        """What the policy wrote. In the closed grammar that follows from what it states."""
+        """What the policy wrote; without free text, this follows from what it states."""
         if self._closed:
             return "".join(wording.gold_segments(self.book, int(answer["tier"]), answer["steps"].tolist()))
         return self._loaded.tokenizer.decode(answer["tokens"][answer["text"]].tolist())
@@ -278,7 +278,7 @@ class Judge:
 def _closed_answer(
     policy: Policy, texts: Statements, params: Params, prompt: Array, prompt_len: Array
 ) -> dict[str, Array]:
-    """The likeliest answers without free text to the prompts [B, S], and what the probabilities are made of."""
+    """The likeliest answers without free text to the prompts [B, S], and the log-probabilities of their parts."""
     values, part_logprobs = likeliest_parts(policy, params, prefill(policy, params, prompt, prompt_len), texts)
     return {"tier": values[:, -1], "steps": values[:, :-1], "part_logprobs": part_logprobs}
 
@@ -299,12 +299,12 @@ def _free_answer(
 
 
 def _stacked(answers: Sequence[Mapping[str, np.ndarray]], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A field of all answers, [N, ...]; `shape` is that of one, where there are none."""
+    """A field of all answers, [N, ...]; `shape` is that of one answer, for N = 0."""
     return np.stack([answer[name] for answer in answers]) if answers else np.zeros((0, *shape))
 
 
 def _pair(row: Mapping[str, Any]) -> Pair:
-    """A row's texts; one that is not valid Unicode has none."""
+    """A row's texts; none if the row is not valid Unicode."""
     texts = cells.texts(row)
     return Pair(id="", **(texts if all(map(cells.is_unicode, texts.values())) else dict.fromkeys(texts, "")))
 

@@ -42,14 +42,14 @@ def export(workdir: str, out: str, stage: str = "best", dtype: str | None = None
     """Writes the policy of a workdir to the folder `out`, which should be empty or not there.
 
     Args:
-      workdir: of a training run.
-      out: the folder.
+      workdir: the folder of a training run.
+      out: the folder to write.
       stage: `best` of RL by validation, `rl` (its latest) or `sft_end`.
       dtype: of the weights; by default as trained.
-      adapters_alone: writes the low-rank adapters that were trained, and names the model that they go over.
+      adapters_alone: writes only the low-rank adapters that were trained, and the name of their base model.
 
     Returns:
-      In words, what was exported.
+      What was exported, in words.
     """
     folder, target = epath.Path(workdir), Path(out)
     huggingface.check_empty(target)  # before the weights are read
@@ -75,7 +75,7 @@ def export(workdir: str, out: str, stage: str = "best", dtype: str | None = None
 def _export_adapters(
     folder: epath.Path, target: Path, config: ConfigDict, model: Model, mesh: jax.sharding.Mesh, stage: str, dtype: str
 ) -> str:
-    """Writes the adapters of a workdir, which go over the pretrained model that its config names."""
+    """Writes the adapters of a workdir; their base is the pretrained model that its config names."""
     cfg = assemble.adapters_of(config, SFT_END)
     if cfg is None:
         raise ConfigError(f"{folder}: its warm start trained all weights: adapters alone are not what was learnt")
@@ -90,9 +90,9 @@ def _export_adapters(
 
 
 def export_model(checkpoint: str, out: str, dtype: str | None = None) -> str:
-    """Writes a judge that is no workdir, such as the one in the box, as a Hugging Face folder, `out`.
+    """Writes a judge that is not a workdir, such as the one in the box, as a Hugging Face folder, `out`.
 
-    It takes along what the judge has beside its weights. Returns in words what was exported.
+    What lies beside the judge's weights is exported too. Returns what was exported, in words.
 
     Raises:
       TrainedError: the checkpoint is not what `export` has written.
@@ -118,7 +118,7 @@ def export_model(checkpoint: str, out: str, dtype: str | None = None) -> str:
 def _write_record(
     folder: epath.Path, target: Path, config: ConfigDict, model: Model, dtype: str, where: str, name: str
 ) -> None:
-    """Writes what lies beside the weights of a run; `name` is that of the checkpoint in the export."""
+    """Writes what lies beside the weights of a run; the calibration calls the checkpoint `name`."""
     record = {
         "rulebook": RULEBOOK_FILE,
         "rulebook_digest": model.book.digest,
@@ -148,12 +148,12 @@ def _write_beside(
 
 
 def _fingerprint_in(params: Params, dtype: str) -> str:
-    """The name of parameters that are written in a dtype."""
+    """The fingerprint of parameters that are written in a dtype."""
     return trained.fingerprint(jax.tree.map(lambda x: x.astype(dtype), params))
 
 
 def _write_grammar(target: Path, rules: RuleBook) -> None:
-    """Writes what other engines decode under; no regular expression where that would be too long."""
+    """Writes the grammar for other engines; no regular expression where that would be too long."""
     write_text(target / EBNF_FILE, grammar.ebnf(rules))
     try:
         write_text(target / REGEX_FILE, grammar.regex(rules))
@@ -162,7 +162,7 @@ def _write_grammar(target: Path, rules: RuleBook) -> None:
 
 
 def _copy_cuts(folder: epath.Path, target: Path, rules: RuleBook, params: Params) -> None:
-    """Takes cut points along that were fitted for these parameters."""
+    """Copies cut points that were fitted for these parameters."""
     file = folder / trained.CUTS_FILE
     try:
         cuts.load(file, [tier.name for tier in rules.tiers], trained.identity(rules, params))

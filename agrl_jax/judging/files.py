@@ -37,12 +37,12 @@ USER_ERRORS = (*trained.LOAD_ERRORS, CutsError, PairsError, OutputError)  # show
 class Summary:
     """What became of the rows of a file."""
 
-    first: int = 0  # rows of the file that come before them
+    first: int = 0  # rows of the file that come before these
     rows: int = 0
     tiers: Counter[str] = field(default_factory=Counter)
     inconsistent: int = 0
     disagreeing: int = 0
-    bad: list[tuple[int, str]] = field(default_factory=list)  # number (the first row is 1) and error; the first few
+    bad: list[tuple[int, str]] = field(default_factory=list)  # number (the first row is 1) and error of the first few
     bad_rows: int = 0
     repeated: int = 0  # of those that were judged now
 
@@ -87,12 +87,12 @@ def judge_file(
     judge: Judge, source: str, output: str, prefix: str = PREFIX, overwrite: bool = False,
     columns: Mapping[str, str] | None = None, shard: tuple[int, int] = (1, 1),
 ) -> Summary:
-    """Judges a file of rows into another, whatever its length in little memory, from where it stopped before.
+    """Judges a file of rows into another, of any length in little memory, and goes on where it stopped before.
 
-    What is done lies in `OUTPUT.partial` until all is (of a bucket's output in the folder for temporary files); then
-    the output appears in one piece. `columns` holds for our names of columns those of the file, where they differ:
-    {"title": "product_title"}. Of `shard` (i, n), piece i from 1 of n pieces of the file is judged: one after the
-    other, their outputs hold the rows of the whole.
+    Finished rows wait in `OUTPUT.partial` (for an output in a bucket, in the folder for temporary files) until all are
+    done; then the output appears in one piece. `columns` maps our names of columns to the file's where they differ:
+    {"title": "product_title"}. `shard` (i, n) judges piece i, from 1, of n pieces of the file: one after the other,
+    their outputs hold the rows of the whole.
 
     Raises:
       PairsError: the input cannot be read, or lacks a column.
@@ -118,14 +118,14 @@ def judge_file(
 
 
 def _partial(output: str) -> Path:
-    """Where unfinished work lies. Files of buckets cannot be added to."""
+    """Where unfinished work lies: not in a bucket, whose files cannot be appended to."""
     if is_remote(output):
         return Path(tempfile.gettempdir(), f"agrl_jax-{hashlib.sha256(output.encode()).hexdigest()[:16]}.partial")
     return Path(f"{output}.partial")
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """The i and n of "i/n". Raises ConfigError: it is not that."""
+    """The i and n of "i/n". Raises ConfigError for any other text."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise ConfigError(f"--shard={text}: should be i/n with i from 1 to n, such as 1/8 to 8/8 for eight shards")

@@ -1,4 +1,4 @@
-"""How well a judge does on a file of labelled pairs: one of ours, or anyone's whose judgements stand in the file."""
+"""Scores judgements on a file of labelled pairs: those of a judge that is loaded, or those that the file holds."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Scored(NamedTuple):
     """Judgements of the pairs of a file."""
 
     pairs: list[Pair]  # those that were judged
-    judged: Judgements  # of them
-    unjudged: list[str]  # why others could not be: by the numbers of their rows
-    left_out: tuple[str, ...] = ()  # metrics that what is known of the judgements does not give
+    judged: Judgements  # of these pairs
+    unjudged: list[str]  # the row of each other pair, and why it could not be judged
+    left_out: tuple[str, ...] = ()  # metrics for which the judgements hold too little
 
     def scores(self, book: RuleBook, bootstrap: int = 1000, seed: int = 0) -> Scores:
-        """The scorecard; metrics that cannot be known have no value."""
+        """The scorecard; the metrics `left_out` have no value."""
         return _without(intervals.score(self.judged, book, bootstrap, seed), self.left_out)
 
 
@@ -59,8 +59,8 @@ def read_judged(path: epath.PathLike, book: RuleBook, form: PairsFormat = AS_DES
 
     Args:
       path: the file.
-      book: of the tiers and steps.
-      form: of the file; its columns may name these too, and its labels hold for `judge_tier` as well.
+      book: gives the tiers and steps.
+      form: of the file; its columns may name those of judgements too, and its labels hold for `judge_tier` as well.
 
     Raises:
       PairsError: the file cannot be read, lacks a column, or has rows that cannot be used: all are counted.
@@ -102,7 +102,7 @@ def read_judged(path: epath.PathLike, book: RuleBook, form: PairsFormat = AS_DES
 def worst_first(scored: Scored, book: RuleBook) -> list[dict[str, Any]]:
     """The pairs that were judged wrongly: the most grades off first, then the least probability of the truth."""
     judged, grades = scored.judged, np.array([tier.grade for tier in book.tiers])
-    furthest = np.abs(grades[:, None] - grades).max(axis=1)  # of each true tier: how wrong no answer is
+    furthest = np.abs(grades[:, None] - grades).max(axis=1)  # by true tier: how many grades off no answer is
     stated = judged.predicted != UNKNOWN
     off = np.where(stated, np.abs(grades[judged.predicted] - grades[judged.tier]), furthest[judged.tier])
     of_truth = judged.probs[np.arange(len(judged)), judged.tier]
@@ -150,7 +150,7 @@ def judge_columns(book: RuleBook) -> Iterator[str]:
 
 
 class Cells(NamedTuple):
-    """What a row says of a judgement, by the indices of the rule book; UNKNOWN where it does not."""
+    """What a row says of a judgement, as indices of the rule book; UNKNOWN where it says nothing."""
 
     tier: int
     probs: list[float]
@@ -160,7 +160,7 @@ class Cells(NamedTuple):
 class JudgedReader:
     """Reads judgements out of rows, and notes what is wrong with them in `bad`.
 
-    `columns` holds for our names of columns the file's. The labels of the form hold for tiers too.
+    `columns` maps our names of columns to the file's. The labels of the form hold for tiers too.
     """
 
     def __init__(self, book: RuleBook, form: PairsFormat, columns: Mapping[str, str]) -> None:
@@ -194,7 +194,7 @@ class JudgedReader:
         return value
 
     def _probs(self, number: int, cells: Mapping[str, str], tier: int) -> list[float]:
-        """The probabilities as they are stated; where there are none, all on the tier."""
+        """The probabilities that are stated; if none are, 1 for the tier."""
         tiers = self._book.tiers
         if not self.has_probs or tier == UNKNOWN:
             return [float(i == tier) for i in range(len(tiers))]
@@ -209,7 +209,7 @@ class JudgedReader:
 
 
 def _without(scores: Scores, names: Sequence[str]) -> Scores:
-    """Scores with no value for the metrics of these names, in the cuts too."""
+    """The scores without values for the metrics of these names, in the cuts too."""
     nothing = {"value": None, "low": None, "high": None, "n": 0}
     return {
         name: {part: _without(cut, names) for part, cut in value.items()}

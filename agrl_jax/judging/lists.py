@@ -1,4 +1,4 @@
-"""Ranked lists of items, and the tiers of judged pairs as the judgement lists of other tools.
+"""Reads ranked lists of items and judged pairs, and writes tiers as the judgement lists of other tools.
 
 The gain of an item is the grade of its tier less the lowest grade: 3, 2, 1 and 0 of the default rule book, so that the
 worst tier is worth nothing.
@@ -23,7 +23,7 @@ from agrl_jax.rulebook.schema import RuleBook
 from agrl_jax.runtime.files import write_json, write_text
 from agrl_jax.types import UNKNOWN
 
-ITEMS = ("id", "product_id", "title")  # columns that say which item it is: the first that all files have
+ITEMS = ("id", "product_id", "title")  # columns that identify an item: the first that all files have
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class JudgedItems:
 
 
 def item_column(paths: Sequence[epath.PathLike], columns: Mapping[str, str], item: str = "") -> str:
-    """The column that says which item it is: `item`, or the first of ITEMS that all files have.
+    """The column that identifies an item: `item`, or the first of ITEMS that all files have.
 
     Raises:
       PairsError: a file lacks it, or cannot be read.
@@ -92,8 +92,8 @@ def read_list(path: epath.PathLike, item: str, form: PairsFormat = AS_DESCRIBED)
     the order of the file.
 
     Raises:
-      PairsError: the file cannot be read, lacks a column, or has rows that cannot be used: no number as the rank, or an
-        item that stands twice.
+      PairsError: the file cannot be read, lacks a column, or has rows that cannot be used: a rank that is no number, or
+        an item that stands twice.
     """
     file, columns = open_rows(path), form.columns
     query = columns.get("query", "query")
@@ -122,8 +122,8 @@ def read_list(path: epath.PathLike, item: str, form: PairsFormat = AS_DESCRIBED)
 def write_qrels(path: epath.PathLike, judged: JudgedItems) -> list[epath.Path]:
     """Writes TREC qrels, `QUERY 0 ITEM GAIN`, and returns the files written.
 
-    There names hold no white space. Queries go by their `query_id`; where one has none, all are numbered, and
-    PATH.queries.tsv says which is which. So are items whose names have white space, in PATH.items.tsv.
+    Names in qrels hold no white space. Queries go by their `query_id`; where one has none, all are numbered, and
+    PATH.queries.tsv maps numbers to queries. Items whose names have white space are numbered too, in PATH.items.tsv.
     """
     path = epath.Path(path)
     known = {query: judged.query_ids.get(query, "") for query in judged.gains}

@@ -21,7 +21,7 @@ from agrl_jax.types import UNKNOWN
 
 @dataclass(frozen=True)
 class Ratings:
-    """What N pairs were called, tiers by index, UNKNOWN where not."""
+    """The ratings of N pairs, as indices of tiers; UNKNOWN where a pair is not rated."""
 
     query: list[str]
     title: list[str]
@@ -37,14 +37,14 @@ def read_ratings(
     form: PairsFormat = AS_DESCRIBED,
 ) -> Ratings:
     """Reads a file with the columns `query`, `title`, `judge_tier`, optionally `family` and `judge_prob_TIER`, and
-    ratings: a column for each of `raters`; or, with a row for each rating, the column `rater` of their names and
-    `label`. Tiers are given by name or grade; an empty cell is no rating.
+    ratings: a column for each of `raters`; or one row for each rating, with the rater's name in the column `rater` and
+    the tier in `label`. Tiers are given by name or grade; an empty cell is no rating.
 
     Args:
       path: the file.
-      book: of the tiers.
-      raters: columns that hold ratings, of a file with one row a pair.
-      rater: the column that names the rater, of a file with one row a rating. Rows of one query and title are one pair.
+      book: gives the tiers.
+      raters: columns that hold ratings, in a file with one row a pair.
+      rater: the column that names the rater, in a file with one row a rating. Rows of one query and title are one pair.
       form: of the file: the names of its columns, its labels.
 
     Raises:
@@ -122,10 +122,10 @@ class _Reader:
 def report(ratings: Ratings, book: RuleBook, wanted: float, bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
     """All figures of how the judge agrees with people, JSON-able.
 
-    `alpha` of the people alone and with the judge as one more of them; `pairs` of raters (`compare`), the judge with
-    each and with the majority, each rater with the majority of the others; `by_tier` and `by_family`, the judge with
-    the majority; and, where probabilities are known, `coverage`, what is won by abstaining, and `abstain`, the
-    threshold for the `wanted` agreement with the majority.
+    `alpha` of the people, without and with the judge among them; `pairs` of raters (`compare`): the judge with each
+    rater and with the majority, each rater with the majority of the others; `by_tier` and `by_family`: the judge with
+    the majority; and, where probabilities are known, `coverage`, the gain from abstaining, and `abstain`, the threshold
+    for the `wanted` agreement with the majority.
     """
     grades, tiers = [tier.grade for tier in book.tiers], len(book.tiers)
     labels, judged, names = ratings.labels, ratings.judged, ratings.raters

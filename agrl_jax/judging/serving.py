@@ -34,19 +34,19 @@ _Pair = dict[str, Any]
 
 @dataclass(frozen=True)
 class Limits:
-    """What the service takes on."""
+    """The most that the service accepts."""
 
     rows: int = 256  # pairs of a request
-    bytes: int = 1 << 20  # of its body
+    bytes: int = 1 << 20  # of a request's body
     waiting: int = 4096  # pairs of all requests that are not answered yet
     window_s: float = 0.005  # how long a pair waits for others
     body_s: float = 30.0  # how long the body of a request may take to come
 
 
 class Batcher:
-    """Judges requests together: those that come within the window, and while the judge is busy with others.
+    """Judges requests together: those that come within the window or while the judge is busy.
 
-    At most `judge.chunk` pairs are taken at once, but for the last request, which is not split.
+    It stops taking requests at `judge.chunk` pairs; the last one may exceed that, since no request is split.
     """
 
     def __init__(self, judge: Judge, window_s: float) -> None:
@@ -80,7 +80,7 @@ class Batcher:
                     judged = itertools.repeat(_FAILED)
                 for request, future in together:
                     answer = list(itertools.islice(judged, len(request)))
-                    if not future.done():  # else nobody waits for it any more
+                    if not future.done():  # else nobody waits for it
                         future.set_result(answer)
 
     async def _together(self) -> list[tuple[Sequence[_Pair], asyncio.Future[list[Judgement]]]]:
@@ -234,7 +234,7 @@ def rules(book: RuleBook) -> dict[str, Any]:
 
 
 def parse(body: bytes) -> Any:
-    """The JSON of a body. Raises HTTPException: it is none, or has a field twice."""
+    """The JSON of a body. Raises HTTPException: it is not JSON, or has a field twice."""
     try:
         return json.loads(body, object_pairs_hook=_once, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
@@ -253,7 +253,7 @@ def _no_number(name: str) -> NoReturn:
 
 
 def check(pair: Any, where: str) -> None:
-    """Raises HTTPException for what is no pair: the message begins with `where`, and names the field."""
+    """Raises HTTPException where `pair` is not a pair; the message begins with `where`, and names the field."""
     if not isinstance(pair, dict):
         raise HTTPException(400, f"{where}should be an object with a query and a title, not {_kind(pair)}")
     for name, value in pair.items():

@@ -1,6 +1,6 @@
-"""Which pairs of a pool to label next, and which labels to check: by what one judge, or several, say of them.
+"""Chooses pairs of a pool to label next, and labels to check, by the opinions of one judge or several.
 
-What to label next is scored by what a label would tell, each reason from 0 to 1:
+A pair to label is scored by how much a label would tell. Each reason counts from 0 to 1:
 
     unsure        entropy of the tier's probabilities over log(tiers), mean over the judges
     disagreement  Jensen-Shannon divergence of the judges' probabilities over log(judges): how sure they are of
@@ -40,7 +40,7 @@ from agrl_jax.runtime.console import progress
 from agrl_jax.runtime.files import OutputError, in_one_piece
 from agrl_jax.types import UNKNOWN
 
-_LEAST = 0.05  # of a reason that is told
+_LEAST = 0.05  # a reason below this is not named
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Opinions:
 
 
 class Pool(NamedTuple):
-    """The rows of a file that are to be chosen from."""
+    """The rows of a file to choose from."""
 
     file: RowFile
-    columns: Mapping[str, str]  # our names of columns: the file's
-    keys: list[tuple[str, str]]  # of each row, alike for the same pair
-    open: np.ndarray  # [N] bool: it can be labelled, and is not yet
+    columns: Mapping[str, str]  # from our names of columns to the file's
+    keys: list[tuple[str, str]]  # one for each row, equal for the same pair
+    open: np.ndarray  # [N] bool: the row can be labelled, and is not yet
 
 
 class Suggestion(NamedTuple):
@@ -116,7 +116,7 @@ def ask(judge: Judge, pool: Pool) -> Opinions:
 
 
 def read_opinions(path: epath.PathLike, pool: Pool, book: RuleBook, form: PairsFormat = AS_DESCRIBED) -> Opinions:
-    """What a judged file, as `agrl_jax.judge` writes it, says of the rows of a pool; it has the same rows.
+    """What a judged file, as `agrl_jax.judge` writes it, says of the rows of a pool. Both have the same rows.
 
     Raises:
       PairsError: the file cannot be read, lacks a column, has rows that cannot be used, or other rows than the pool.
@@ -141,13 +141,13 @@ def read_opinions(path: epath.PathLike, pool: Pool, book: RuleBook, form: PairsF
 
 
 def met_rows(paths: Iterable[epath.PathLike], book: RuleBook, form: PairsFormat = AS_DESCRIBED) -> np.ndarray:
-    """[rows of the table] bool: those that the labelled pairs of files are known to meet."""
+    """[rows of the table] bool: whether the labelled pairs of files are known to meet the row."""
     groups = [group for path in paths for group in coverage.read_stated(path, [book], form)[0]]
     return np.array([row["pairs"] > 0 for row in coverage.meet(groups, book, form)["rows"]])
 
 
 def without_judgements(form: PairsFormat) -> PairsFormat:
-    """The form of pairs alone: it does not name the columns of judgements."""
+    """The form without the columns of judgements."""
     columns = {name: column for name, column in form.columns.items() if not name.startswith(PREFIX)}
     return dataclasses.replace(form, columns=columns)
 
@@ -160,19 +160,19 @@ def choose(
 
     Args:
       opinions: of one judge or several.
-      pool: the rows. Those that a judge has no tier for are left out.
+      pool: the rows. Rows without a judge's tier are left out.
       book: gives tiers, steps and table.
-      number: how many at most.
-      met: [rows of the table] that labels have met; by default none.
+      number: how many rows to choose at most.
+      met: [rows of the table] bool: labels have met the row; by default none.
       by: the reasons that count, of REASONS.
-      per_rule: pairs of each row of the table not met that count as new.
+      per_rule: pairs of each row of the table not yet met that count as new.
       per_query: how many of one query at most; 0: any number.
     """
     reasons = _reasons(opinions, book)
     base = sum((reasons[name] for name in by if name in reasons), np.zeros(len(pool.keys)))
     judged = pool.open & np.all([one.tier != UNKNOWN for one in opinions], axis=0)
     order = np.flatnonzero(judged)[np.argsort(-base[judged], kind="stable")]
-    once = {pool.keys[i]: i for i in reversed(order.tolist())}  # the first in order of each pair
+    once = {pool.keys[i]: i for i in reversed(order.tolist())}  # the first row in order of each pair
     order = np.array([i for i in order.tolist() if once[pool.keys[i]] == i], int)
     rules = _rule(opinions, book)
     if "new rule" in by:
@@ -198,10 +198,10 @@ def choose(
 
 
 def _reasons(opinions: Sequence[Opinions], book: RuleBook) -> dict[str, np.ndarray]:
-    """[N] each but for the new rules, which depend on the others."""
+    """[N] for each reason but `new rule`, which depends on the others."""
     each = np.stack([_entropy(one.probs) for one in opinions])
     mixed = _entropy(np.mean([one.probs for one in opinions], axis=0))
-    most = math.log(min(len(opinions), len(book.tiers)))  # what the divergence can be
+    most = math.log(min(len(opinions), len(book.tiers)))  # the largest divergence possible
     apart = (mixed - each.mean(axis=0)) / most if most else np.zeros(len(mixed))
     return {
         "unsure": each.mean(axis=0) / math.log(len(book.tiers)),
@@ -221,7 +221,7 @@ def _contradicts(one: Opinions, book: RuleBook) -> np.ndarray:
 
 
 def _rule(opinions: Sequence[Opinions], book: RuleBook) -> np.ndarray:
-    """[N] the row of the table that the steps of the first judge who states them all meet; UNKNOWN where none does."""
+    """[N] the row of the table that the steps of the first judge to state them all meet; UNKNOWN if no judge does."""
     found = np.full(len(opinions[0].tier), UNKNOWN)
     for one in opinions:
         stated = (one.steps != UNKNOWN).all(axis=1) & (found == UNKNOWN)
@@ -266,8 +266,8 @@ def _key(record: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[str, st
 def doubts(scored: Sequence[Scored], contradicting: Iterable[int], book: RuleBook, number: int) -> list[Suggestion]:
     """The labels that are most likely errors, worst first.
 
-    A label scores by how much likelier another tier is (the mean over the judges), 1 more if the table contradicts it
-    with its own steps, and 1 more if the same pair stands elsewhere with another label.
+    A label's score is how much likelier another tier is (the mean over the judges), plus 1 if its own steps contradict
+    it by the table, plus 1 if the same pair stands elsewhere with another label.
 
     Args:
       scored: labelled pairs with the judgements of one judge or several, of the same pairs.
@@ -306,7 +306,7 @@ def doubts(scored: Sequence[Scored], contradicting: Iterable[int], book: RuleBoo
 
 
 def check_kind(path: epath.PathLike) -> None:
-    """Raises OutputError where `write` knows no such kind of file."""
+    """Raises OutputError where `write` does not know the kind of file."""
     if epath.Path(path).suffix.lower() not in KINDS:
         raise OutputError(f"{path}: unknown kind of file; it should end in one of: {', '.join(KINDS)}")
 
@@ -317,8 +317,8 @@ def write(
 ) -> None:
     """Writes the chosen rows as a file to label, which `read_pairs` takes when it is labelled.
 
-    Their columns are those of `file` but for judgements; then `label` and a column for each step, which are empty
-    unless `keep_labels`; and `suggest_row` in `file`, `suggest_score` and `suggest_because`.
+    They have the columns of `file` without judgements; then `label` and a column for each step, which are empty unless
+    `keep_labels`; and `suggest_row` (the number in `file`), `suggest_score` and `suggest_because`.
     """
     steps = [STEP_PREFIX + step.name for step in book.steps]
     records = dict(_picked(file, {one.row for one in chosen}))

@@ -37,11 +37,11 @@ from agrl_jax.runtime.sharding import ShardingError
 from agrl_jax.training import assemble
 from agrl_jax.types import Array, Params, Policy, RuleTables
 
-RECORD_FILE = "agrl_jax.json"  # what an exported folder says of its training
+RECORD_FILE = "agrl_jax.json"  # the record of training in an exported folder
 CUTS_FILE = "cuts.json"
-# Fields of the record: how the policy was trained to be asked.
+# Fields of the record: how prompts and responses were written in training.
 RECORDED = ("rulebook", "order", "rulebook_digest", "style", "prompt_len", "response_len", "dtype", "compute_dtype")
-_ITEM_TOKENS = 192  # room for query and item in a prompt, where nothing says how long prompts were in training
+_ITEM_TOKENS = 192  # room for query and item in a prompt of a model without a record
 _FREE_TOKENS = 128  # room for free text in a response, likewise
 
 
@@ -49,7 +49,7 @@ class TrainedError(ValueError):
     """A checkpoint that is not there, or not what it should be; the message says what would be right."""
 
 
-# What can be wrong with a checkpoint, and what a user can put right.
+# Errors in a checkpoint that a user can put right.
 LOAD_ERRORS = (
     TrainedError, ConfigError, RuleBookError, LoadingError, TokenizerError, CheckpointError, CalibrationError,
     NotInstalledError, ShardingError, OSError,
@@ -58,7 +58,7 @@ LOAD_ERRORS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """How prompts and responses are laid out. None: as in training, or a default for a model without a record."""
+    """How prompts and responses are written. None: as in training, or a default for a model without a record."""
 
     rulebook: str | None = None  # a bundled rule book by name, or a YAML file
     order: str | None = None  # of the response
@@ -70,7 +70,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Trained:
-    """A policy with all that it needs in order to judge."""
+    """A policy with all that judging needs."""
 
     book: RuleBook
     tokenizer: Tokenizer
@@ -83,7 +83,7 @@ class Trained:
     response_len: int
     cuts_file: epath.Path  # where its cut points are kept
     calibration_file: epath.Path  # and the temperature of its probabilities
-    checkpoint: str  # by which name; of a workdir that of the checkpoint, else a fingerprint
+    checkpoint: str  # its name there: of a workdir, that of the checkpoint; else a fingerprint
 
     def check_keeps(self) -> None:
         """Raises TrainedError where nothing can be kept beside the checkpoint."""
@@ -101,10 +101,10 @@ def load(
     """Loads a workdir, an exported or other Hugging Face folder, a GGUF file, or a model that a package brings.
 
     Args:
-      path: of the checkpoint, or its name (`shipped.named`).
+      path: the checkpoint's path, or its name (`shipped.named`).
       stage: of a workdir: see `load_stage`.
-      settings: what to take in place of what the checkpoint says.
-      mesh: over which the parameters are spread; by default all devices, each with all parameters.
+      settings: replace those of the checkpoint.
+      mesh: holds the parameters; by default all devices, each with all parameters.
 
     Raises:
       TrainedError: there is no checkpoint, or its rule book is not the one it was trained with.
@@ -136,10 +136,10 @@ class Stage(NamedTuple):
 
 
 def find_stage(folder: epath.Path, config: ConfigDict, rules: RuleBook, stage: str) -> Stage:
-    """The checkpoint of a workdir that a stage names, trained with these rules.
+    """The checkpoint that a stage names in a workdir, which was trained with these rules.
 
-    `best` is the best of RL by validation, or the end of the warm start where there has been no RL; `rl` the
-    latest of RL; `sft_end` the end of the warm start.
+    `best` is the best of RL by validation, or the end of the warm start if there was no RL; `rl` is the latest of RL;
+    `sft_end` is the end of the warm start.
     """
     if stage not in STAGES:
         raise TrainedError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
@@ -162,9 +162,9 @@ def _identity_of(checkpoints: Checkpointer, stage: Stage) -> dict[str, Any]:
 
 
 def changed_pairs(folder: epath.Path, stage: Stage, digests: Mapping[str, str]) -> list[str]:
-    """The splits whose pairs are no longer those that a stage was trained with, given their digests now.
+    """The splits whose pairs differ from those that a stage was trained with, given the digests of the pairs.
 
-    Empty for checkpoints of an older version, which do not say with which they were.
+    Empty for checkpoints that do not record the digests.
     """
     with Checkpointer(folder) as checkpoints:
         before = _identity_of(checkpoints, stage).get("pairs", {})
@@ -174,18 +174,18 @@ def changed_pairs(folder: epath.Path, stage: Stage, digests: Mapping[str, str]) 
 def load_stage(
     folder: epath.Path, config: ConfigDict, model: assemble.Model, mesh: jax.sharding.Mesh, stage: str
 ) -> tuple[Params, Stage]:
-    """The parameters of a workdir at a stage, as in `find_stage`, and which checkpoint that is."""
+    """The parameters of a workdir at a stage, and the checkpoint that `find_stage` finds for it."""
     found = find_stage(folder, config, model.book, stage)
     return assemble.load_params(folder, config, model, mesh, *found), found
 
 
 def identity(rules: RuleBook, params: Params) -> dict[str, str]:
-    """What judgements follow from, by name."""
+    """All that judgements depend on, by name."""
     return {"rule book": rules.digest, "checkpoint": fingerprint(params)}
 
 
 def fingerprint(params: Params) -> str:
-    """A short name for parameters: the same for the same values, wherever they lie. Not against malice."""
+    """A short name for parameters: equal values have equal names, on any devices. Not cryptographic."""
 
     @jax.jit
     def checksum(leaf: Array) -> Array:
@@ -237,7 +237,7 @@ def _load_model(path: epath.Path, settings: Settings, mesh: jax.sharding.Mesh) -
             partial(sharding.param_shardings, mesh),
         )
     style = settings.style or record.get("style") or ("full" if tokenizer.chat_template is None else "chat")
-    if style == "chat" and not record:  # an export's tokenizer ends where training had it end
+    if style == "chat" and not record:  # an export's tokenizer already ends answers as in training
         tokenizer = tokenizer.ending_with(chat.end_of_turn(tokenizer))
     policy, _, _ = transformer.build(shape, sharding.placing(mesh))
     padding = [None] * (shape.vocab_size - tokenizer.vocab_size)  # some models pad their vocabulary
@@ -264,7 +264,7 @@ def _load_model(path: epath.Path, settings: Settings, mesh: jax.sharding.Mesh) -
 
 @contextmanager
 def _local(path: epath.Path) -> Iterator[epath.Path]:
-    """A model as a local folder or file while the block lasts: what reads weights and tokenizers knows no buckets."""
+    """A model as a local folder or file while the block lasts; weights and tokenizers are read from local files."""
     if not is_remote(path):
         yield path
         return
@@ -292,7 +292,7 @@ def _check_digest(rules: RuleBook, trained_by: str | None, checkpoint: str) -> N
 
 
 def _default_lengths(rules: RuleBook, tokenizer: Tokenizer, style: str) -> dict[str, int]:
-    """Tokens of prompt and response where nothing says how long they were in training."""
+    """Tokens of prompt and response for a model without a record."""
     (shortest,) = pipeline.prompts([Pair("", query="a", title="a")], rules, tokenizer, 1 << 20, style)
     free = _FREE_TOKENS * (rules.response.free_text != "none")
     return {
