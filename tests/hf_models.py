@@ -41,6 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
         "model_type": "smollm3", "tie_word_embeddings": True, "rope_theta": 1e4, "no_rope_layer_interval": 2,
         "no_rope_layers": [1, 0], "pad_token_id": None, "bos_token_id": None, "eos_token_id": 0,
     },
+    "olmo2": {"model_type": "olmo2", "tie_word_embeddings": False, "rope_theta": 5e5},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_theta": 1e6},
     "qwen2_yarn": {
         "model_type": "qwen2", "tie_word_embeddings": False, "rope_theta": 1e4,
@@ -95,6 +96,10 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         }
         if family == "qwen2":
             inner |= {f"self_attn.{p}_proj.bias": (n * f,) for p, n in (("q", heads), ("k", kv), ("v", kv))}
+        if family == "olmo2":
+            del inner["input_layernorm.weight"]
+            inner |= {"post_feedforward_layernorm.weight": (d,)}
+            inner |= {"self_attn.q_norm.weight": (heads * f,), "self_attn.k_norm.weight": (kv * f,)}
         if family.startswith("qwen3"):
             inner |= {"self_attn.q_norm.weight": (f,), "self_attn.k_norm.weight": (f,)}
         experts = [f"experts.{e}." for e in range(config["num_experts"])] if family == "qwen3_moe" else [""]

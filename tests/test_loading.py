@@ -140,6 +140,8 @@ def test_a_policy_from_scratch_is_exported_as_qwen3(tmp_path):
     ("shape", "message"),
     [
         ({"bias": True, "qk_norm": True}, "both attention biases and query/key norms"),
+        ({"norms": "after"}, "other than OLMo 2, which has both"),
+        ({"norms": "after", "qk_norm_whole": True, "bias": True}, "OLMo 2, which has both and no biases"),
         ({"unrotated_every": 2, "qk_norm": True}, "unrotated layers with attention biases or norms"),
         ({"experts": 4, "experts_per_token": 2}, "experts without query/key norms"),
         ({"width": 30}, "heads=4 to divide width=30"),

@@ -26,6 +26,7 @@ VARIANTS = {
     "qk_norm, unrolled layers, scaled rope": {
         "qk_norm": True, "layers": 2, "rope_scaling": RopeScaling("llama3", 4.0, original=4)
     },
+    "norms after, norms over all heads": {"norms": "after", "qk_norm_whole": True, "tied": False},
     "experts, untied, one kv head": {"experts": 3, "experts_per_token": 2, "tied": False, "kv_heads": 1},
 }
 variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)

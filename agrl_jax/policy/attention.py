@@ -80,8 +80,11 @@ class Attention(nnx.Module):
             self.k_bias = nnx.Param(jnp.zeros((k, f), dtype), axes=("kv_heads", "head_dim"))
             self.v_bias = nnx.Param(jnp.zeros((k, f), dtype), axes=("kv_heads", "head_dim"))
         if cfg.qk_norm:
-            self.q_norm = ones(f, "head_dim", dtype)
-            self.k_norm = ones(f, "head_dim", dtype)
+            self.q_norm = ones((f,), ("head_dim",), dtype)
+            self.k_norm = ones((f,), ("head_dim",), dtype)
+        elif cfg.qk_norm_whole:
+            self.q_norm = ones((h, f), ("heads", "head_dim"), dtype)
+            self.k_norm = ones((k, f), ("kv_heads", "head_dim"), dtype)
 
     def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
         """Queries [B, G, n, H, head_dim], keys and values [B, G, K, n, head_dim], rotated.
@@ -95,7 +98,7 @@ class Attention(nnx.Module):
                 y + b[...].astype(dtype)
                 for y, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias))
             )
-        if cfg.qk_norm:
+        if cfg.qk_norm or cfg.qk_norm_whole:
             q, k = rms_norm(q, self.q_norm[...], cfg.norm_eps), rms_norm(k, self.k_norm[...], cfg.norm_eps)
         rope = rope_frequencies(cfg)
         return rotate(q, positions, *rope), rotate(k, positions, *rope).swapaxes(2, 3), v.swapaxes(2, 3)

@@ -17,6 +17,7 @@ from agrl_jax.policy.transformer import build
 CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
@@ -34,7 +35,7 @@ class _Tensor(NamedTuple):
     """A parameter of ours in Hugging Face's layout.
 
     `inputs`: how many of our leading axes (layer and expert aside) are inputs of the projection, which
-    Hugging Face stores as a matrix [outputs, inputs]; 0 is a bias, -1 a tensor stored as ours is.
+    Hugging Face stores as a matrix [outputs, inputs]; 0 is a vector over all heads, -1 a tensor stored as ours is.
     """
 
     name: str
@@ -61,6 +62,12 @@ _PLAIN = {
     ("blocks", "mlp", "up"): _Tensor(_LAYER + "mlp.up_proj.weight", 1),
     ("blocks", "mlp", "down"): _Tensor(_LAYER + "mlp.down_proj.weight", 1),
 }
+_OLMO2 = _PLAIN | {
+    ("blocks", "attention_norm"): _Tensor(_LAYER + "post_attention_layernorm.weight", -1),
+    ("blocks", "mlp_norm"): _Tensor(_LAYER + "post_feedforward_layernorm.weight", -1),
+    ("blocks", "attention", "q_norm"): _Tensor(_LAYER + "self_attn.q_norm.weight", 0),
+    ("blocks", "attention", "k_norm"): _Tensor(_LAYER + "self_attn.k_norm.weight", 0),
+}
 _EXPERT = _LAYER + "mlp.experts.{expert}."
 _MIXTURE = _PLAIN | {
     ("blocks", "mlp", "router"): _Tensor(_LAYER + "mlp.gate.weight", 1),
@@ -83,7 +90,7 @@ class Leaf(NamedTuple):
 def leaves_of(cfg: PolicyConfig) -> list[Leaf]:
     """All parameters of a shape."""
     _, init, _ = build(cfg)
-    table = _MIXTURE if cfg.experts else _PLAIN
+    table = _MIXTURE if cfg.experts else _OLMO2 if cfg.norms == "after" else _PLAIN
     leaves = []
     for keys, abstract in jax.tree_util.tree_leaves_with_path(jax.eval_shape(init, jax.random.key(0))):
         path = tuple(key.key for key in keys)
@@ -109,6 +116,13 @@ class Entry(NamedTuple):
 
 def family_of(cfg: PolicyConfig) -> str:
     """The family whose layers these are; Mistral's are Llama's."""
+    if (cfg.norms == "after") != cfg.qk_norm_whole or (
+        cfg.qk_norm_whole and (cfg.bias or cfg.qk_norm or cfg.experts or cfg.unrotated_every)
+    ):
+        raise LoadingError(
+            "no family that can be exported has norms after its sub-layers, or over all heads' queries and keys, "
+            "other than OLMo 2, which has both and no biases, experts or unrotated layers"
+        )
     if cfg.bias and cfg.qk_norm:
         raise LoadingError("no family that can be exported has both attention biases and query/key norms")
     if cfg.unrotated_every and (cfg.bias or cfg.qk_norm):
@@ -118,7 +132,9 @@ def family_of(cfg: PolicyConfig) -> str:
     if cfg.qk_norm:
         return "qwen3_moe" if cfg.experts else "qwen3"
     if not cfg.bias and cfg.width % cfg.heads:
-        raise LoadingError(f"Llama, the family of this shape, wants heads={cfg.heads} to divide width={cfg.width}")
+        raise LoadingError(f"Llama or OLMo 2, whose shape this is, wants heads={cfg.heads} to divide width={cfg.width}")
     if cfg.unrotated_every:
         return "smollm3"
+    if cfg.qk_norm_whole:
+        return "olmo2"
     return "qwen2" if cfg.bias else "llama"

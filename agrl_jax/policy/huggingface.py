@@ -28,6 +28,7 @@ from agrl_jax.types import Params
 # What a config.json leaves out where it is the family's default, and other than that of most families.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "olmo2": {"rms_norm_eps": 1e-5, "tie_word_embeddings": False},
     "qwen3": {"head_dim": 128},
     "smollm3": {
         "num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 2e6, "no_rope_layer_interval": 4,
@@ -61,7 +62,9 @@ def hf_config(file: Path, param_dtype: str, compute_dtype: str) -> PolicyConfig:
             head_dim=int(raw.get("head_dim") or width // heads),
             mlp=int(raw["moe_intermediate_size" if mixture else "intermediate_size"]),
             tied=bool(raw.get("tie_word_embeddings", False)),
+            norms="after" if family == "olmo2" else "before",
             qk_norm=family in ("qwen3", "qwen3_moe"),
+            qk_norm_whole=family == "olmo2",
             bias=family == "qwen2",
             norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
             param_dtype=param_dtype,

@@ -65,7 +65,9 @@ class PolicyConfig:
     head_dim: int
     mlp: int
     tied: bool = True
-    qk_norm: bool = False
+    norms: str = "before"  # each sub-layer: before it, or after it, of what it adds to the residual
+    qk_norm: bool = False  # of each head's queries and keys
+    qk_norm_whole: bool = False  # or of all heads' together
     bias: bool = False
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
@@ -82,6 +84,8 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
             raise ValueError(f"policy.kv_heads={self.kv_heads} must divide policy.heads={self.heads}")
+        if self.norms not in ("before", "after"):
+            raise ValueError(f"policy.norms={self.norms!r} is not one of before, after")
         if self.head_dim % 2:
             raise ValueError(f"policy.head_dim={self.head_dim} must be even: rotary positions turn pairs")
         if self.unrotated_every and self.rope_scaling is not None and self.rope_scaling.attention != 1:
@@ -95,14 +99,15 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], scale: 
     return nnx.Param((scale * jax.random.normal(rngs.params(), shape)).astype(dtype), axes=axes)
 
 
-def ones(size: int, axis: str, dtype: str) -> nnx.Param:
-    return nnx.Param(jnp.ones((size,), dtype), axes=(axis,))
+def ones(shape: tuple[int, ...], axes: tuple[str, ...], dtype: str) -> nnx.Param:
+    return nnx.Param(jnp.ones(shape, dtype), axes=axes)
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """x / rms(x) * weight over the last axis, in float32, returned in the dtype of `x`."""
+    """x / rms(x) * weight over the axes of `weight`, the last ones, in float32, returned in the dtype of `x`."""
     x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    axes = tuple(range(-weight.ndim, 0))
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axes, keepdims=True) + eps)
     return (x32 * weight.astype(jnp.float32)).astype(x.dtype)
 
 

@@ -1,9 +1,9 @@
 """The policy: a decoder-only transformer in Flax NNX, used through a pure `apply`.
 
-RMSNorm before each sub-layer, rotary positions, grouped-query attention, SwiGLU; tied or untied
+RMSNorm before each sub-layer or after it, rotary positions, grouped-query attention, SwiGLU; tied or untied
 embeddings, attention biases, query/key norms, scaled rotary frequencies and a mixture of experts by
-config, so that Llama, Mistral, SmolLM3, Qwen2, Qwen3 and Qwen3-MoE shapes are the same code. Layers are stacked on a
-leading axis and scanned, so that compile time does not grow with depth; for decoding they are taken
+config, so that Llama, Mistral, SmolLM3, OLMo 2, Qwen2, Qwen3 and Qwen3-MoE shapes are the same code. Layers are
+stacked on a leading axis and scanned, so that compile time does not grow with depth; for decoding they are taken
 apart where that is faster (`for_decoding`).
 
 The modules are split once into a graph definition and parameters (`build`); from there on only pure
@@ -31,13 +31,13 @@ _UNROLLED = 8  # stacks up to this deep are unrolled: a quarter off the gradient
 
 
 class Block(nnx.Module):
-    """One layer: attention and feed-forward, each after a norm and added to the residual."""
+    """One layer: attention and feed-forward, each added to the residual, with a norm before or after it."""
 
     def __init__(self, cfg: PolicyConfig, rngs: nnx.Rngs):
         self.cfg = cfg
-        self.attention_norm = ones(cfg.width, "embed", cfg.param_dtype)
+        self.attention_norm = ones((cfg.width,), ("embed",), cfg.param_dtype)
         self.attention = Attention(cfg, rngs)
-        self.mlp_norm = ones(cfg.width, "embed", cfg.param_dtype)
+        self.mlp_norm = ones((cfg.width,), ("embed",), cfg.param_dtype)
         self.mlp = (MixtureOfExperts if cfg.experts else FeedForward)(cfg, rngs)
 
 
@@ -50,7 +50,7 @@ class Transformer(nnx.Module):
         self.embedding = param(rngs, (cfg.vocab_size, cfg.width), ("vocab", "embed"), scale, cfg.param_dtype)
         make_block = nnx.vmap(lambda key: Block(cfg, nnx.Rngs(params=key)), in_axes=0, out_axes=0)
         self.blocks = make_block(jax.random.split(rngs.params(), cfg.layers))
-        self.final_norm = ones(cfg.width, "embed", cfg.param_dtype)
+        self.final_norm = ones((cfg.width,), ("embed",), cfg.param_dtype)
         if not cfg.tied:
             shape, scale = (cfg.width, cfg.vocab_size), cfg.width**-0.5
             self.head = param(rngs, shape, ("embed", "vocab"), scale, cfg.param_dtype)
@@ -69,15 +69,19 @@ def _run_block(
     observe: Observe = lambda mlp, x: None,
 ) -> tuple[Array, Any]:
     """The layer of number `index`. Also returns what `observe` makes of the feed-forward and its input."""
-    eps = block.cfg.norm_eps
+
+    def norm(x: Array, weight: nnx.Param, where: str) -> Array:
+        return rms_norm(x, weight[...], block.cfg.norm_eps) if block.cfg.norms == where else x
+
     if every := block.cfg.unrotated_every:
         positions = jnp.where((index + 1) % every == 0, 0, positions)  # which turns by no angle
-    q, k, v = block.attention.project(rms_norm(x, block.attention_norm[...], eps), positions)
+    q, k, v = block.attention.project(norm(x, block.attention_norm, "before"), positions)
     q, k, v = placement.place(q, QUERIES), placement.place(k, KEYS), placement.place(v, KEYS)
     mixed = attend(block.attention, q, k, v, prefix, instructions, remember)
-    x = placement.place(x + block.attention.output(mixed), HIDDEN)
-    y = rms_norm(x, block.mlp_norm[...], eps)
-    return placement.place(x + block.mlp(y, placement), HIDDEN), observe(block.mlp, y)
+    x = placement.place(x + norm(block.attention.output(mixed), block.attention_norm, "after"), HIDDEN)
+    y = norm(x, block.mlp_norm, "before")
+    added = norm(block.mlp(y, placement), block.mlp_norm, "after")
+    return placement.place(x + added, HIDDEN), observe(block.mlp, y)
 
 
 def _forward(
