@@ -1,7 +1,7 @@
-"""How far raters agree: a judge with people, beside people with each other.
+"""Measures how far raters agree: a judge with people, and people with each other.
 
 All figures are functions of totals per query, weighted as in `metrics`: weights of one give the value, and a bootstrap
-resample of queries is nothing but other weights. A pair that a rater has not rated counts for none of its figures.
+resample of queries is a set of other weights. A pair that a rater has not rated counts in none of that rater's figures.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ DISTANCES = ("nominal", "ordinal", "interval")
 
 
 def coincidences(labels: np.ndarray, values: int) -> np.ndarray:
-    """[N, values, values] how often two labels of a pair go together, each ordered pair of raters 1 / (m - 1) times,
-    where m have rated the pair: `labels` [N, raters] int, UNKNOWN where not. A pair of fewer than two has none."""
+    """[N, values, values] how often two values meet in the `labels` [N, raters] int of a pair (UNKNOWN: not rated).
+    Each ordered pair of the m raters who rated it counts 1 / (m - 1); for m below 2, all are 0."""
     counts = (labels[:, :, None] == np.arange(values)).sum(axis=1).astype(np.float64)  # [N, values]
     together = counts[:, :, None] * counts[:, None, :] - counts[:, :, None] * np.eye(values)
     return together / np.maximum(counts.sum(axis=1) - 1, 1)[:, None, None]
@@ -29,11 +29,11 @@ def alpha(coincident: np.ndarray, grades: Sequence[float], distance: str = "ordi
     """Krippendorff's alpha [...] of coincidences [..., values, values] summed over pairs.
 
     1 - observed over expected disagreement (Krippendorff, Computing Krippendorff's Alpha-Reliability, 2011). NaN where
-    all labels are alike, and nothing could have disagreed.
+    all labels are equal.
 
     Args:
       coincident: sums of `coincidences`.
-      grades: of the values; their differences are the distance `interval`.
+      grades: one for each value; their differences are the distance `interval`.
       distance: `nominal` (equal or not), `ordinal` (how many labels lie between) or `interval`.
     """
     grades = np.asarray(grades, np.float64)
@@ -56,7 +56,7 @@ def alpha(coincident: np.ndarray, grades: Sequence[float], distance: str = "ordi
 
 def kappa(confusion: np.ndarray, grades: Sequence[float] | None = None) -> np.ndarray:
     """Cohen's kappa [...] of counts [..., values of one rater, values of the other]; weighted by squared differences of
-    `grades` where they are given (Cohen, 1968). NaN where both always say the same one value."""
+    `grades` where they are given (Cohen, 1968). NaN where both raters only ever give one and the same value."""
     values = confusion.shape[-1]
     weight = 1.0 - np.eye(values)
     if grades is not None:
@@ -67,7 +67,7 @@ def kappa(confusion: np.ndarray, grades: Sequence[float] | None = None) -> np.nd
 
 
 def majority(labels: np.ndarray, values: int) -> np.ndarray:
-    """[N] int: the label that most of the raters [N, raters] give; UNKNOWN where none is rated, or two are tied."""
+    """[N] int: the label that most raters give, of `labels` [N, raters]; UNKNOWN where there is none, or a tie."""
     counts = (labels[:, :, None] == np.arange(values)).sum(axis=1)
     most = counts.max(axis=1)
     alone = (most > 0) & ((counts == most[:, None]).sum(axis=1) == 1)
@@ -109,11 +109,11 @@ def alpha_of(
 
 
 def risk_coverage(confidence: np.ndarray, right: np.ndarray) -> list[dict[str, float]]:
-    """What is won by abstaining: for each confidence [N] that occurs, from the highest, the share of pairs with at
-    least that (`coverage`) and the share of these that are `right` [N] (`agreement`)."""
+    """The gain from abstaining: for each confidence [N] that occurs, from the highest, the share of pairs with at least
+    that confidence (`coverage`) and the share of these that are `right` [N] (`agreement`)."""
     order = np.argsort(-confidence, kind="stable")
     agreement = np.cumsum(right[order]) / np.arange(1, len(order) + 1)
-    last = np.append(np.diff(confidence[order]) != 0, True)[: len(order)]  # of equal confidence all or none are judged
+    last = np.append(np.diff(confidence[order]) != 0, True)[: len(order)]  # pairs of equal confidence are judged together
     return [
         {"confidence": float(confidence[order][i]), "coverage": (i + 1) / len(order), "agreement": float(agreement[i])}
         for i in np.flatnonzero(last)
@@ -121,7 +121,7 @@ def risk_coverage(confidence: np.ndarray, right: np.ndarray) -> list[dict[str, f
 
 
 def threshold(curve: Sequence[dict[str, float]], wanted: float) -> dict[str, float] | None:
-    """The point of a `risk_coverage` curve of the widest coverage with at least the wanted agreement; None if none."""
+    """The point of a `risk_coverage` curve with the widest coverage and the wanted agreement; None if there is none."""
     enough = [point for point in curve if point["agreement"] >= wanted]
     return max(enough, key=lambda point: point["coverage"], default=None)
 

@@ -1,4 +1,4 @@
-"""What a policy says of pairs: greedy judgements, the probability of each tier, samples for pass@k."""
+"""Judges pairs with a policy: greedy judgements, the probability of each tier, samples for pass@k."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Evaluator:
         self._sample = jax.jit(partial(sample_tiers, policy, tables, cfg), out_shardings=whole)
 
     def sampled(self, pairs: int) -> int:
-        """How many of so many pairs are sampled for pass@k."""
+        """How many of `pairs` pairs are sampled for pass@k."""
         return min(self._cfg.pass_pairs, pairs)
 
     def judge(
@@ -72,8 +72,8 @@ class Evaluator:
     ) -> Judgements:
         """Judges the pairs of a split, or those at `rows`, greedily; samples some of them for pass@k.
 
-        `temperature` is that of the tier probabilities, as `probabilities.fit` has fitted it. `advance` is told after
-        each batch how many more pairs are judged or sampled.
+        `temperature` is that of the tier probabilities, as `probabilities.fit` gives it. `advance` is told after each
+        batch how many more pairs are judged or sampled.
         """
         rows, params = np.arange(len(split)) if rows is None else rows, self._instruct(params)
         greedy = self._run(lambda batch: self._greedy(params, batch), split, rows, advance)
@@ -106,7 +106,7 @@ class Evaluator:
         self, function: Callable[[Batch], dict[str, Array]], split: EncodedSplit, rows: np.ndarray,
         advance: Callable[[int], None],
     ) -> dict[str, np.ndarray]:
-        """Applies `function` batch by batch; the results joined, padding left out."""
+        """Applies `function` batch by batch, and joins the results without padding."""
         results = []
         for batch, mask in pipeline.eval_batches(split, self._cfg.batch_size, rows):
             output = jax.device_get(function(self._put(batch)))
@@ -128,11 +128,11 @@ def judge_prompts(
 ) -> tuple[dict[str, Array], Rollout]:
     """Greedy judgements of the prompts [B, S], and the responses that they were read from, one each.
 
-    `part_logprobs` are as of `stated_logprobs`, of no meaning where the answer is malformed. A malformed answer
-    predicts no tier; with `constrained` there is none, since only tokens that lead to a well-formed response are taken.
+    `part_logprobs` are those of `stated_logprobs`, without meaning where the answer is malformed. A malformed answer
+    predicts no tier. With `constrained` no answer is malformed: only tokens that lead to a well-formed one are taken.
     """
     prefix = prefill(policy, params, prompt, prompt_len)
-    # Greedy: the keys are never drawn from.
+    # Greedy decoding draws nothing from these keys.
     keys = row_keys(jnp.zeros((2,), jnp.uint32), PURPOSE_EVALUATE, 0, jnp.zeros_like(prompt_len), 1)
     rolled = rollout(
         policy, params, prefix, keys,

@@ -32,14 +32,14 @@ def score(judged: Judgements, book: RuleBook, bootstrap: int = 1000, seed: int =
                                      (tied tiers share the credit). Absent where nothing was sampled.
       likeliest_accuracy, likeliest_macro_f1, disagreement
                                      of the likeliest tier by the probabilities, in place of the stated one; and the
-                                     share of answers that state another
+                                     share of answers that state another tier
       ece, brier, nll                of the tier probabilities: calibration error of the likeliest tier in 15
                                      bins of equal width, squared error summed over tiers, -log p(truth) [nats]
 
     and `by_family` {family: {metric: ...}} and `by_seen` {"seen", "unseen"}, one level deeper, with CUT_METRICS.
 
     Args:
-      judged: the judgements; those of the same pairs give the same scores in any order.
+      judged: the judgements; their order does not change the scores.
       book: names, grades and good flags of the tiers, names of the steps.
       bootstrap: resamples of the 95% intervals; 0 for none.
       seed: of the resamples.
@@ -66,7 +66,7 @@ def paired_difference(
 ) -> dict[str, float | None]:
     """`{value, low, high}` of a metric of `end` less that of `start`, both judging the same pairs.
 
-    Each resample weighs the queries of both alike, so that what makes a pair hard for both cancels.
+    Each resample gives both the same weights of queries, so that what makes a pair hard for both cancels.
     `metric` is any of `score`, such as `macro_f1`.
 
     Raises:
@@ -95,9 +95,8 @@ def over_seeds(
 ) -> dict[str, np.ndarray]:
     """Every metric of `score` over several runs: [1 + bootstrap], the mean over the runs and its resamples.
 
-    The bootstrap is hierarchical: runs are drawn with replacement, then queries, the same ones for all of them. With
-    the same `seed`, as many runs and the same queries, two calls draw the same, so that the difference of their
-    results is a paired one.
+    The bootstrap is hierarchical: runs are drawn with replacement, then queries, the same ones for all runs. Two calls
+    with equal `seed`, number of runs and queries draw the same, so that the difference of their results is paired.
 
     Raises:
       ScorecardError: the runs did not judge the same pairs.
@@ -150,7 +149,7 @@ def _measure(
 
 
 def resamples(queries: int, pairs: int, count: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each query is drawn in each of `count` resamples, [some, queries] at a time; none below two queries."""
+    """How often each resample draws each query: blocks [some, queries], `count` rows in all; none below two queries."""
     if queries < 2:
         return
     rng = np.random.default_rng(seed)

@@ -1,8 +1,8 @@
 """`judgements.parquet`: what the policy said of every pair that a scorecard rests on, one row a pair, by names.
 
 Columns: `stage`, `split`, `query`, `family`, `seen`, `tier` (the truth) and `judged_tier`, `prob_TIER`, `step_STEP`
-(the truth) and `judged_step_STEP`, `well_formed`, `truncated`, `consistent`, `response_tokens`. Null is what is not
-known, or was not stated.
+(the truth) and `judged_step_STEP`, `well_formed`, `truncated`, `consistent`, `response_tokens`. Null means not known,
+or not stated.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PLAIN = ("seen", "well_formed", "truncated", "consistent", "response_tokens")
 
 
 def write(path: epath.PathLike, stage: str, judged: Mapping[str, Judgements], book: RuleBook) -> None:
-    """Writes the judgements of a stage, by split; those of other stages already there stay."""
+    """Writes the judgements of a stage, by split; the file keeps those of other stages."""
     path = epath.Path(path)
     frames = [_frame(stage, split, judgements, book) for split, judgements in judged.items()]
     if path.exists():

@@ -1,24 +1,24 @@
 """How good judgements are: every metric, worked out from totals per query.
 
-All of it is numpy over arrays that `evaluator` has gathered. One class, `Estimator`,
-computes every metric from totals per query, weighted: weights of one give the score, and a bootstrap
-resample of queries is nothing but other weights. So score and interval cannot drift apart, and a
-thousand resamples are a few matrix products.
+All of it is numpy over arrays that `evaluator` has gathered. One class, `Estimator`, computes every
+metric from weighted totals per query: weights of one give the score, and a bootstrap resample of
+queries is a set of other weights. So score and interval cannot drift apart, and a thousand resamples
+are a few matrix products.
 
 Conventions:
 
-- **Malformed counts as wrong, everywhere.** Of a malformed answer, nothing that it states counts: no
-  step is right, it does not adhere to the rules, and its tier probabilities are equal. Where a metric
-  needs a tier all the same, it is the most wrong one: the tier furthest from the truth for kappa and
-  mae (the better one of two equally far), the wrong side for Good-F1. An answer that states no tier is
-  treated alike. For the F1 of a tier it is a miss, and a false alarm for none.
+- **Malformed counts as wrong, everywhere.** Nothing that a malformed answer states counts: no step is
+  right, it does not adhere to the rules, and its tier probabilities are equal. Where a metric needs a
+  tier all the same, it takes the most wrong one: the tier furthest from the truth for kappa and mae
+  (the better one of two equally far), the wrong side for Good-F1. For the F1 of the true tier the
+  answer is a miss; it is a false alarm for no tier. An answer that states no tier is treated alike.
 - **What is not known is not counted**: a step counts where its true value is known.
 - **What is not defined is None** with n = 0: the F1 of a tier that no pair has, AUC of one class.
 - **n** is the number of pairs (for steps: of known steps) that a metric rests on; for an F1 the pairs
   that truly are of the class.
 - **Intervals** are the 2.5% and 97.5% percentiles over resamples of whole queries, since pairs of one
-  query err together; widened to hold the value, where resampling is biased (ECE). Resamples in which a
-  metric is undefined are left out. With fewer than two queries, or without resamples, they are None.
+  query err together; where resampling is biased (ECE), they are widened to hold the value. Resamples in
+  which a metric is undefined are left out. With fewer than two queries, or no resamples, they are None.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Judgements:
     truncated: np.ndarray  # [N] bool
     consistent: np.ndarray  # [N] bool: the stated steps imply the stated tier; False where not all are stated
     response_tokens: np.ndarray  # [N] int
-    part_logprobs: np.ndarray | None = None  # [N, places, values] what `probs` are made of, as of `stated_logprobs`
+    part_logprobs: np.ndarray | None = None  # [N, places, values] of `stated_logprobs`, from which `probs` come
     sample_index: np.ndarray | None = None  # [M] int: which pairs were sampled too, each once
     sample_tier: np.ndarray | None = None  # [M, K] int: the tiers of K samples of each, UNKNOWN where malformed
 
@@ -122,7 +122,7 @@ class Judgements:
 
 
 def _per_pair() -> list[str]:
-    """Fields of `Judgements` with a row for each pair; `part_logprobs` are not always there."""
+    """Fields of `Judgements` with a row for each pair; `part_logprobs` may be None."""
     return [field.name for field in dataclasses.fields(Judgements) if field.default is dataclasses.MISSING]
 
 
@@ -133,7 +133,7 @@ def _check(name: str, values: np.ndarray, fine: np.ndarray, wanted: str) -> None
 
 
 def _strict(judged: Judgements) -> Judgements:
-    """The judgements with nothing that a malformed answer states."""
+    """The judgements without anything that a malformed answer states."""
     formed, tiers = judged.well_formed, judged.probs.shape[1]
     return dataclasses.replace(
         judged,
@@ -216,7 +216,7 @@ class Estimator:
         good_f1 = np.where(good_support > 0, _ratio(2 * hits, good_support + called_good), np.nan)
 
         distance = np.abs(self._grades[:, None] - self._grades)  # [tiers, tiers]
-        furthest = np.eye(len(self._grades))[np.argmax(distance, axis=1)]  # [truth, tiers] where silence counts
+        furthest = np.eye(len(self._grades))[np.argmax(distance, axis=1)]  # [truth, tiers] what no tier counts as
         full = stated + silent[..., None] * furthest
         expected = support[:, :, None] * full.sum(axis=1)[:, None, :] / np.maximum(pairs, 1)[:, None, None]
         square = distance**2
@@ -256,7 +256,7 @@ class Estimator:
 
 
 def _tallies(judged: Judgements) -> dict[str, np.ndarray]:
-    """What each pair adds to the totals that the metrics are made of, [N, ...] each."""
+    """What each pair adds to the totals from which metrics are computed, [N, ...] each."""
     n, tiers = judged.probs.shape
     rows, truth = np.arange(n), np.eye(tiers)[judged.tier]  # [N, tiers]
     said = np.eye(tiers + 1)[judged.predicted]  # UNKNOWN, -1, falls into the last column
@@ -293,7 +293,7 @@ def confidence_bin(confidence: np.ndarray) -> np.ndarray:
 
 
 def _sample_tallies(judged: Judgements) -> dict[str, np.ndarray]:
-    """Of each pair: was it sampled, was one sample right, the credit of the majority vote; [N] each."""
+    """For each pair: whether it was sampled, whether one sample was right, the majority vote's credit; [N] each."""
     if judged.sample_tier is None:
         return {}
     n, tiers = judged.probs.shape

@@ -1,4 +1,4 @@
-"""A picture of a run: `curves.png`, drawn from `metrics.jsonl`."""
+"""Draws the curves of a run, `curves.png`, from `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def learning_curves(workdir: epath.PathLike) -> epath.Path | None:
 
 
 def _draw(panel: Any, steps: Sequence[int], values: Sequence[float], label: str) -> None:
-    """One curve; with many points, smoothed over about a twentieth of them, the raw values behind."""
+    """Draws one curve: raw values, and their mean over about a twentieth of the points if there are many."""
     window = max(len(values) // 20, 1)
     if window < 2:
         panel.plot(steps, values, marker="o", markersize=3, label=label)

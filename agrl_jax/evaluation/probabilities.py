@@ -1,14 +1,13 @@
 """The probability of each tier, through the rule book's decision table.
 
-After the policy's own steps the tier is all but settled; what it doubts are the steps. So each step has the
-probabilities of all its values after those stated before it, and the table is summed over all combinations:
+After the policy's own steps the tier is all but settled; the doubt is in the steps. So each step gets the probabilities
+of all its values after the values stated before it, and the table is summed over all combinations:
 
     P(tier) = sum over combinations of prod over steps of P(value), where the table gives the tier
 
-In `respond_then_think` the tier comes first, and has probabilities of its own. The value of a part is the text that
-states it: its probability is that of the whole text, among the texts of the part's values. One temperature on these
-distributions is fitted on validation pairs (Guo et al., arXiv 1706.04599, there on logits) and kept in
-`calibration.json`, beside the checkpoints that it was fitted for.
+In `respond_then_think` the tier comes first, and has probabilities of its own. The probability of a value is that of
+its whole text, among the texts of the part's values. One temperature on these distributions is fitted on validation
+pairs (as Guo et al., arXiv 1706.04599, do on logits) and kept in `calibration.json`, beside the checkpoints.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from agrl_jax.types import Array, Params, Policy, Prefix, Reading
 FILE = "calibration.json"
 ANSWER, PROBABILITIES = "answer", "probabilities"  # where a judge's tier comes from
 _CELLS = 1 << 22  # combinations x pairs held at once
-_TEMPERATURES = np.geomspace(1 / 16, 16, 65)  # the best of these is where the search goes on
+_TEMPERATURES = np.geomspace(1 / 16, 16, 65)  # the search starts at the best of these
 
 
 class CalibrationError(ValueError):
@@ -54,11 +53,11 @@ class Statements:
     size: np.ndarray  # [P, values] int32 bytes
     token_size: np.ndarray  # [V] int32 bytes of each token of the vocabulary, 0 of special ones
     order: tuple[int, ...]  # the part at each place
-    scored: tuple[int, ...]  # the places of which tier probabilities are made: all steps, or the tier alone
+    scored: tuple[int, ...]  # the places that give the tier probabilities: all steps, or the tier alone
 
 
 def statements(book: RuleBook, tokenizer: Tokenizer, vocabulary: int) -> Statements:
-    """Tokenises the parts as gold responses are. `vocabulary` is that of the policy, which may be padded."""
+    """Tokenises the parts as gold responses are. `vocabulary` is the policy's size V, padding included."""
     texts, order = pipeline.part_texts(book, tokenizer), book.part_order
     size = np.zeros(texts.length.shape, np.int32)
     for phrase in book.phrases:
@@ -74,13 +73,13 @@ def statements(book: RuleBook, tokenizer: Tokenizer, vocabulary: int) -> Stateme
 def likeliest_parts(
     policy: Policy, params: Params, prefix: Prefix, texts: Statements
 ) -> tuple[Array, Array]:
-    """Answers without free text, with no decoding loop: part by part the likeliest value, after those before it.
+    """Answers without free text and without a decoding loop: part by part the likeliest value after those before it.
 
-    Likeliest is the value whose whole canonical text is. A greedy sampler under the grammar goes token by token
-    and may spell in other ways, so where tokens compete before texts do, it can choose another value.
+    The likeliest value is the one with the likeliest canonical text. A greedy sampler under the grammar goes token by
+    token, and may spell in other ways: it can choose another value.
 
     Returns:
-      The values [B, P] by part index, and log-probabilities as of `stated_logprobs`.
+      The values [B, P] by part index, and the log-probabilities of `stated_logprobs`.
     """
     scored = score_parts(
         policy, params, prefix, texts.tokens, texts.length, lambda place, logp: jnp.argmax(logp, axis=1)
@@ -94,13 +93,12 @@ def stated_logprobs(
 ) -> Array:
     """Log-probabilities [B, places scored, values] of the values of each part in the place where a response states it.
 
-    A value's canonical text is scored after all that was written before the part was stated: the other parts, and
-    free text. What is left out is the part's phrase with the separator before it (or what stands in its place), and
-    every token that holds any of it. Each row is normalised; -inf past the values of a part. Of no meaning where a
-    part is not stated.
+    A value's canonical text is scored after all that was written before the part: the other parts, and free text. The
+    part's own phrase is left out, with the separator before it (or what stands in its place) and every token that
+    overlaps them. Each row is normalised; -inf past the values of a part. Without meaning where a part is not stated.
 
     Args:
-      policy: whose log-probabilities they are, with `params`.
+      policy: gives the log-probabilities, with `params`.
       params: its parameters.
       prefix: the prompts.
       own: [B, T] tokens of the responses.
@@ -138,7 +136,7 @@ def _stacked(scored: Sequence[Array], texts: Statements) -> Array:
 def tier_probabilities(
     part_logprobs: np.ndarray, book: RuleBook, temperature: float = 1.0, formed: np.ndarray | None = None
 ) -> np.ndarray:
-    """Probabilities [N, tiers] float64 from log-probabilities [N, places, values] of `stated_logprobs`.
+    """Probabilities [N, tiers] float64 from the log-probabilities [N, places, values] of `stated_logprobs`.
 
     Each distribution is taken to the power of 1 / `temperature` and normalised; then the steps are summed over the
     decision table. Steps count as independent given the values that were stated before them. All tiers are equally
@@ -160,7 +158,7 @@ def _through_table(logp: np.ndarray, book: RuleBook) -> np.ndarray:
 
 
 def _joint(probs: np.ndarray, num_values: Sequence[int]) -> np.ndarray:
-    """[N, combinations] the product of [N, R, values], mixed radix, first step slowest."""
+    """[N, combinations] the products of [N, R, values] over steps, mixed radix, first step slowest."""
     joint = np.ones((len(probs), 1))
     for step, count in enumerate(num_values):
         joint = (joint[:, :, None] * probs[:, step, None, :count]).reshape(len(probs), -1)
@@ -177,10 +175,10 @@ def at_temperature(judged: Judgements, book: RuleBook, temperature: float) -> Ju
 
 
 class Calibration(NamedTuple):
-    """What was fitted on labelled pairs, and what it achieves on them."""
+    """A temperature and a choice of tier, fitted on labelled pairs, and the scores that they reach there."""
 
     temperature: float  # of the distributions over the values of the parts
-    tier_from: str  # which of the two tiers has the higher macro-F1; where they are equal, the answer's
+    tier_from: str  # ANSWER or PROBABILITIES: the one with the higher macro-F1; ANSWER if they are equal
     pairs: int
     nll: float  # [nats]
     nll_before: float  # at temperature 1
@@ -211,7 +209,7 @@ def fit(judged: Judgements, book: RuleBook) -> Calibration:
 
 
 def keep(path: epath.PathLike, checkpoint: str, fitted: Calibration, book: RuleBook) -> None:
-    """Keeps a calibration in a file, by the name of the checkpoint that it was fitted for; those of others stay."""
+    """Adds a calibration to a file, by the name of the checkpoint that it was fitted for."""
     entry = {"rulebook": book.digest} | fitted._asdict()
     write_json(path, _read(path) | {checkpoint: entry})
 

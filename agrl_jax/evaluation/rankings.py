@@ -1,4 +1,4 @@
-"""How good ranked lists are by judged pairs, and whether one is better than another: figures of `ir_measures`."""
+"""Measures ranked lists by judged pairs with `ir_measures`, and compares two."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def check_installed() -> None:
 def measure(gains: Gains, lists: Lists, k: int, good: int, exponential: bool = False) -> dict[str, dict[str, float]]:
     """`{query: {ndcg, precision, judged}}` of the first k items of each list, for all queries with gains.
 
-    nDCG is sum of gain / log2(1 + rank), over that of the best order of the judged items (Järvelin and Kekäläinen,
-    2002); 0 where no gain is above 0. Precision is the share of the k places that hold an item of gain >= `good`. An
-    item without a gain counts as 0; `judged` is the share of the items listed that have one. A query without a list has
-    0 for all.
+    nDCG is the sum of gain / log2(1 + rank), divided by that sum for the best order of the judged items (Järvelin and
+    Kekäläinen, 2002); 0 where no gain is above 0. Precision is the share of the k places that hold an item of
+    gain >= `good`. An item without a gain counts as 0; `judged` is the share of the listed items that have one. A query
+    without a list has 0 for all.
 
     Args:
       gains: of judged items, whole numbers from 0.
@@ -63,10 +63,10 @@ def measure(gains: Gains, lists: Lists, k: int, good: int, exponential: bool = F
 
 
 def compare(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
-    """Whether b is better than a, by values of the same queries [N]: means, their difference with its 95% interval and
-    p of the paired t-test, and on how many queries b is better, worse and equal.
+    """Whether b is better than a, by values [N] of the same queries: means, their difference with its 95% interval and
+    the p of the paired t-test, and on how many queries b is better, worse and equal.
 
-    Interval and p are None for fewer than two queries, or where all differences are alike. On per-query measures of
+    Interval and p are None for fewer than two queries, or where all differences are equal. On per-query measures of
     rankings the paired t-test and the randomisation test give all but the same p (Smucker et al., 2007).
     """
     first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)

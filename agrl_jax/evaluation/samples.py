@@ -18,7 +18,7 @@ from agrl_jax.rulebook import wording
 from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.types import UNKNOWN, Rollout, RuleTables
 
-_PROMPT_LEN = 1024  # tokens: enough, since answers are scored without their prompt
+_PROMPT_LEN = 1024  # tokens; the prompt does not change how an answer is scored
 
 
 def decode(seen: Inspection, book: RuleBook, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
@@ -62,8 +62,8 @@ def score_answers(
     answers: Sequence[str], pair: Pair, book: RuleBook, tokenizer: Tokenizer, tables: RuleTables, cfg: RewardConfig,
     response_len: int,
 ) -> list[dict[str, Any]]:
-    """Rows as of `decode`, without an advantage, for answers that anybody wrote to a labelled pair: what they would
-    earn in training, where an answer is cut off after `response_len` tokens."""
+    """Rows like those of `decode`, without an advantage, for any answers to a labelled pair: they show what an answer
+    would earn in training, where it is cut off after `response_len` tokens."""
     ids = [[*tokenizer.encode(answer), tokenizer.end_token] for answer in answers]
     lengths = np.array([[len(row) for row in ids]])
     tokens = np.full((1, len(ids), response_len), tokenizer.end_token, np.int32)

@@ -1,4 +1,4 @@
-"""Scorecards as a file, as a table on the console and in Markdown."""
+"""Writes scorecards as a file, as a table on the console and in Markdown."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ SMALL = 50  # a support below this is flagged
 def write(path: epath.PathLike, cards: Mapping[str, Mapping[str, Scores]]) -> None:
     """Writes scorecards `{stage: {split: scores}}` as JSON, in one piece.
 
-    What is there of other stages stays, and of the same stage other splits that were scored at the same step. On a run
-    of several processes, call it on one.
+    The file keeps other stages, and other splits of a stage that were scored at the same step. In a run of several
+    processes, call it on one.
 
     Raises:
-      ScorecardError: what is there is no scorecard.
+      ScorecardError: the file exists and is not a scorecard.
     """
     path = epath.Path(path)
     merged = read(path) if path.exists() else {}
@@ -47,7 +47,7 @@ def read(path: epath.PathLike) -> Scorecards:
     """The scorecards `{stage: {split: scores}}` of a file.
 
     Raises:
-      ScorecardError: the file is missing or is no scorecard.
+      ScorecardError: the file is missing or not a scorecard.
     """
     cards = read_json(path, ScorecardError, "; move it away, or write to another file")
     if not all(isinstance(card, dict) for card in cards.values()):
@@ -55,7 +55,7 @@ def read(path: epath.PathLike) -> Scorecards:
     return cards
 
 
-_SECTIONS = (  # of the table; a name that ends in / or @ stands for all that start so
+_SECTIONS = (  # of the table; a name that ends in / or @ stands for all names that begin with it
     ("accuracy", "macro_f1", "good_f1", "auc", "kappa", "mae"),
     ("f1/",),
     ("step_accuracy", "step_accuracy/", "all_right", "adherence"),
@@ -73,7 +73,7 @@ _LABELS = {
 
 
 class Sheet(NamedTuple):
-    """A table before it is drawn."""
+    """The content of a table."""
 
     title: str
     columns: list[str]
@@ -184,7 +184,7 @@ def _cuts_sheet(split: str, stages: Mapping[str, Scores]) -> Sheet:
 
 
 def _cut_names(stages: Mapping[str, Scores], cut: str) -> list[str]:
-    """The parts of a cut that have pairs; none where a single part is all there is."""
+    """The parts of a cut that have pairs; none if there is only one."""
     names = [
         name
         for scores in stages.values()
@@ -204,7 +204,7 @@ def _label(name: str) -> str:
 
 
 def _support(measures: Sequence[Mapping[str, Any] | None]) -> str:
-    """The support, flagged where small; those of several stages where they differ."""
+    """The support, flagged if small; several if the stages differ."""
     supports = list(dict.fromkeys(measure["n"] for measure in measures if measure))
     return "/".join(f"{n:,}" for n in supports) + ("*" if any(n < SMALL for n in supports) else "")
 
