@@ -1,4 +1,4 @@
-"""From phrases to token tables: what `rl.reader` needs in order to read responses on the device.
+"""Compiles phrases to token tables, by which `rl.reader` reads responses on the device.
 
 Two automata over bytes, each then lifted to tokens by running every token's bytes from every state:
 
@@ -48,7 +48,7 @@ def compile_tables(
       token_bytes: the bytes of each token; None for special tokens, which have no text and reset the reader.
       end_token: the token that ends a response; special whatever its bytes.
       marks: special tokens that may stand in free text, such as those around a thought.
-      thought: of a policy that thinks before it answers; the tables keep it for those that sample.
+      thought: of a policy that thinks before it answers; the tables keep it for the sampler.
 
     Returns:
       The tables, numpy int32.
@@ -103,7 +103,7 @@ def find_phrases(phrases: Sequence[bytes]) -> ByteAutomaton:
             state = children[state][byte]
         emit[state] = index
     table = np.zeros((len(children), 256), np.int32)
-    queue = [(0, 0)]  # states by depth, each with its fallback: the longest proper end of its text that is a state
+    queue = [(0, 0)]  # states by depth, each with its fallback: the longest proper suffix of its text that is a state
     for state, fallback in queue:
         table[state] = table[fallback]
         for byte, child in children[state].items():
@@ -113,8 +113,8 @@ def find_phrases(phrases: Sequence[bytes]) -> ByteAutomaton:
 
 
 def recognise(book: RuleBook) -> tuple[ByteAutomaton, np.ndarray, int]:
-    """The automaton of whole well-formed responses; for each state [S] the one after something that has no text and may
-    stand in free text, which interrupts every phrase; and the one accepting state."""
+    """The automaton of whole well-formed responses; for each state [S] the state after a token without text in free
+    text, which interrupts every phrase; and the one accepting state."""
     if book.response.free_text == "between":
         table, restart, final = _recognise_amid_text(book)
     else:
@@ -146,14 +146,14 @@ def _recognise_exact(book: RuleBook) -> tuple[np.ndarray, int]:
 
 
 def _recognise_amid_text(book: RuleBook) -> tuple[np.ndarray, np.ndarray, int]:
-    """The phrase finder, once for each part still expected: a phrase of that part moves on, any other is death."""
+    """A phrase finder for each part still expected: a phrase of this part leads to the next part, any other to DEAD."""
     finder = find_phrases([phrase.text.encode() for phrase in book.phrases])
     part_of = np.array([phrase.part for phrase in book.phrases] + [UNKNOWN])[finder.emit]  # UNKNOWN is the last
     num_states, num_parts = len(finder.next), len(book.part_order)
     ids = np.arange(num_parts * num_states, dtype=np.int32).reshape(num_parts, num_states) + 1
     ids[0, 0] = START
     final = num_parts * num_states + 1
-    table = np.full((final + 1, 257), DEAD, np.int32)  # the last column: what has no text
+    table = np.full((final + 1, 257), DEAD, np.int32)  # the last column: tokens without text
     for place, part in enumerate(book.part_order):
         onward = ids[place + 1] if place + 1 < num_parts else np.full(num_states, final)
         entered = part_of[finder.next]  # [S, 256]
@@ -166,7 +166,7 @@ def _recognise_amid_text(book: RuleBook) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 def _reachable(table: np.ndarray, final: int) -> tuple[np.ndarray, int]:
-    """Leaves out the states that no text leads to, but for START and DEAD."""
+    """Drops the states that no text leads to, except START and DEAD."""
     kept = {START: None, DEAD: None}
     queue = [START]
     for state in queue:
@@ -183,9 +183,9 @@ def _reachable(table: np.ndarray, final: int) -> tuple[np.ndarray, int]:
 
 
 def lift(automaton: ByteAutomaton, token_bytes: Sequence[bytes | None], special: int) -> TokenAutomaton:
-    """What each token does from each state; special tokens (None) lead to the state `special` and emit nothing.
+    """Runs each token's bytes from each state; special tokens (None) lead to the state `special` and emit nothing.
 
-    All tokens are read in step, byte by byte. Tokens whose first bytes do the same from every state share a
+    All tokens advance together, byte by byte. Tokens whose first bytes do the same from every state share a
     class from then on, so each class is extended by each next byte only once.
     """
     num_states = len(automaton.next)
@@ -229,7 +229,7 @@ def _widen(emits: np.ndarray, width: int) -> np.ndarray:
 
 
 def _merge(after: np.ndarray, emits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Unites equal columns; also returns which of the united columns each became."""
+    """Unites equal columns; also returns the index of each column's united one."""
     columns = np.concatenate([after, emits.reshape(len(emits), -1)], axis=1)
     keys: dict[bytes, int] = {}
     merged = np.array([keys.setdefault(column.tobytes(), len(keys)) for column in columns])
@@ -241,7 +241,7 @@ def _merge(after: np.ndarray, emits: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _with_marks(automaton: TokenAutomaton, restart: np.ndarray, marks: Collection[int]) -> TokenAutomaton:
-    """Gives these tokens a class of their own, which leads from each state to that of `restart` [S]."""
+    """Gives these tokens a class of their own, which leads from each state to its entry in `restart` [S]."""
     if not marks:
         return automaton
     token_class = automaton.token_class.copy()
@@ -250,7 +250,7 @@ def _with_marks(automaton: TokenAutomaton, restart: np.ndarray, marks: Collectio
 
 
 def _with_end(automaton: TokenAutomaton, final: int, end_token: int) -> tuple[TokenAutomaton, int]:
-    """Gives the end token its own class, which leads from `final` to a new state, `done`, and else to death."""
+    """Gives the end token its own class, which leads from `final` to a new state, `done`, and elsewhere to DEAD."""
     num_states, num_classes = automaton.next.shape
     done = num_states
     table = np.full((num_states + 1, num_classes + 1), DEAD, np.int32)

@@ -37,8 +37,8 @@ def load(path: epath.PathLike = "four_tier", order: str | None = None) -> RuleBo
       order: `think_then_respond` or `respond_then_think`, instead of the order in the file.
 
     Raises:
-      RuleBookError: the file cannot be read, is misspelt, is not total, has a row that can never win, or is
-        ambiguous in its wording.
+      RuleBookError: the file cannot be read, is misspelt, is not total, has a row that can never win, or has
+        ambiguous wording.
     """
     book, problems = check(path, order)
     if problems:
@@ -47,7 +47,7 @@ def load(path: epath.PathLike = "four_tier", order: str | None = None) -> RuleBo
 
 
 def check(path: epath.PathLike, order: str | None = None) -> tuple[RuleBook, list[str]]:
-    """Reads a rule book as `load` does, and tells all that is wrong with its table and wording instead of raising.
+    """Reads a rule book as `load` does, and returns all problems of its table and wording instead of raising.
 
     A combination that no row covers has the tier UNKNOWN.
 
@@ -98,7 +98,7 @@ class _Entry:
         return self.node.value
 
     def name(self) -> str:
-        """A text that pairs state too, where white space is cleaned."""
+        """A text that pairs state too; white space in pairs is cleaned."""
         text = self.text()
         if text != " ".join(text.split()):
             self.fail(f"{text!r} has white space at an end, or more than one space between words")
@@ -158,7 +158,7 @@ def _hint(text: str, options: Sequence[str]) -> str:
 
 
 def file_of(path: epath.PathLike) -> epath.Path:
-    """The file of a rule book that `load` is given by path or by a bundled book's name."""
+    """The file of a rule book, from its path or a bundled book's name."""
     name = os.fspath(path)
     if not re.fullmatch(r"[\w-]+", name):
         return epath.Path(path)
@@ -254,7 +254,7 @@ def _parse_steps(entry: _Entry) -> tuple[tuple[Step, ...], list[_Entry]]:
 
 
 def _parse_values(entry: _Entry) -> list[tuple[_Entry, str]]:
-    """The values of a step and their meanings: a mapping of one to the other, or a list of values."""
+    """The values of a step and their meanings, from a mapping, or from a list of values alone."""
     if isinstance(entry.node, yaml.SequenceNode):
         values = [(item, "") for item in entry.items()]
     else:

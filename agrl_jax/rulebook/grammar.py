@@ -1,7 +1,7 @@
 """The whole responses of a rule book as a grammar, for engines that decode under one.
 
-It accepts what `automaton.recognise` accepts, of texts that are valid Unicode, in two dialects: a regular expression
-without look-around, and EBNF as llama.cpp (GBNF), xgrammar, vLLM and SGLang read it.
+It accepts the valid Unicode texts that `automaton.recognise` accepts, in two dialects: a regular expression without
+look-around, and EBNF as llama.cpp (GBNF), xgrammar, vLLM and SGLang read it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from agrl_jax.rulebook.schema import RuleBook
 
 LONGEST_REGEX = 1 << 16  # characters
 
-# A state of free text: before which part, and which start of a phrase the text ends with. None stands for what most
-# states of a place do alike.
+# A state of free text: the place of the next part, and the start of a phrase that the text ends with. None stands for
+# what most states of a place do alike.
 _State = tuple[int, str | None]
 _Edges = dict[_State, dict[_State, list[str]]]  # from state to state, by one of some expressions
 _START, _FINAL = (-1, ""), (-1, None)
@@ -30,7 +30,7 @@ def regex(book: RuleBook) -> str:
     """A regular expression of whole responses, to be matched in full, as Python, Rust and xgrammar read it.
 
     Raises:
-      GrammarError: in free text, phrases start within each other so often that it would be too long. EBNF never is.
+      GrammarError: phrases that start within each other make it too long, with free text. EBNF has no such limit.
     """
     if book.response.free_text == "between":
         return _eliminate(dict(_amid_text(book, _REGEX)))
@@ -38,7 +38,7 @@ def regex(book: RuleBook) -> str:
 
 
 def ebnf(book: RuleBook) -> str:
-    """EBNF of whole responses, from the rule `root`. Amid free text there is one rule for each state."""
+    """EBNF of whole responses, from the rule `root`. With free text, each state has a rule."""
     if book.response.free_text == "none":
         return f"root ::= {_without_text(book, _EBNF)}\n"
     states = dict(_amid_text(book, _EBNF))
@@ -51,10 +51,10 @@ def ebnf(book: RuleBook) -> str:
 
 
 class _Dialect(NamedTuple):
-    """How expressions are written. The empty one is that of the empty text."""
+    """How expressions are written. The empty expression stands for the empty text."""
 
     literal: Callable[[str], str]
-    space: str  # between what follows each other
+    space: str  # between expressions that follow each other
 
     def follow(self, *expressions: str) -> str:
         return self.space.join(filter(None, expressions))
@@ -67,7 +67,7 @@ class _Dialect(NamedTuple):
         return f"({f'{self.space}|{self.space}'.join(rest)}){'?' * (len(rest) < len(some))}"
 
     def texts(self, texts: list[str]) -> str:
-        """One of the texts; what they begin with in common stands once."""
+        """One of the texts; their common beginnings stand once."""
         common = os.path.commonprefix(texts)
         rest = self.either(self.literal(text[len(common) :]) for text in texts)
         return self.follow(self.literal(common), rest) if common else rest
@@ -81,7 +81,7 @@ class _Dialect(NamedTuple):
 
 
 def _code(character: str) -> str:
-    """An ASCII character by its number, which no dialect takes for more than a character."""
+    """An ASCII character by its number, which has no special meaning in any dialect."""
     return f"\\x{ord(character):02X}" if character.isascii() else character
 
 
@@ -103,14 +103,14 @@ def _without_text(book: RuleBook, dialect: _Dialect) -> str:
 
 
 def _amid_text(book: RuleBook, dialect: _Dialect) -> Iterator[tuple[_State, dict[_State, list[str]]]]:
-    """Each state, and what leads from it to which other. They do what `automaton.find_phrases` does, once for each
-    part that is still expected: a phrase of this part leads to the next part, any other phrase nowhere."""
+    """Each state, and its edges to others. They do what `automaton.find_phrases` does, for each part that is still
+    expected: a phrase of this part leads to the next part, any other phrase nowhere."""
     part_of = {phrase.text: phrase.part for phrase in book.phrases}
     starts = dict.fromkeys(text[:size] for text in part_of for size in range(len(text)))
     alphabet = sorted(set("".join(part_of)))
 
     def end(text: str) -> str:
-        """The longest end of a text that is a phrase or starts one."""
+        """The longest suffix of a text that is a phrase or starts one."""
         return next(text[k:] for k in range(len(text) + 1) if text[k:] in part_of or text[k:] in starts)
 
     def edges(place: int, moves: dict[str, str]) -> dict[_State, list[str]]:
@@ -139,8 +139,8 @@ def _amid_text(book: RuleBook, dialect: _Dialect) -> Iterator[tuple[_State, dict
 
 
 def _eliminate(edges: _Edges) -> str:
-    """The regular expression of an automaton: states are left out one by one, the longest starts of phrases first,
-    and the expressions on both sides of each are joined (Brzozowski and McCluskey, 1963)."""
+    """The regular expression of an automaton. States are removed one by one, the longest starts of phrases first, and
+    the expressions into and out of each are joined (Brzozowski and McCluskey, 1963)."""
     sources: dict[_State, dict[_State, None]] = {}  # in a fixed order
     for source, targets in edges.items():
         for target in targets:

@@ -1,4 +1,4 @@
-"""What a rule book is: its tiers, steps, table and wording, and what follows from them."""
+"""The rule book: its tiers, steps, table and wording, and what follows from them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row of the decision table: it matches where every step has one of the values listed for it."""
+    """A row of the decision table: it matches where every step has one of the values listed for it."""
 
     when: tuple[tuple[int, ...], ...]  # for each step the values that match; empty: any
     tier: int
@@ -147,7 +147,7 @@ class RuleBook:
 
     @property
     def digest(self) -> str:
-        """sha256 over all that changes a prompt, a response or a reward; not over reasons, comments or layout."""
+        """sha256 of all that changes a prompt, a response or a reward; not of reasons, comments or layout."""
         content = [
             [dataclasses.astuple(tier) for tier in self.tiers],
             [dataclasses.astuple(step) for step in self.steps],

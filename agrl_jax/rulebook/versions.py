@@ -1,4 +1,4 @@
-"""How two versions of a rule book differ: in wording, and in the tiers that they give."""
+"""Compares two versions of a rule book: their wording, and the tiers that they give."""
 
 from __future__ import annotations
 
@@ -49,11 +49,10 @@ def condition(book: RuleBook, row: Row) -> str:
 
 
 def outcomes(old: RuleBook, new: RuleBook) -> np.ndarray:
-    """[values of step 0, of step 1, ... of `old`; tiers of `new`] bool: the tiers that `new` may give for what has been
-    answered by `old`.
+    """[values of step 0, of step 1, ... of `old`; tiers of `new`] bool: the tiers that `new` may give for an answer
+    by `old`.
 
-    Steps and values are the same where their names are. The answer to a step that is new, or whose old value is gone,
-    is not known: it may be any.
+    Steps and values are matched by name. A step that is new, or whose old value is gone, may have any value.
     """
     tiers = len(new.tiers)
     possible = (new.tier_table()[:, None] == np.arange(tiers)).reshape(*new.num_values, tiers)
@@ -80,7 +79,7 @@ def same_tiers(old: RuleBook, new: RuleBook) -> np.ndarray:
 
 
 def _texts(book: RuleBook) -> dict[str, str]:
-    """All but the table, by key."""
+    """All texts outside the table, by key."""
     found = {"order": book.order}
     for name in ("response", "prompt"):
         found |= {f"{name}.{key}": text for key, text in dataclasses.asdict(getattr(book, name)).items()}

@@ -1,7 +1,7 @@
 """The texts of a rule book: prompts, gold responses, and the reader of text that the device reader must equal.
 
 A response states its parts by phrases, such as "Category: same". A phrase counts wherever it stands, so
-the reader needs no parser, and no phrase may be mistaken for another: `ambiguity` is why a book is refused.
+the reader needs no parser, and no phrase may be mistaken for another: see `ambiguity`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FORMAT = {
 def instructions(book: RuleBook) -> str:
     """The task, steps, tiers, rules and form of response, for a language model that knows none of them.
 
-    Values are shown in angle brackets where a phrase could else arise, so that the text states nothing.
+    Values are in angle brackets where a phrase could arise, so that the text states nothing.
     """
     words = book.prompt
     steps = [
@@ -67,14 +67,14 @@ def _rules(book: RuleBook) -> str:
 
 
 def turns(book: RuleBook) -> tuple[str, str]:
-    """What the `chat` style says as the system, and as the user, with {query} and {item} in it."""
+    """What the system and the user say in the `chat` style; the user's text holds {query} and {item}."""
     return instructions(book).strip(), book.prompt.terse.strip()
 
 
 def prompt_pieces(book: RuleBook, style: str = "terse") -> tuple[str, str, str]:
     """The fixed text before the query, between query and item, and after the item.
 
-    Of `chat` only what is said: the model's chat template, which goes around it, is no part of the rule book.
+    For `chat` this leaves out the model's chat template, which is no part of the rule book.
 
     Raises:
       ValueError: the style is unknown.
@@ -98,14 +98,14 @@ def prompt(book: RuleBook, query: str, item: str, style: str = "terse") -> str:
 
 
 def part_text(book: RuleBook, part: int, value: int, first: bool) -> str:
-    """What a canonical response says for one part; with the separator before it unless it is the `first`."""
+    """What a canonical response says for one part, with the separator before it unless the part is the `first`."""
     text = next(phrase.text for phrase in book.phrases if phrase[:2] == (part, value))
     return text if first else book.response.separator + text
 
 
 def reason_text(book: RuleBook, reason: str, first: bool) -> str:
-    """What stands before the canonical text of a part: its reason, with the separator that divides it from what is
-    before it, or after it where the part is the `first`. Empty without a reason, or where the book has no free text.
+    """The reason that stands before the canonical text of a part, with the separator before it, or after it where the
+    part is the `first`. Empty without a reason, or where the book has no free text.
     """
     if not reason or book.response.free_text == "none":
         return ""
@@ -113,7 +113,8 @@ def reason_text(book: RuleBook, reason: str, first: bool) -> str:
 
 
 class Piece(NamedTuple):
-    """What a gold response says for one part. The two are tokenised apart: so a statement is always spelt alike."""
+    """What a gold response says for one part. The two are tokenised apart, so that a statement has the same tokens
+    everywhere."""
 
     reason: str  # with a separator, or empty
     statement: str  # the canonical text
@@ -144,8 +145,7 @@ def gold_pieces(
 def gold_segments(book: RuleBook, tier: int, steps: Sequence[int], reasons: Sequence[str] = ()) -> list[str]:
     """The gold response, one text per part in response order: reason and statement, separators included.
 
-    It stops before the first part that is UNKNOWN, so the texts are always the start of the whole response. See
-    `gold_pieces`.
+    It stops before the first part that is UNKNOWN, so the texts always begin a whole response. See `gold_pieces`.
     """
     return ["".join(piece) for piece in itertools.takewhile(bool, gold_pieces(book, tier, steps, reasons))]
 
@@ -182,7 +182,7 @@ def well_formed(book: RuleBook, text: str | bytes) -> bool:
 
 
 def statements(book: RuleBook, text: str) -> list[str]:
-    """The phrases that a text states, in their order; what else is in it is free text."""
+    """The phrases that a text states, in their order; the rest of it is free text."""
     return [book.phrases[phrase].text for phrase, _ in _statements(book, text)]
 
 
@@ -231,8 +231,8 @@ def _phrase_in_prompt(book: RuleBook) -> tuple[int, str] | None:
 def _misread_response(book: RuleBook) -> tuple[int, str] | None:
     """Looks for a phrase that arises where two parts of a canonical response meet.
 
-    What a text may still become is the longest end of it that starts a phrase. There are few such ends, so all
-    canonical responses can be read at once, part by part.
+    How a text may go on to a phrase depends only on its longest suffix that starts one. There are few such suffixes, so
+    all canonical responses can be read at once, part by part.
     """
     phrases = [phrase.text for phrase in book.phrases]
     pending = {""}
@@ -253,8 +253,8 @@ def _misread_response(book: RuleBook) -> tuple[int, str] | None:
 
 
 def misread_reason(book: RuleBook, part: int, value: int, reason: str) -> str | None:
-    """The phrase that would be read in a reason before the statement of a part's value, or where it meets the texts
-    around it; None if the reason states nothing. Always None where the rule book has no free text.
+    """The phrase that would be read in a reason before a part's statement, or where the reason meets the texts around
+    it; None if the reason states nothing. Always None where the rule book has no free text.
     """
     place = book.part_order.index(part)
     before = reason_text(book, reason, first=place == 0)
@@ -273,7 +273,7 @@ def misread_reason(book: RuleBook, part: int, value: int, reason: str) -> str | 
 
 @functools.lru_cache(maxsize=64)
 def _tails(book: RuleBook, place: int) -> frozenset[str]:
-    """What a phrase may still begin with after the part before `place`: the longest ends of its texts, not whole."""
+    """The starts of phrases with which the texts of the part before `place` end: the longest suffixes, not whole."""
     if place == 0:
         return frozenset([""])
     phrases = [phrase.text for phrase in book.phrases]
