@@ -1,4 +1,4 @@
-"""A training step compiled for devices that need not be there: its memory, and a lower bound of its time."""
+"""Compiles a training step for devices that need not be there: its memory, and a lower bound of its time."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from agrl_jax.types import Batch
 
 _TRIALS = 4  # programs compiled in search of one that fits
 _ROWS = 64_000  # training pairs that guidance remembers, a byte or two each: those of the bundled benchmark
-# The compiler is neither to ask the network what machine this is, nor to take the lock by which processes with a TPU
-# keep off each other, nor to log. The type is any that there is: it goes by the topology.
+# The compiler should not ask the network what machine this is, take the lock that processes with a TPU hold, or log.
+# Any existing accelerator type will do: the topology decides.
 _LIBTPU = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_LOG_DIR": "disabled", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3",
 }  # fmt: skip
-# How the TPU compiler says that a program is too large: by all that it takes, or by its temporaries alone.
+# The TPU compiler's words for a program that is too large: its whole memory, or its temporaries alone.
 _MEMORY_EXCEEDED = re.compile(r"(Used|HLO temporaries) \(?([\d.]+)([KMGT])")
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Chip:
-    """The peak rates of one device, all per second; `memory` in bytes, `link` bytes that it can send to its peers."""
+    """The memory of one device in bytes, and its peak rates per second; `link`: bytes that it can send to its peers."""
 
     name: str
     flops: float  # bfloat16, dense
@@ -52,8 +52,8 @@ class Chip:
 
 
 # By JAX's name of the device. TPUs: the system architecture pages of the Cloud TPU documentation
-# (docs.cloud.google.com/tpu/docs/v5e, v5p, v6e), half of the bidirectional interconnect bandwidth, since every
-# byte is sent by one and received by another. GPUs: NVIDIA's data sheets of the SXM boards, half of NVLink likewise.
+# (docs.cloud.google.com/tpu/docs/v5e, v5p, v6e), with half of the bidirectional interconnect bandwidth, since one
+# device sends what another receives. GPUs: NVIDIA's data sheets of the SXM boards, with half of NVLink likewise.
 CHIPS: Mapping[str, Chip] = {
     "TPU v5 lite": Chip("v5e", 197e12, 16 * GIB, 819e9, 200e9),
     "TPU v5": Chip("v5p", 459e12, 95 * GIB, 2765e9, 600e9),
@@ -82,9 +82,9 @@ class Memory:
 
     parameters: float
     optimiser: float
-    inputs: float  # whatever else goes into the step: the batch, a base or reference policy, guidance
+    inputs: float  # all other inputs of the step: the batch, a base or reference policy, guidance
     cache: float  # keys and values of prompts and responses, while they are decoded
-    temporaries: float  # whatever else lies there at the peak, which may come before or after decoding
+    temporaries: float  # all else at the peak, which may come before or after decoding
     total: float
 
 
@@ -98,7 +98,7 @@ class Report:
     memory: Memory
     fits: bool
     phases: Mapping[str, Phase]  # empty where the program was too large to be compiled
-    tokens: int  # of a step, as training counts them: sampled, and prompts and responses in each epoch
+    tokens: int  # of a step, as training counts them: sampled tokens, and prompts and responses in each epoch
 
     @property
     def seconds(self) -> float:
@@ -165,7 +165,7 @@ def _compile(
 
 
 def _warm_started(config: ConfigDict, model: assemble.Model, mesh: jax.sharding.Mesh) -> programs.Weights:
-    """The shapes of what the warm start leaves."""
+    """The shapes of the warm start's result."""
     whole = assemble.as_base(config, assemble.param_shapes(model.init, model.axes, mesh))
     base = whole if assemble.adapters_of(config, assemble.SFT) else None
     trained = assemble.param_shapes(*assemble.trained_part(config, model, assemble.SFT), mesh)
@@ -208,7 +208,7 @@ def _cache_bytes(config: ConfigDict, model: assemble.Model, mesh: jax.sharding.M
 
 
 def _peak(memory: Any) -> float:
-    """Bytes at the peak: on TPUs with the program's own code, which CPUs leave out with all temporaries."""
+    """Bytes at the peak. TPUs include the program's own code; CPUs leave out code and temporaries."""
     allocated = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return float(max(memory.peak_memory_in_bytes, allocated + memory.temp_size_in_bytes))
 
@@ -224,11 +224,11 @@ def _phase(chip: Chip, flops: float, moved: Any) -> Phase:
 
 
 def find_devices(topology: str) -> tuple[list[Any], Chip]:
-    """The devices to compile for, and their peaks. Raises ConfigError for a topology that cannot be compiled for."""
+    """The devices to compile for, and their peaks. Raises ConfigError for an impossible or unknown topology."""
     if not topology:
         devices = jax.devices()
         chip = CHIPS.get(devices[0].device_kind) or measured_chip(devices)
-        # Of a GPU's memory JAX takes three quarters, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+        # JAX takes three quarters of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
         limit = (devices[0].memory_stats() or {}).get("bytes_limit", chip.memory)
         return devices, dataclasses.replace(chip, memory=limit)
     for name, value in _LIBTPU.items():
@@ -247,14 +247,14 @@ def find_devices(topology: str) -> tuple[list[Any], Chip]:
 
 
 def only_compile() -> None:
-    """For this process: takes no device but CPUs, and no cached program, since it can be loaded by its device alone."""
+    """Restricts this process to CPUs and no cached programs, which only the device they are for can load."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
 
 
 def measured_chip(devices: Sequence[Any]) -> Chip:
-    """Devices whose peaks are not public: the best that matrix products and copies of several sizes reach, since small
-    ones stay in caches; one device working, as if it had all for itself."""
+    """Measures the peaks of devices for which CHIPS has none: the best rates of matrix products and copies of several
+    sizes, on one device that works alone."""
     products, copies = jax.jit(lambda x: x @ x), jax.jit(lambda x: x + 1)
     flops = max(2 * n**3 / _seconds(products, jnp.ones((n, n))) for n in (512, 1024, 2048))
     bandwidth = max(2 * 4 * n / _seconds(copies, jnp.ones(n)) for n in (2**16, 2**18, 2**20, 2**22, 2**24))
@@ -263,7 +263,7 @@ def measured_chip(devices: Sequence[Any]) -> Chip:
 
 
 def _seconds(function: Any, x: jax.Array) -> float:
-    """The fastest of some calls."""
+    """The time of the fastest of some calls."""
     times = []
     for _ in range(20):
         began = time.perf_counter()
@@ -273,10 +273,10 @@ def _seconds(function: Any, x: jax.Array) -> float:
 
 
 def make_it_fit(config: ConfigDict, report: Report, compile_with: Any) -> tuple[dict[str, Any], Report]:
-    """Fields of the config to change until the step fits, and the report with them: the last one tried, if none fits.
+    """Changes fields of the config until the step fits. Returns these fields, and the last report.
 
-    Those that save the most by estimate come first, and as many at a time as the estimate takes to close the gap;
-    those that change what is learnt come last. `compile_with(config)` gives a report.
+    It tries the fields that save the most by estimate first, as many at a time as close the gap by estimate, and fields
+    that change what is learnt last. `compile_with(config)` gives a report.
     """
     config, changes = config.copy_and_resolve_references(), {}
     for _ in range(_TRIALS):
@@ -296,7 +296,7 @@ def make_it_fit(config: ConfigDict, report: Report, compile_with: Any) -> tuple[
 
 
 def _possible(config: ConfigDict, report: Report) -> Iterator[tuple[float, dict[str, Any]]]:
-    """Those of `_savings` with which the config could be run."""
+    """Those of `_savings` that leave a valid config."""
     for saved, fields in _savings(config, report):
         changed = config.copy_and_resolve_references()
         changed.update_from_flattened_dict(fields)
@@ -308,10 +308,10 @@ def _possible(config: ConfigDict, report: Report) -> Iterator[tuple[float, dict[
 
 
 def _savings(config: ConfigDict, report: Report) -> Iterator[tuple[float, dict[str, Any]]]:
-    """What could be changed, each with an estimate of the bytes that it saves a device."""
+    """Possible changes, each with an estimate of the bytes that it saves a device."""
     memory, mesh, rl = report.memory, report.mesh, config.rl
     temporaries = max(memory.temporaries, memory.total / 2)
-    same = []  # by which nothing else is learnt
+    same = []  # changes that leave what is learnt as it is
     spread = mesh["data"] > 1 and config.mesh.fsdp != -1
     if spread:
         state = memory.parameters + memory.optimiser
@@ -327,6 +327,6 @@ def _savings(config: ConfigDict, report: Report) -> Iterator[tuple[float, dict[s
     replace = config.guidance.replace if config.guidance.enabled else 2
     if rl.group_size // 2 >= max(replace, 2):
         yield temporaries / 4, {"rl.group_size": rl.group_size // 2}
-    # Not shorter prompts: how long the rule book's own text is, only the tokenizer of the real model knows.
+    # Shorter prompts are not offered: only the real model's tokenizer knows how long the rule book's text is.
     if rl.batch_size > 1:
         yield (memory.cache + temporaries) / 2, {"rl.batch_size": rl.batch_size // 2}

@@ -1,4 +1,4 @@
-"""Operations of a program's matrix products, counted in its jaxpr: exact, and the same for every compiler."""
+"""Counts the operations of a program's matrix products in its jaxpr: exact, and the same for every compiler."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def matrix_flops(jaxpr: Any, phases: Sequence[str], branch_share: float = 1.0, s
     """Floating-point operations of all devices by phase, and "other": two for each product, rematerialised ones too.
 
     Scans are counted in full, and a `while` from 0 to the number that its counter is compared to; `branch_share` is
-    how often the first branch of a `cond` is not taken. Of a choice by platform its default counts. A phase is the
-    first of `phases` in the name stack (`jax.named_scope`). Within a `shard_map`, each device counts; but of ragged
-    products, whose groups are split over the devices that have the same rows, each of `shards` different pieces of the
-    rows counts once. Raises ValueError for a `while` without such a number.
+    how often the first branch of a `cond` is not taken. A choice by platform counts its default. A phase is the first
+    of `phases` in the name stack (`jax.named_scope`). A product in a `shard_map` counts once for each device. A ragged
+    product counts once for each of the `shards` different pieces of the rows, since devices with the same rows split
+    its groups. Raises ValueError for a `while` without such a number.
     """
     found: Counter[str] = Counter()
 
@@ -34,7 +34,7 @@ def matrix_flops(jaxpr: Any, phases: Sequence[str], branch_share: float = 1.0, s
                 found[own] += times * _ragged(eqn) / repeated
             elif name == "shard_map":
                 walk(params["jaxpr"], times * params["mesh"].size, own, params["mesh"].size / shards)
-            elif name == "cond" and params.get("branches_platforms"):  # a choice by platform: kernels stand before it
+            elif name == "cond" and params.get("branches_platforms"):  # a choice by platform; the default is last
                 walk(params["branches"][-1].jaxpr, times, own, repeated)
             elif name == "cond":
                 first, *others = params["branches"]
@@ -74,7 +74,7 @@ def _dense(eqn: Any) -> float:
 
 
 def _ragged(eqn: Any) -> float:
-    """Each row meets the matrix of its own group alone; so do they in the gradient, whose result has one per group."""
+    """Each row meets only its own group's matrix, in the gradient too, whose result has a matrix per group."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (contracted, _), _ = numbers.dot_dimension_numbers
     lhs, out = eqn.invars[0].aval, eqn.outvars[0].aval

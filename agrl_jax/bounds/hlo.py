@@ -1,8 +1,8 @@
-"""What a compiled program moves: bytes of memory and collectives, read from its HLO text, loops counted in full.
+"""Counts the bytes that a compiled program moves, in memory and collectives, from its HLO text, loops in full.
 
-`cost_analysis()` of a compiled program counts the body of a loop once. Here each computation is walked as often as it
-runs: a loop's trip count is the one that the compiler notes, or else the constant to which its counter is compared
-(for a loop that may end early, the most it can be).
+`cost_analysis()` of a compiled program counts the body of a loop once. This module counts each computation as often as
+it runs: a loop's trip count is the one that the compiler notes, or else the constant to which its counter is compared
+(an upper bound for a loop that may end early).
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-# Bits of an element; what is not here (tokens, opaque handles) has no size.
+# Bits of an element; other types (tokens, opaque handles) have no size.
 _BITS = {
     "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "f8e4m3fn": 8, "f8e5m2": 8, "s16": 16, "u16": 16, "f16": 16,
     "bf16": 16, "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64,
 }  # fmt: skip
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
                 "collective-broadcast")  # fmt: skip
-_FREE = {  # they move nothing, or what they start or call is counted instead
+_FREE = {  # they move nothing, or the instructions that they start or call are counted instead
     "parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
     "opt-barrier", "domain", "while", "conditional", "call",
 }  # fmt: skip
 _BOOKKEEPING = ("AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding", "SPMDFullToShardShape")  # custom calls
-_LAZY = ("bitcast", "convert", "copy", "reshape", "transpose")  # within a fusion: computed where they are asked for
-_SLICES = ("dynamic-slice", "slice", "gather")  # they read what they return, not all that they read from
+_LAZY = ("bitcast", "convert", "copy", "reshape", "transpose")  # within a fusion: computed where they are used
+_SLICES = ("dynamic-slice", "slice", "gather")  # they read only what they return
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
@@ -36,7 +36,7 @@ _MEMORY = re.compile(r"S\((\d+)\)")
 
 
 class _Array(NamedTuple):
-    """One array of a type: its size, 0 where it does not lie in the main memory, and all its bytes."""
+    """One array of a type: its bytes in main memory (0 if it is elsewhere), and its bytes anywhere."""
 
     moved: int
     size: int
@@ -52,7 +52,7 @@ class _Instruction:
     text: str  # from the operands to the end of the line
 
     def attribute(self, name: str) -> str | None:
-        """The name that an attribute such as `body=` holds."""
+        """The name in an attribute such as `body=`."""
         found = re.search(rf"\b{name}=%?([\w.\-]+)", self.text)
         return None if found is None else found[1]
 
@@ -63,7 +63,7 @@ class _Instruction:
 
     @property
     def continues(self) -> bool:
-        """Whether it is a later part of a collective that TPUs spread over several fusions, all with its whole type."""
+        """Whether this is a later part of a collective that TPUs spread over fusions, each with its whole type."""
         return re.search(r'"async_collective_fusion_config":\{"flag_start":"\d', self.text) is not None
 
     @property
@@ -89,9 +89,9 @@ class Traffic:
 def traffic(text: str, phases: Sequence[str], branch_share: float = 1.0) -> dict[str, Traffic]:
     """What one device moves in each phase, and in "other", from a compiled program's HLO text.
 
-    An instruction is of the first phase that stands in its scope (`jax.named_scope`); one without a scope is of the
-    phase of the loop or branch that it stands in. `branch_share` is how often the first branch of a conditional is not
-    taken. Raises ValueError for a loop whose trip count cannot be told.
+    An instruction belongs to the first phase in its scope (`jax.named_scope`), or else to the phase of the loop or
+    branch that holds it. `branch_share` is how often the first branch of a conditional is not taken. Raises ValueError
+    for a loop of unknown trip count.
     """
     computations, entry = parse(text)
     found: dict[str, Traffic] = defaultdict(Traffic)
@@ -169,7 +169,7 @@ def _instruction(name: str, root: bool, rest: str) -> _Instruction:
 
 
 def _closing(text: str) -> int:
-    """Where the parenthesis that opens `text` closes."""
+    """The index at which the parenthesis that opens `text` closes."""
     depth = 0
     for place, character in enumerate(text):
         depth += (character == "(") - (character == ")")
@@ -187,14 +187,14 @@ def _arrays(shape: str) -> Iterator[_Array]:
 
 
 def _branches(instruction: _Instruction) -> list[str]:
-    """The branches of a conditional, that of False first."""
+    """The branches of a conditional, the one for False first."""
     if listed := re.search(r"branch_computations=\{([^}]*)\}", instruction.text):
         return re.findall(r"%?([\w.\-]+)", listed[1])
     return [instruction.attribute("false_computation"), instruction.attribute("true_computation")]
 
 
 def _with_fused(instruction: _Instruction, computations: Mapping[str, Computation]) -> Iterator[_Instruction]:
-    """An instruction and, of a fusion, those within."""
+    """An instruction and, if it is a fusion, those within it."""
     yield instruction
     if instruction.op == "fusion":
         for inner in computations[instruction.attribute("calls")].values():
@@ -230,8 +230,8 @@ def _moved(instruction: _Instruction, computation: Computation, computations: Ma
 def _used(
     source: int | str, whole: float, fused: Computation, computations: Mapping[str, Computation]
 ) -> float:
-    """Bytes that a fusion reads of its parameter, by number, or of what it has computed, by name, `whole` bytes at
-    most: less where it only takes slices."""
+    """Bytes that a fusion reads of a parameter (`source` is its number) or of a result of its own (its name): `whole`,
+    or less where it only takes slices."""
     if isinstance(source, int):
         parameters = (each for each in fused.values() if each.op == "parameter")
         source = next(each.name for each in parameters if each.text.startswith(f"{source})"))
@@ -248,13 +248,13 @@ def _used(
                 total += _used(user.name, whole, fused, computations)
             elif user.op in _SLICES and place == 0:
                 total += user.size
-            elif user.op != "dynamic-update-slice" or place:  # which leaves alone what it does not write
+            elif user.op != "dynamic-update-slice" or place:  # which does not read what it updates in place
                 return whole
     return min(total, whole)
 
 
 def _written(instruction: _Instruction, fused: Computation) -> float:
-    """Bytes that a fusion writes: of an update in place, those of the update."""
+    """Bytes that a fusion writes; for an update in place, only the bytes of the update."""
     root = next(each for each in fused.values() if each.root)
     parts = [fused[name] for name in root.operands] if root.op == "tuple" else [root]
     if len(parts) != len(instruction.arrays):
@@ -271,7 +271,7 @@ def _written(instruction: _Instruction, fused: Computation) -> float:
 
 
 def _sent(instruction: _Instruction, kind: str) -> float:
-    """Bytes that each device of a group must send at least, in the ring that moves the least."""
+    """Bytes that each device of a group must send at least, in a ring."""
     others = 1 - 1 / _group_size(instruction)
     largest = max(array.size for array in instruction.arrays)
     if kind == "all-gather":

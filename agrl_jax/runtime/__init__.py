@@ -1,1 +1,1 @@
-"""What a run needs around the algorithm: configuration, devices, optimiser, checkpoints, logs."""
+"""The parts of a run around the algorithm: configuration, devices, optimiser, checkpoints, logs."""

@@ -1,9 +1,9 @@
-"""Checkpoints with Orbax: whole or not there, bounded in number, tied to the run they belong to.
+"""Checkpoints with Orbax: whole or not there, bounded in number, tied to the run that they belong to.
 
-Three Orbax managers below `checkpoints/`: `sft` and `rl`, one per stage, each with its own count of
+Three Orbax managers write below `checkpoints/`: `sft` and `rl`, one per stage, each with its own count of
 steps, and `sft_end`, the end of the supervised stage, which is the reference policy and is kept for
 good. A manager keeps the last few checkpoints and the best one. Orbax writes into a temporary directory
-and renames it when all is there, so a killed save leaves nothing that could be loaded.
+and renames it when it is complete, so a killed save leaves nothing that could be loaded.
 
 A checkpoint holds the state and a small record: stage, step, position in the data, and the identity of
 the run (config, rule book, pairs, versions). Resuming under another identity is refused.
@@ -30,16 +30,16 @@ from agrl_jax.runtime.files import is_remote
 STAGES = ("sft", "rl")  # in the order in which a run goes through them
 SFT_END = "sft_end"
 
-# What of the identity may differ on resuming: what is watched, kept and laid out, and the versions of
-# libraries (the continuation is then exact up to rounding only).
+# Fields of the identity that may differ on resuming: evaluation, logs, checkpoints, mesh, and the versions
+# of libraries (the continuation is then exact up to rounding only).
 MAY_CHANGE = ("config.eval", "config.log", "config.checkpoint", "config.mesh", "config.workdir", "versions")
-# And the length of a stage that is not over may grow; the learning rate follows the new length from there.
+# A stage that is not over may grow longer; the learning rate then follows the new length.
 MAY_GROW = {
     "sft": ("config.sft.steps",),
     "rl": ("config.rl.steps", "config.rl.budget", "config.dpo.steps", "config.more.steps"),
 }
 
-# And all that the warm start does not depend on, while nothing has come after it: several runs can share one.
+# Until a later stage begins, fields that the warm start does not depend on may differ: several runs can share one.
 AHEAD = (
     "config.method", "config.rl", "config.dpo", "config.more", "config.reward", "config.objective", "config.guidance",
 )  # fmt: skip
@@ -69,8 +69,8 @@ class Checkpointer:
     `keep` bounds the last checkpoints of each stage; the one with the highest `metrics[best]` is kept
     beside them. `identity` is a JSON-able dict such as `{"config": ..., "rulebook": digest, "versions":
     ...}`; if the newest checkpoint was written under another one, CheckpointMismatch is raised at once
-    and names the fields. A field that it lacks, as one of an older version may, counts as `defaults` has
-    it. With `identity=None` the checkpoints are opened for reading: nothing is created, deleted or checked.
+    and names the fields. A field that the checkpoint's identity lacks has its value in `defaults`. With
+    `identity=None` the checkpoints are opened for reading: nothing is created, deleted or checked.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Checkpointer:
             self._check_identity()
 
     def identify(self, more: Mapping[str, Any]) -> None:
-        """Adds to the identity what is known only later. Raises CheckpointMismatch as the constructor does."""
+        """Adds fields to the identity that are known later. Raises CheckpointMismatch as the constructor does."""
         self._identity |= _plain(more)
         self._check_identity()
 
@@ -111,7 +111,7 @@ class Checkpointer:
             create=writing,
             cleanup_tmp_directories=writing,
             save_root_metadata=False,
-            best_fn=score,  # makes Orbax store the metrics; what is kept is the policy's business
+            best_fn=score,  # makes Orbax store the metrics; the policy decides what is kept
             preservation_policy=checkpoint_managers.AnyPreservationPolicy([latest, best]),
         )
         return ocp.CheckpointManager(self.directory / name, options=options)
@@ -131,7 +131,7 @@ class Checkpointer:
 
         `data_position` is anything JSON can hold, `spent` the tokens that the stage has used of its budget. A step
         that is there already is left as it is. Raises CheckpointError if this save, or the one before it, failed;
-        the checkpoints before are untouched.
+        earlier checkpoints are untouched.
         """
         manager = self._managers[stage]
         step = int(step)
@@ -148,9 +148,9 @@ class Checkpointer:
                 raise CheckpointError(f"{self.directory / stage} already holds steps past {step}; use a new workdir")
 
     def save_sft(self, tree: Any) -> None:
-        """Saves the end of the supervised stage, its parameters or its state, and waits until it is there.
+        """Saves the end of the supervised stage, its parameters or its state, for good, and waits until it is there.
 
-        It is kept for good. To be called once the last checkpoint of stage "sft", if any, has been saved.
+        Call it after the last checkpoint of stage "sft", if any, has been saved.
         """
         self.save(SFT_END, 0, tree)
         self.wait()
@@ -163,7 +163,7 @@ class Checkpointer:
         self._writing = None
 
     def close(self) -> None:
-        """Waits, then lets go of threads and files."""
+        """Waits, then releases threads and files."""
         try:
             self.wait()
         finally:
@@ -179,7 +179,7 @@ class Checkpointer:
         except CheckpointError as error:
             if kind is None:
                 raise
-            logging.error("%s", error)  # the exception on its way out is the one to see
+            logging.error("%s", error)  # the exception that is being raised matters more
 
     @contextmanager
     def _clear_errors(self) -> Iterator[None]:
@@ -191,7 +191,7 @@ class Checkpointer:
         except Exception as error:
             stage, step = self._writing or ("?", "?")
             for manager in self._managers.values():
-                manager.reload()  # what is on disk, where the manager counts what it has begun to save
+                manager.reload()  # counts what is on disk; the manager also counts saves that have begun
             last = self.newest()
             raise CheckpointError(
                 f"checkpoint of {stage} step {step} could not be written to {self.directory}: {_reason(error)}; "
@@ -222,7 +222,7 @@ class Checkpointer:
         return self._managers[stage].best_step()
 
     def record(self, stage: str, step: int) -> dict[str, Any]:
-        """What a checkpoint says of itself: `stage`, `step`, `data_position`, `spent`, `identity`."""
+        """The record of a checkpoint: `stage`, `step`, `data_position`, `spent`, `identity`."""
         restored = self._restore(stage, step, record=ocp.args.JsonRestore())
         return restored.record
 
@@ -267,7 +267,7 @@ class Checkpointer:
             raise CheckpointError(f"{self.directory / name} has no checkpoint of step {step}; there: {there}")
         try:
             return self._managers[name].restore(step, args=ocp.args.Composite(**args))
-        except Exception as error:  # of damaged files TensorStore raises plain Exception
+        except Exception as error:  # TensorStore raises plain Exception for damaged files
             raise CheckpointError(self._not_restored(name, step, error)) from error
 
     def _not_restored(self, name: str, step: int, error: BaseException) -> str:
@@ -275,7 +275,7 @@ class Checkpointer:
         folder = self.directory / name / str(step)
         if "tree structures do not match" in str(error):
             return f"{folder} cannot be restored: {_misfit(error)}"
-        while error.__cause__ is not None:  # what TensorStore says is printed with its whole configuration
+        while error.__cause__ is not None:  # TensorStore's message would hold its whole configuration
             error = error.__cause__
         before = max((other for other in self._managers[name].all_steps() if other < step), default=None)
         go_on = "there is none before it" if before is None else f"remove it to go on from step {before}"
@@ -284,7 +284,7 @@ class Checkpointer:
     def _check_identity(self) -> None:
         """Refuses to go on under another identity than that of the newest checkpoint.
 
-        Compared are the parts (config, rule book, pairs) that both have.
+        It compares the parts (config, rule book, pairs) that both have.
         """
         if self.newest() is None:
             return
@@ -314,7 +314,7 @@ class Checkpointer:
 
 
 def _quiet(record: logging.LogRecord) -> bool:
-    """Keeps Orbax's warnings; its progress is of no use here, and its errors are raised as CheckpointError."""
+    """Keeps Orbax's warnings; drops its progress, and its errors, which are raised as CheckpointError."""
     return "orbax" not in record.pathname or record.levelno == logging.WARNING
 
 
@@ -324,7 +324,7 @@ def _plain(value: Any) -> Any:
 
 
 def _misfit(error: BaseException) -> str:
-    """What a state could not be restored for, where it has other fields than the one that is kept now."""
+    """The message where a checkpoint's state has other fields than the template."""
     fields = ", ".join(re.findall(r"^(\S+):$", str(error), re.MULTILINE))
     return (f"it was written by another version, whose state has other fields ({fields}); use a new workdir, or go on "
             "with that version")

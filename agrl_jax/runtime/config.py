@@ -1,9 +1,9 @@
 """Configs: a string argument, the rules that every field obeys, and errors in one line.
 
-A config is an ml-collections `ConfigDict` made by `get_config(arg)` of a file in `configs/`. Its
-defaults, with their explanations, stand there; here stand the types and ranges (`RULES`), the checks
-over several fields (`validate_together`), and what turns a mistake on the command line into one clear
-message (`parse_flags`). Fields are named by their dotted path, `rl.group_size`.
+A config is an ml-collections `ConfigDict` made by `get_config(arg)` of a config file. `recipes` holds
+its defaults with their meanings; this module holds the types and ranges (`RULES`), the checks of several
+fields together (`validate_together`), and turns a mistake on the command line into one clear message
+(`parse_flags`). Fields are named by their dotted path, `rl.group_size`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from agrl_jax.hints import did_you_mean
 
-flags.disclaim_key_flags()  # what `define_distributed_flag` defines is its caller's, and shown by its --help
+flags.disclaim_key_flags()  # a caller's --help shows the flag of `define_distributed_flag` as its own
 
 
 class ConfigError(ValueError):
@@ -97,7 +97,7 @@ def _parse_value(name: str, text: str, default: Any) -> Any:
 
 @dataclass(frozen=True)
 class Rule:
-    """What a field may hold. A string or boolean with no choices may hold anything of its type.
+    """What a field may hold. A string or boolean without choices may hold anything of its type.
 
     `low` and `high` are inclusive, `above` is exclusive; `also` lists values allowed beside the range;
     `optional` allows None.
@@ -110,10 +110,10 @@ class Rule:
     choices: tuple[Any, ...] = ()
     also: tuple[Any, ...] = ()
     optional: bool = False
-    joined: str = ""  # between several of the choices, where they can be joined
+    joined: str = ""  # the separator of several choices, if they can be joined
 
     def problem(self, value: Any) -> str:
-        """What is wrong with `value`, as the end of a sentence; empty if nothing is."""
+        """The end of a sentence about what is wrong with `value`; empty if nothing is."""
         if (value is None and self.optional) or (type(value) is self.type and value in self.also):
             return ""
         if not _is_a(value, self.type):
@@ -169,7 +169,7 @@ def _whole(low: int, high: int | None = None) -> Rule:
 
 
 _TEXT, _FLAG = Rule(str), Rule(bool)
-_COUNT, _SIZE = _whole(0), _whole(1)  # may be none at all; at least one
+_COUNT, _SIZE = _whole(0), _whole(1)
 _WEIGHT, _POSITIVE, _SHARE = Rule(low=0), Rule(above=0), Rule(low=0, high=1)
 _DECAY = Rule(low=0, high=0.9999)
 _DTYPE = _one_of("float32", "bfloat16")
@@ -354,9 +354,9 @@ def check_known(config: ConfigDict | Mapping[str, Any], reference: ConfigDict | 
 def validate(
     config: ConfigDict, rules: Mapping[str, Rule] = RULES, reference: ConfigDict | None = None
 ) -> None:
-    """Checks every field by itself: each rule's field is there and obeys it, and there are no others.
+    """Checks every field by itself: each rule's field exists and obeys the rule, and there are no other fields.
 
-    With a `reference`, a field without a rule may stand, if it has the type that it has there. Raises
+    With a `reference`, a field without a rule is allowed if it has the type that it has in the reference. Raises
     ConfigError with all problems in one message; unknown fields come with the nearest valid ones.
     """
     fields = dict(_flatten(config))
@@ -375,7 +375,7 @@ def validate(
 
 
 def validate_together(config: ConfigDict, data_shards: int = 1) -> None:
-    """Checks what concerns several fields at once, given the number of shards of the batch.
+    """Checks fields against each other, given the number of shards of the batch.
 
     The batch is split over the mesh axes `data` and `fsdp`, so `data_shards` is the product of their
     sizes. Raises ConfigError with all problems in one message.
@@ -497,8 +497,8 @@ def _source_problems(config: ConfigDict) -> Iterator[str]:
 
 
 def check_guidance(config: ConfigDict, pairs: int) -> None:
-    """Raises ConfigError where guidance is to reveal the policy's own answers to the training `pairs`, so many, and
-    no failing group can have one: not of its own, nor from an earlier meeting."""
+    """Raises ConfigError if guidance reveals the policy's own answers, and no failing group can have one: neither in
+    the group, nor from an earlier meeting of one of the `pairs` training pairs."""
     rl, guidance = config.rl, config.guidance
     own = guidance.enabled and guidance.source == "own" and last_branch(config.method) == "rl" and rl.steps > 0
     if own and guidance.threshold * rl.group_size < 1 - 1e-9 and rl.steps * rl.batch_size <= pairs:
@@ -528,7 +528,7 @@ def raise_problems(problems: Sequence[str]) -> None:
 
 
 def resolve(config: ConfigDict) -> dict[str, Any]:
-    """The config as a plain nested dict that JSON can hold, references followed, keys sorted."""
+    """The config as a nested dict that JSON can hold, references followed, keys sorted."""
     return json.loads(json.dumps(config.copy_and_resolve_references().to_dict(), sort_keys=True))
 
 
@@ -579,9 +579,9 @@ def diff(old: ConfigDict | Mapping[str, Any], new: ConfigDict | Mapping[str, Any
 def parse_flags(argv: Sequence[str], name: str = "config", positional: bool = False) -> list[str]:
     """Parses the command line; a mistake ends the process with one clear message and exit code 2.
 
-    Left to itself, absl answers an unknown field of the config file flag `--{name}`, and an error inside
-    the config file, with a traceback. Returns the arguments that are not flags, the program's name
-    first; more than that is a mistake, unless `positional`. Fits `absl.app.run(flags_parser=...)` too.
+    absl alone would answer an unknown field of the config file flag `--{name}`, or an error inside the config
+    file, with a traceback. Returns the arguments that are not flags, the program's name first; more than that is
+    a mistake, unless `positional`. Fits `absl.app.run(flags_parser=...)` too.
     """
     app.define_help_flags()
     if not {"--help", "-help", "--h", "-h", "-?"}.isdisjoint(argv[1:]):
@@ -589,7 +589,7 @@ def parse_flags(argv: Sequence[str], name: str = "config", positional: bool = Fa
     try:
         rest = flags.FLAGS(list(argv))
         if name in flags.FLAGS and flags.FLAGS[name].value is not None:
-            _ = flags.FLAGS[name].value.is_locked  # a file that could not be read says so on first use only
+            _ = flags.FLAGS[name].value.is_locked  # an unreadable file raises only on first use
     except (flags.Error, AttributeError, KeyError, OSError) as error:
         exit_with(overrides_error(error, argv, name))
     if len(rest) > 1 and not positional:
@@ -614,13 +614,13 @@ def exit_with(error: Exception) -> NoReturn:
 
 
 def overrides_error(error: Exception, argv: Sequence[str], name: str = "config") -> ConfigError:
-    """The ConfigError that says what a failure to parse `argv` means, naming field and value.
+    """The ConfigError that explains a failure to parse `argv`, with field and value.
 
     Raises `error` itself where it comes from a bug in a config file, whose traceback is worth seeing.
     """
     inner = [cause for cause in _causes(error) if isinstance(cause, ConfigError)]
     if inner:
-        return inner[-1]  # absl and ml-collections wrap what a config file raised, traceback and all
+        return inner[-1]  # absl and ml-collections wrap what a config file raised
     example = f"--{name}=configs/quickstart.py"
     if isinstance(error, OSError) and "Configuration is not available" in str(error):
         reason = str(error).strip().splitlines()[-1].strip()
@@ -642,7 +642,7 @@ def overrides_error(error: Exception, argv: Sequence[str], name: str = "config")
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """`error` and all that led to it, outermost first."""
+    """`error` and its causes, outermost first."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause
@@ -689,6 +689,6 @@ def _load(argv: Sequence[str], name: str) -> dict[str, Any]:
             path = match.group(1) if match.group(1) is not None else "".join(argv[position + 1 : position + 2])
             try:
                 return flatten(flags.FLAGS[name].parser.parse(path))
-            except Exception:  # whatever a config file may raise: the first error is the one to report
+            except Exception:  # a config file can raise anything; the first error is the one to report
                 return {}
     return {}

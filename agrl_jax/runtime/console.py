@@ -1,4 +1,4 @@
-"""What a run shows: messages, progress bars with time left, tables."""
+"""Messages, progress bars with the time left, and tables on the terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Progress(AbstractContextManager):
         self._stage, self._total, self._done = stage, total, start
         self._every_s, self._console = every_s, console
         self._began = self._said = time.monotonic()
-        self._first: tuple[int, float] | None = None  # step and time of the first update: what compiles comes before
+        self._first: tuple[int, float] | None = None  # step and time of the first update, which includes compiling
         self._bar = None
         if console.is_terminal:
             self._bar = rich.progress.Progress(
@@ -43,7 +43,7 @@ class Progress(AbstractContextManager):
             self._bar.stop()
 
     def update(self, step: int, figures: Mapping[str, float | str] | None = None) -> None:
-        """Says that `step` steps are done, with the figures to show beside, such as `{"reward": 0.61}`.
+        """Says that `step` steps are done, with figures to show, such as `{"reward": 0.61}`.
 
         The time left follows from the steps after the first update, since the first step compiles.
         """
@@ -67,11 +67,11 @@ class Progress(AbstractContextManager):
         return _clock((self._total - self._done) / rate) if rate > 0 else "?"
 
     def advance(self, steps: int) -> None:
-        """Says that so many more steps are done."""
+        """Says that `steps` more steps are done."""
         self.update(self._done + steps)
 
     def note(self, text: str) -> None:
-        """Says what goes on within a step that takes long, such as a validation: beside the bar, or now and then."""
+        """Says what a long step is doing, such as a validation: beside the bar, or now and then."""
         if self._bar is not None:
             self._bar.update(self._task, figures=text)
         elif (now := time.monotonic()) - self._said >= self._every_s:
@@ -89,8 +89,8 @@ def say(*objects: Any) -> None:
 
 
 def _stdout() -> rich.console.Console:
-    """Standard output; nothing is shown on any process of a run but the first."""
-    import jax  # here: a command answers --help before it starts
+    """Standard output of the first process of a run; the others show nothing."""
+    import jax  # here, so that --help does not wait for it
 
     return rich.console.Console(file=sys.stdout, quiet=jax.process_index() > 0)
 
@@ -119,7 +119,7 @@ def console_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[An
 
 
 def _short(value: Any) -> str:
-    """A figure for the eye: three decimals where small, thousands apart where large."""
+    """A figure to read: three decimals if small, thousands separated if large."""
     if isinstance(value, str | bool | int) or value is None:
         return str(value) if value is not None else "-"
     value = float(value)

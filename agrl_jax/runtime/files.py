@@ -13,16 +13,16 @@ from etils import epath
 
 
 class OutputError(ValueError):
-    """An output that cannot be written or gone on with; the message names the file."""
+    """An output that cannot be written or continued; the message names the file."""
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Whether a path is a bucket's, such as gs://bucket/runs."""
+    """Whether a path is in a bucket, such as gs://bucket/runs."""
     return "://" in os.fspath(epath.Path(path))
 
 
 def check_bucket(path: epath.PathLike) -> None:
-    """Raises OutputError where a path is a bucket's, and the package that reads such buckets is missing."""
+    """Raises OutputError where a path is in a bucket, and the package that reads such buckets is missing."""
     try:
         if is_remote(path):
             epath.Path(path).exists()
@@ -32,10 +32,10 @@ def check_bucket(path: epath.PathLike) -> None:
 
 @contextmanager
 def in_one_piece(path: epath.PathLike) -> Iterator[epath.Path]:
-    """A temporary path beside `path`, to be written in the block, which takes the place of `path` as the block ends.
+    """A temporary path beside `path` to write to in the block; at its end the new file replaces `path`.
 
-    Readers, and a process that is killed, leave and find the old content or the new, never a part. After an error in
-    the block, `path` is as it was.
+    `path` holds the old content or the new one, never a part, even if the process is killed. After an error in the
+    block, `path` is as it was.
     """
     path = epath.Path(path)
     half = path.parent / (path.name + ".tmp")
@@ -54,7 +54,7 @@ def write_text(path: epath.PathLike, text: str) -> None:
 
 
 def write_csv(path: epath.PathLike, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes rows with these columns as CSV, in one piece; with no rows, a header alone."""
+    """Writes rows with these columns as CSV, in one piece; without rows, only the header."""
     with in_one_piece(path) as half, half.open("w") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
@@ -62,14 +62,14 @@ def write_csv(path: epath.PathLike, columns: Sequence[str], rows: Iterable[Mappi
 
 
 def write_json(path: epath.PathLike, content: Any, indent: int = 2) -> None:
-    """Writes a JSON file in one piece. Raises ValueError for numbers that are not finite: JSON has none."""
+    """Writes a JSON file in one piece. Raises ValueError for numbers that are not finite, which JSON lacks."""
     write_text(path, json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: epath.PathLike, error: type[Exception], hint: str = "") -> dict[str, Any]:
     """The object in a JSON file.
 
-    Raises `error` where it cannot be read or is none; the message names the file, and ends with `hint`.
+    Raises `error` where it cannot be read or is not an object; the message names the file, and ends with `hint`.
     """
     path = epath.Path(path)
     try:
@@ -84,8 +84,8 @@ def read_json(path: epath.PathLike, error: type[Exception], hint: str = "") -> d
 
 
 def check_writable(path: epath.PathLike, name: str) -> None:
-    """Raises OutputError where `path`, given as `name`, could not be written: to be called before the work begins."""
-    if is_remote(path):  # who may write to a bucket is known only by writing
+    """Raises OutputError where `path`, given as `name`, cannot be written. Call it before the work begins."""
+    if is_remote(path):  # only writing shows who may write to a bucket
         return
     path = epath.Path(path)
     folder = path.parent

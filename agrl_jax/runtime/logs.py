@@ -1,4 +1,4 @@
-"""What a run writes down: `metrics.jsonl`, `samples.jsonl`, TensorBoard events.
+"""The logs of a run: `metrics.jsonl`, `samples.jsonl`, TensorBoard events.
 
 A killed run that is started again must leave the same files as one that was never killed. So a row is
 written before the checkpoint of its step, a resumed run first cuts the rows past its checkpoint, and
@@ -28,9 +28,9 @@ class MetricsWriter:
     """Appends rows to the logs of a working directory; usable as a context manager.
 
     `resume` is the stage and step of the checkpoint that the run continues from: rows past it, and a
-    torn last line, are cut. Without it the logs start empty. On a run of several processes only the
-    first one writes. Buckets (gs://...) cannot append: logs of a remote directory are written on this
-    machine, and `sync` copies them there.
+    torn last line, are cut. Without it the logs start empty. In a run of several processes only the
+    first one writes. Files in buckets (gs://...) cannot be appended to: logs of a remote directory are
+    written on this machine, and `sync` copies them there.
 
     Files: `metrics.jsonl`, `samples.jsonl`, and `tensorboard/STAGE/` with the scalars of each stage
     (the stages count their steps apart, so each is a TensorBoard run of its own).
@@ -58,8 +58,8 @@ class MetricsWriter:
     def write(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
         """Appends one row `{"step", "stage", ...values by sorted name}` and its scalars to TensorBoard.
 
-        Values are numbers, or arrays of one element; one that is not finite is written as null, since
-        JSON has no word for it. Call it before the checkpoint of the same step is saved.
+        Values are numbers, or arrays of one element; a value that is not finite is written as null, since
+        JSON lacks it. Call it before the checkpoint of the same step is saved.
         """
         _place(stage, step)
         if not self._active:
@@ -90,7 +90,7 @@ class MetricsWriter:
         return self._boards[stage]
 
     def sync(self) -> None:
-        """Copies the logs to a remote directory; to be called before a checkpoint is saved there."""
+        """Copies the logs to a remote directory. Call it before a checkpoint is saved there."""
         if self._written == self._dir or not self._active:
             return
         for board in self._boards.values():
@@ -116,7 +116,7 @@ class MetricsWriter:
 
 
 def read_jsonl(path: epath.PathLike) -> list[dict[str, Any]]:
-    """The rows of a log, a torn last line left out. Raises ValueError for any other line that is not JSON."""
+    """The rows of a log, without a torn last line. Raises ValueError for any other line that is not JSON."""
     path = epath.Path(path)
     *lines, _torn = path.read_text().split("\n")  # a whole line ends in a newline
     rows = []
@@ -157,7 +157,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON can hold it: arrays as numbers or lists, what is not finite as None."""
+    """`value` for JSON: arrays as numbers or lists, numbers that are not finite as None."""
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

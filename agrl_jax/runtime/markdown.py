@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], figures: bool = False) -> str:
-    """A table in Markdown; with `figures` all columns but the first stand to the right."""
+    """A table in Markdown; with `figures` all columns but the first are aligned to the right."""
     rule = ["---"] * len(columns)
     if figures:
         rule = [":--", *["--:"] * (len(columns) - 1)]

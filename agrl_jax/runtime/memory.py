@@ -12,11 +12,11 @@ _PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def tunables() -> dict[str, str]:
-    """The environment in which glibc asks for huge pages; empty where that is of no use, or settings are there already.
+    """The environment in which glibc asks for huge pages; empty if that is of no use, or such settings exist already.
 
-    A step on a CPU allocates its arrays and frees them, and to be handed them in pages of 4 KiB is a third of the
-    gradient's time of a small policy (1.62 s against 1.11 s on one core of an AMD EPYC). Kernels that give huge pages
-    to all, or to none, need no asking.
+    A step on a CPU allocates and frees its arrays. Pages of 4 KiB take a third of a small policy's gradient time
+    (1.62 s against 1.11 s on one core of an AMD EPYC). Asking is of no use where the kernel gives huge pages to all
+    programs, or to none.
     """
     asked = sys.platform == "linux" and _PAGES.exists() and "[madvise]" in _PAGES.read_text()
     if not asked or _TUNABLES in os.environ or platform.libc_ver()[0] != "glibc":
@@ -25,6 +25,6 @@ def tunables() -> dict[str, str]:
 
 
 def with_huge_pages() -> None:
-    """Starts this very program again under `tunables`, if there are any: glibc reads them as a process begins."""
+    """Starts this program again under `tunables`, if there are any: glibc reads them only when a process begins."""
     if environment := tunables():
         os.execve(sys.executable, sys.orig_argv, os.environ | environment)

@@ -1,5 +1,5 @@
-"""The optimiser: AdamW, Adafactor, or Muon for the layers' matrices, with warm-up and clipping by norm; updates skip
-what is not finite."""
+"""The optimiser: AdamW, Adafactor, or Muon for the layers' matrices, with warm-up and clipping by norm. An update whose
+gradient is not finite is skipped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from agrl_jax.types import Array, Params
 def learning_rate_schedule(
     peak: float, warmup: int, steps: int, schedule: str = "cosine"
 ) -> Callable[[Array | int], Array]:
-    """The learning rate by number of updates made before this one.
+    """The learning rate as a function of the number of updates made before this one.
 
     It rises linearly to `peak` over the first `warmup` updates (the first one uses peak / warmup, so
     none is wasted at zero), then stays ("constant") or falls to zero at `steps` along half a cosine.
@@ -56,12 +56,13 @@ def make(
     which parameters decay (`decay_mask`); by default those of two or more dimensions. Parameters kept in
     bfloat16 lose updates below about 1/256 of their size: keep them in float32 for small learning rates.
 
-    All is computed in float32. `moments` is the dtype in which the state is kept between updates. Adafactor keeps the
-    mean squares of each matrix's rows and columns alone, and no momentum; `b1`, `b2` and `eps` are AdamW's.
+    Updates are computed in float32. `moments` is the dtype in which the state is kept between updates. Adafactor keeps
+    only the mean squares of each matrix's rows and columns, and no momentum; `b1`, `b2` and `eps` are AdamW's.
 
     With a `matrix_rate`, the matrices of the layers are updated by Muon (Jordan et al., 2024: the
     momentum, orthogonalised) with that peak learning rate, and the other parameters by AdamW with Nesterov's
-    momentum. `axes`, the logical axis names of each parameter, then tell which they are and how they multiply.
+    momentum. `axes`, the logical axis names of each parameter, then tell which parameters are matrices, and their
+    inputs from their outputs.
     """
     rate = learning_rate_schedule(learning_rate, warmup, steps, schedule)
     if matrix_rate:
@@ -93,8 +94,8 @@ def make(
 def decay_mask(axes: Any) -> Any:
     """Which parameters decay, from a tree of logical axis names: the matrices.
 
-    A matrix has the axis `embed`, or the `rank` of an adapter, and another besides `layers`. Counting dimensions
-    would take stacked norms, [layers, embed], and biases, [layers, heads, head_dim], for matrices.
+    A matrix has the axis `embed`, or the `rank` of an adapter, and another besides `layers`. By their number of
+    dimensions, stacked norms, [layers, embed], and biases, [layers, heads, head_dim], would be matrices too.
     """
 
     def is_matrix(names: tuple[str, ...]) -> bool:
@@ -104,9 +105,9 @@ def decay_mask(axes: Any) -> Any:
 
 
 def matrix_dimensions(axes: Any) -> Any:
-    """How each matrix of the layers maps its input to its output, for Muon; None for all other parameters.
+    """Which axes of each matrix of the layers are inputs and outputs, for Muon; None for all other parameters.
 
-    A weight stands with its input axes before its output axes, and one of the two sides is `embed`.
+    The input axes of a weight come before its output axes, and one of the two sides is `embed`.
     """
 
     def dimensions(names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers | None:
@@ -130,7 +131,7 @@ def guarded_update(
 ) -> tuple[Params, Any, Array, dict[str, Array]]:
     """One update, or none if any gradient is not finite. Pure, and safe under jit.
 
-    `skipped` [] int32 counts skipped updates in a row and is returned as such: 0 after an update that
+    `skipped` [] int32 counts skipped updates in a row; the count that is returned is 0 after an update that
     was made. A skipped update leaves parameters and optimiser state (its schedule included) as they were.
 
     Returns `(params, opt_state, skipped, stats)`; `stats`, all [] float32: `grad_norm` before clipping,

@@ -1,7 +1,7 @@
 """Several processes as one run: how they find each other, what they agree on, and how they end.
 
 All of them run the same program on the same config, and every jitted function is run by all. Only the first one
-writes logs and scorecards and says anything (`runtime/metrics`); checkpoints are written by all.
+writes logs (`runtime/logs`) and scorecards and prints (`runtime/console`); all write checkpoints.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ from agrl_jax.runtime.files import is_remote
 
 DIVERGED = 3  # exit code of a run whose updates stayed non-finite
 LOCK_FILE = "train.lock"
-HEARTBEAT_S = 30  # a process that has been silent for so long is dead, and the others end
-_PATIENCE_S = 3600  # while the first process prepares data or reads a model
-_GOODBYE_S = 30  # how long one that has finished waits for the others
+HEARTBEAT_S = 30  # a process that is silent for longer counts as dead, and the others end
+_PATIENCE_S = 3600  # how long the others wait while the first process prepares data or reads a model
+_GOODBYE_S = 30  # how long a process that has finished waits for the others
 
 
 def connect(distributed: bool) -> None:
-    """Joins the other processes of the run, if `distributed`; before anything is computed.
+    """Joins the other processes of the run, if `distributed`; call it before anything is computed.
 
-    Raises ConfigError where it is not said which they are, where they cannot be reached, and where there are others
-    though `distributed` is not asked for.
+    Raises ConfigError if the others are not named or cannot be reached, or if there are others without `distributed`.
     """
     if not distributed:
         if jax.process_count() > 1:
@@ -63,7 +62,7 @@ def connect(distributed: bool) -> None:
 def the_only_run(workdir: epath.Path) -> Iterator[None]:
     """Keeps a workdir to this run while the block lasts.
 
-    Raises ConfigError where another run has it. Where there are no locks, as in buckets, nothing is kept.
+    Raises ConfigError where another run has it. Without locks, as in buckets, it does nothing.
     """
     lock = None
     if jax.process_index() == 0 and not is_remote(workdir):
@@ -92,9 +91,9 @@ def require_one(what: str) -> None:
 
 @contextmanager
 def first_alone(what: str) -> Iterator[None]:
-    """The first process does what is inside before all others do, and leaves files that they then find; all go on
-    together. `what` names it, and is not used twice."""
-    # Not by a collective of the devices: those give up on a process that is half a minute late.
+    """The first process runs the block before the others do, which find the files that it leaves; all go on together.
+    `what` names the block; do not use a name twice."""
+    # A collective of the devices would give up on a process that is half a minute late.
     everyone = set(range(jax.process_count()))
     wait = partial(multihost.sync_global_processes, timeout=_PATIENCE_S, processes=everyone)
     others = jax.process_index() > 0
@@ -116,10 +115,10 @@ def greatest(value: int) -> int:
 
 
 def leave(error: Exception) -> NoReturn:
-    """Ends this process on an error that only it may have met: at once and with exit code 1, for the others to notice.
+    """Ends this process on an error that only it may have met, at once and with exit code 1, so that the others notice.
 
-    Where another process is gone, JAX raises this or that; whoever reads it should look for the first one to stop.
-    With one process there is no other, and the error is raised.
+    Where another process is gone, JAX raises one of many errors; the first process to stop has the cause. With one
+    process, the error is raised.
     """
     if jax.process_count() == 1:
         raise error

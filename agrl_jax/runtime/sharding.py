@@ -20,9 +20,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from agrl_jax.types import Axes, Placement
 
 AXES = ("data", "fsdp", "tensor")
-_AUTO = (jax.sharding.AxisType.Auto,) * 3  # the compiler fills in what the borders of a jit leave open
+_AUTO = (jax.sharding.AxisType.Auto,) * 3  # the compiler decides what the shardings at the borders of a jit leave open
 
-# What each logical axis of a parameter or an input is split over; () is replicated.
+# The mesh axes that each logical axis of a parameter or an input is split over; () is replicated.
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "data_batch": ("data",),  # the same, where another axis of the array is split over fsdp
@@ -46,7 +46,7 @@ class ShardingError(ValueError):
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices (of all processes), or over those given.
 
-    At most one size may be -1: what the other axes leave. Raises ShardingError if the sizes do not
+    At most one size may be -1: all devices that the other axes leave. Raises ShardingError if the sizes do not
     multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
@@ -61,13 +61,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     for axis in free:
         sizes[axis] = len(devices) // fixed
     shape = tuple(sizes[axis] for axis in AXES)
-    # Along the interconnect; an axis of it may be split: 8 x 8 chips also hold 16 x 4.
+    # Neighbours on the interconnect stay neighbours; its axes may be split: 8 x 8 chips also hold 16 x 4.
     placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(placed, AXES, axis_types=_AUTO)
 
 
 def data_shards(mesh: Mesh) -> int:
-    """Into how many pieces a batch is split."""
+    """The number of pieces that a batch is split into."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
@@ -96,8 +96,8 @@ def spec(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> Partit
 def placing(mesh: Mesh) -> Placement:
     """How the arrays inside a jitted function lie on a mesh.
 
-    Without it the compiler is free to split the activations like the parameters and to repeat the batch on every
-    device, and on meshes with `fsdp` it does.
+    Without it the compiler may split the activations like the parameters and repeat the batch on every device, and on
+    meshes with `fsdp` it does.
     """
 
     def place(x: jax.Array, axes: Axes) -> jax.Array:
@@ -130,7 +130,7 @@ def gathered(mesh: Mesh, axes: Any, params: Any) -> Any:
 def param_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
     """A NamedSharding for each parameter.
 
-    `axes` and `shapes` are trees of one structure; a leaf of `axes` is a tuple of logical axis names, a
+    `axes` and `shapes` have the same tree structure; a leaf of `axes` is a tuple of logical axis names, a
     leaf of `shapes` has a `shape` (an array, or what `jax.eval_shape` gives).
     """
 
@@ -153,7 +153,7 @@ def state_shardings(mesh: Mesh, state: Any, params: Any) -> Any:
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         ends = (path[start:] for start in range(max(0, len(path) - longest), len(path)))
         found = next((of_path[end] for end in ends if end in of_path), None)
-        if found is None or len(found.spec) != leaf.ndim or leaf.size <= 1:  # one number: no moment is kept of it
+        if found is None or len(found.spec) != leaf.ndim or leaf.size <= 1:  # one number stands for no moment
             return replicated(mesh)
         return found
 
