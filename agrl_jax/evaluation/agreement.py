@@ -113,7 +113,7 @@ def risk_coverage(confidence: np.ndarray, right: np.ndarray) -> list[dict[str, f
     that confidence (`coverage`) and the share of these that are `right` [N] (`agreement`)."""
     order = np.argsort(-confidence, kind="stable")
     agreement = np.cumsum(right[order]) / np.arange(1, len(order) + 1)
-    """The point of a `risk_coverage` curve with the widest coverage that reaches the wanted agreement, or None."""
+    last = np.append(np.diff(confidence[order]) != 0, True)[: len(order)]  # equal confidences go together
     return [
         {"confidence": float(confidence[order][i]), "coverage": (i + 1) / len(order), "agreement": float(agreement[i])}
         for i in np.flatnonzero(last)
