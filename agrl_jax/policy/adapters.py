@@ -1,7 +1,7 @@
-"""Low-rank adapters as a file of their own, to be laid over a model that lies elsewhere: small enough to be shipped.
+"""Low-rank adapters as a file of their own, small enough to ship; their base model lies elsewhere.
 
-The file's header says of which model they are (a path, or a name that `shipped.find` knows), and their rank, alpha and
-modules; the tensors have the paths of the adapted matrices, with `a` and `b`.
+The file's header names the base (a path, or a name that `shipped.find` knows), and rank, alpha and modules; the tensors
+have the paths of the adapted matrices, with `a` and `b`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ FILE = "adapters.safetensors"
 class Adapters:
     """What a folder of adapters holds."""
 
-    base: str  # the model that they go over
-    base_dtype: str  # in which it lay below them in training
+    base: str  # the model that they adapt
+    base_dtype: str  # its dtype in training
     cfg: LoraConfig
     params: Params  # numpy, as written
 
@@ -58,12 +58,12 @@ def read(folder: Path, tensors: bool = True) -> Adapters:
 
 
 def digest(folder: Path) -> str:
-    """A short name for the adapters of a folder. That of the merged parameters would depend on the machine."""
+    """A short name for the adapters of a folder. A name of the merged parameters would depend on the machine."""
     return hashlib.sha256((folder / FILE).read_bytes()).hexdigest()[:16]
 
 
 def check(folder: Path, found: Adapters, shapes: Params, axes: Params) -> None:
-    """Raises LoadingError where adapters are not those of a base with these shapes and logical axes."""
+    """Raises LoadingError where adapters do not fit a base with these shapes and logical axes."""
     wanted = flatten_dict(jax.eval_shape(lambda key: lora.init(key, shapes, axes, found.cfg), jax.random.key(0)))
     there = flatten_dict(found.params)
     for path in sorted(wanted.keys() | there.keys()):

@@ -1,6 +1,6 @@
 """Attention of one new token over instructions, its group's prompt and its own response, as one GPU kernel (Pallas).
 
-Written as products and sums, a layer of decoding launches a dozen small kernels for this, which read the keys and
+Without this kernel, a layer of decoding launches a dozen small kernels of products and sums, which read the keys and
 values at a fraction of the memory's rate. Here a program handles some answers of one group and the query heads of one
 key head: it reads the keys and values of instructions and prompt once for all of these, then those of each answer, and
 keeps a running softmax (arXiv 2205.14135), so that no score goes through memory.
@@ -18,15 +18,15 @@ from jax.experimental.pallas import triton
 
 from agrl_jax.types import Array
 
-_ROWS = 16  # queries of a program, at the least: what a product in Triton takes
-_BLOCK = 64  # keys read at once: with 32 or 128 slower on an H100, as with more rows or warps
+_ROWS = 16  # queries of a program at least: the least that a product in Triton takes
+_BLOCK = 64  # keys read at once; 32 or 128 are slower on an H100, as are more rows or warps
 _MASKED = -1e30
 
 Carry = tuple[Array, Array, Array]  # peak [rows], sum of exponentials [rows], mixed values [rows, F]
 
 
 def supports(dtype: Any, head_dim: int) -> bool:
-    """Whether the kernel takes this: arithmetic in bfloat16, heads of a power of two."""
+    """Whether the kernel can be used: for arithmetic in bfloat16, and heads of a power of two."""
     return jnp.dtype(dtype) == jnp.bfloat16 and head_dim >= 16 and head_dim & (head_dim - 1) == 0
 
 

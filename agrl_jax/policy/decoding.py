@@ -1,4 +1,4 @@
-"""Weights as each platform decodes with them fastest. Its tricks live here and nowhere else."""
+"""Lays out weights as each platform decodes with them fastest. Tricks for a platform live here and nowhere else."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class OutputsFirst:
 
 
 def for_decoding(params: Params, platform: str) -> Params:
-    """`params` as they are decoded with on a platform, "cpu", "gpu" or "tpu"; the policy computes the same with them.
+    """`params` laid out for decoding on a platform, "cpu", "gpu" or "tpu"; the policy computes the same with them.
 
-    Stacked weights are read through a copy of each layer's, for every token that is decoded. So on a CPU and a GPU the
-    weights of each layer are in a dict of their own: a shape of 1B parameters decodes 1.7 times as fast on an H100,
-    SmolLM2 1.2 times as fast on two CPU cores. On a CPU the layers' matrices are moreover `OutputsFirst`.
+    With stacked weights, every decoded token copies each layer's weights. So on a CPU and a GPU the weights of each
+    layer are in a dict of their own: a shape of 1B parameters decodes 1.7 times as fast on an H100, SmolLM2 1.2 times
+    as fast on two CPU cores. On a CPU the layers' matrices are `OutputsFirst` too.
     """
     if platform == "tpu":
         return params
@@ -43,13 +43,13 @@ def for_decoding(params: Params, platform: str) -> Params:
 
 
 def _outputs_first(layer: Params) -> Params:
-    """One layer's weights with its matrices `OutputsFirst`, those of a mixture's experts excepted."""
+    """One layer's weights with its matrices `OutputsFirst`, except a mixture's experts."""
 
     def turned(weight: Array | Adapted, inputs: int) -> OutputsFirst | Adapted:
         if isinstance(weight, Adapted):
             return weight.replace(weight=turned(weight.weight, inputs))
         matrix = jnp.moveaxis(weight, range(inputs), range(-inputs, 0))
-        # Else XLA first copies each layer out as it was, and holds both.
+        # Without the constraint, XLA first copies each layer in its old layout, and holds both.
         return OutputsFirst(with_layout_constraint(matrix, Layout(tuple(range(matrix.ndim)))))
 
     weights = flatten_dict(layer)

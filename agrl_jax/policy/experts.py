@@ -12,7 +12,7 @@ from agrl_jax.types import Array, Placement
 
 
 class MixtureOfExperts(nnx.Module):
-    """SwiGLU experts, of which each token goes through those that its router rates highest (arXiv 2101.03961).
+    """SwiGLU experts: each token goes through the experts that the router rates highest (arXiv 2101.03961).
 
     No token is dropped: tokens are sorted by expert, and ragged matrix products run over groups of any size.
     """
@@ -27,7 +27,7 @@ class MixtureOfExperts(nnx.Module):
         self.down = param(rngs, (e, m, d), out, m**-0.5 * (2 * cfg.layers) ** -0.5, dtype)
 
     def route(self, x: Array, router: Array) -> tuple[Array, Array, Array]:
-        """For x [..., D]: the router's probabilities [..., experts], and weights and indices [..., k] of those chosen.
+        """For x [..., D]: the router's probabilities [..., experts], and weights and indices [..., k] of the chosen.
 
         In float32, so that rounding does not change the choice.
         """
@@ -38,7 +38,7 @@ class MixtureOfExperts(nnx.Module):
         return probability, weight, chosen
 
     def __call__(self, x: Array, placement: Placement) -> Array:
-        """Each device has its own experts answer its own tokens; what they say of a token is added up."""
+        """Runs each device's tokens through its own experts; answers to a token are added up."""
         experts, whole = jnp.arange(self.cfg.experts), ("experts", None, None)
         weights, structure = jax.tree.flatten([cast(weight, x.dtype) for weight in (self.gate, self.up, self.down)])
 
@@ -52,13 +52,13 @@ class MixtureOfExperts(nnx.Module):
     def _answer(
         self, x: Array, router: Array, experts: Array, gate: Array | Adapted, up: Array | Adapted, down: Array | Adapted
     ) -> Array:
-        """[1, B, G, n, D]: the weighted answers of these consecutive `experts`; 0 of a token that chose others."""
+        """[1, B, G, n, D]: the weighted answers of these consecutive `experts`; 0 for a token that chose others."""
         rows, k = x.reshape(-1, x.shape[-1]), self.cfg.experts_per_token
         _, weight, chosen = self.route(rows, router)
         chosen = jnp.where((chosen >= experts[0]) & (chosen <= experts[-1]), chosen - experts[0], len(experts))
         order = jnp.argsort(chosen.reshape(-1))  # stable: the copy of row i for its j-th expert stands at i * k + j
         sizes = jnp.bincount(chosen.reshape(-1), length=len(experts)).astype(jnp.int32)
-        ours = (jnp.arange(len(order)) < sizes.sum())[:, None]  # others come last, where a product is not defined
+        ours = (jnp.arange(len(order)) < sizes.sum())[:, None]  # others come last; their products are undefined
 
         def product(rows: Array, weights: Array | Adapted) -> Array:
             if isinstance(weights, Adapted):

@@ -1,10 +1,10 @@
-"""GGUF files, read: a model's shape, its tensors under Hugging Face's names and in their layout, and its tokenizer.
+"""Reads GGUF files: a model's shape, its tensors under Hugging Face's names and in their layout, and its tokenizer.
 
     open_gguf        shape and tensors
     read_tokenizer   the tokenizer
 
-A file holds metadata, keys such as `llama.block_count` with their values, and tensors, most of them quantised. A model
-may be split over several files, of which the first has the metadata.
+A file holds metadata (keys such as `llama.block_count` with their values) and tensors, most of them quantised. A model
+may be split over several files; the first one has the metadata.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from agrl_jax.policy.huggingface import hf_rope
 from agrl_jax.policy.layers import PolicyConfig, RopeScaling
 from agrl_jax.policy.tokenizer import QWEN2_WORDS, SENTENCEPIECE, Tokenizer, TokenizerError, byte_level, with_date
 
-# `general.architecture`, and the family as Hugging Face calls it.
+# From `general.architecture` to Hugging Face's name of the family.
 _FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe"}
 
-# Hugging Face's names of what GGUF calls blk.N.{key}; experts are stacked there.
+# From GGUF's names blk.N.{key} to Hugging Face's; GGUF stacks experts.
 _LAYER = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
@@ -50,11 +50,11 @@ _MISSING = object()  # stands for "no default"
 
 
 def open_gguf(path: Path, param_dtype: str, compute_dtype: str) -> tuple[PolicyConfig, dict[str, Entry]]:
-    """The shape in a model's metadata, and its tensors; each is read and dequantised when it is asked for.
+    """The shape in a model's metadata, and its tensors, each of which is read and dequantised when it is used.
 
     Raises:
-      LoadingError: the file, or another of a split model's, is missing or cannot be read, or is of a model that the
-        policy does not compute.
+      LoadingError: the file, or another file of a split model, is missing or cannot be read, or the policy cannot
+        compute the model.
     """
     fields, stored = _open_file(path)
     for part in _other_parts(path, fields):
@@ -82,7 +82,7 @@ def open_gguf(path: Path, param_dtype: str, compute_dtype: str) -> tuple[PolicyC
 
 
 def _open_file(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """The metadata of one file, the tokenizer's aside, and its tensors under the names that they have there."""
+    """The metadata of one file, without the tokenizer's, and its tensors under GGUF's names."""
     import gguf  # slow to import, and only needed here
 
     try:
@@ -91,7 +91,7 @@ def _open_file(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
         found = {t.name: (t.tensor_type, t.shape.tolist()[::-1], t.data_offset, t.n_bytes) for t in reader.tensors}
         swapped = reader.byte_order == "S"
         del reader  # it holds a Python object for each token of the vocabulary
-    except Exception as error:  # on a bad file the reader fails in many ways
+    except Exception as error:  # on a bad file the reader can raise anything
         raise LoadingError(f"{path}: missing, truncated or corrupt, or not a GGUF file: {error}") from error
     if swapped:
         raise LoadingError(f"{path}: stored for machines of the other byte order")
@@ -99,7 +99,7 @@ def _open_file(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
 
 
 def _other_parts(path: Path, fields: Mapping[str, Any]) -> list[Path]:
-    """The other files of a model that is split, as llama.cpp names them; none where it is whole."""
+    """The other files of a split model, as llama.cpp names them; none if the model is whole."""
     count, number = fields.get("split.count", 1), fields.get("split.no", 0)
     if count <= 1:
         return []
@@ -116,7 +116,7 @@ def _other_parts(path: Path, fields: Mapping[str, Any]) -> list[Path]:
 
 @dataclasses.dataclass(frozen=True)
 class _Metadata:
-    """The keys and values of a file, where most keys begin with the name of the architecture."""
+    """The keys and values of a file; most keys begin with the name of the architecture."""
 
     fields: Mapping[str, Any]
     arch: str
@@ -127,7 +127,7 @@ class _Metadata:
         return self.fields[name] if default is _MISSING else self.fields.get(name, default)
 
     def decimal(self, key: str, default: float) -> float:
-        """Stored in 32 bits: the shortest decimal that rounds to it is what was meant."""
+        """The shortest decimal that rounds to the 32 bits that are stored: the value that was meant."""
         return float(str(np.float32(self.get(key, default))))
 
 
@@ -166,7 +166,7 @@ def _shape(
 
 
 def _rope_scaling(metadata: _Metadata) -> RopeScaling | None:
-    """The scaling of rotary frequencies that the keys tell; that of Llama 3 is in a tensor instead."""
+    """The scaling of rotary frequencies in the keys; Llama 3 has it in a tensor instead."""
     kind = metadata.get("rope.scaling.type", "none")
     if kind == "none":
         return None
@@ -184,7 +184,7 @@ def _rope_scaling(metadata: _Metadata) -> RopeScaling | None:
 
 
 def _llama3_of(cfg: PolicyConfig, divisors: np.ndarray) -> RopeScaling:
-    """The `llama3` scaling that divides the frequencies so. Files hold the divisors alone, of Llama's own settings."""
+    """The `llama3` scaling with these divisors of the frequencies; a file holds only those of Llama's settings."""
     plain, _ = rope_frequencies(dataclasses.replace(cfg, rope_scaling=None))
     scaling = RopeScaling("llama3", factor=float(divisors.max()), original=8192)
     scaled, _ = rope_frequencies(dataclasses.replace(cfg, rope_scaling=scaling))
@@ -194,7 +194,7 @@ def _llama3_of(cfg: PolicyConfig, divisors: np.ndarray) -> RopeScaling:
 
 
 def _dequantised(path: Path, kind: Any, shape: Sequence[int], offset: int, size: int) -> Callable[[slice], np.ndarray]:
-    """What reads some rows of a tensor, along its first axis, in float32."""
+    """The function that reads some rows of a tensor, along its first axis, in float32."""
     import gguf
 
     def read(rows: slice) -> np.ndarray:
@@ -210,7 +210,7 @@ def _dequantised(path: Path, kind: Any, shape: Sequence[int], offset: int, size:
 
 
 def _under_hf_names(name: str, entry: Entry) -> Iterator[tuple[str, Entry]]:
-    """The tensors of Hugging Face's that one of a GGUF file holds, with their names: one, or one for each expert."""
+    """Hugging Face's tensors that a tensor of a GGUF file holds, with their names: one, or one for each expert."""
     layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
     if layer is None or layer[2] not in _LAYER:
         yield _GLOBAL.get(name, name), entry
@@ -227,7 +227,7 @@ def _under_hf_names(name: str, entry: Entry) -> Iterator[tuple[str, Entry]]:
 
 
 def _halves_paired(read: Callable[[slice], np.ndarray], heads: int) -> Callable[[slice], np.ndarray]:
-    """Undoes the order of rows in llama GGUF files, where the two of a rotated pair are neighbours."""
+    """Undoes the order of rows in llama GGUF files, where the two rows of a rotated pair are neighbours."""
 
     def read_all(rows: slice) -> np.ndarray:
         weight = read(slice(None))
@@ -238,7 +238,7 @@ def _halves_paired(read: Callable[[slice], np.ndarray], heads: int) -> Callable[
 
 # --------------------------------------------------------------------------------------------- tokenizer
 
-# How text is cut into words before merging, by `tokenizer.ggml.pre`: patterns that cut in turn.
+# By `tokenizer.ggml.pre`, the patterns that cut text into words before merging, one after the other.
 _GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _WORDS = {
     "gpt-2": (_GPT2_WORDS,),
@@ -256,8 +256,8 @@ _NAMED_TOKENS = {"bos_token": "bos", "pad_token": "padding", "unk_token": "unkno
 def read_tokenizer(path: Path) -> Tokenizer:
     """Rebuilds the tokenizer inside a GGUF file, special tokens and chat template included. Reads metadata only.
 
-    A vocabulary may lack bytes that its makers never met (SmolLM2's lacks 21, such as control characters and bytes
-    that no UTF-8 has): `encode` leaves them out.
+    A vocabulary may lack bytes (SmolLM2's lacks 21, such as control characters and bytes that UTF-8 never has):
+    `encode` leaves them out.
 
     Raises:
       TokenizerError: the file cannot be read, or its tokenizer is not a byte-level BPE with known word patterns.
@@ -289,7 +289,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def _tokenizer_fields(path: Path) -> Callable[..., Any]:
-    """`get(key, default=None)` of the metadata under `tokenizer.`; the values are read when they are asked for."""
+    """`get(key, default=None)` of the metadata under `tokenizer.`; it reads a value when called."""
     from gguf import GGUFReader  # slow to import, and only needed here
 
     try:
@@ -307,7 +307,7 @@ def _tokenizer_fields(path: Path) -> Callable[..., Any]:
 
 
 def _merges(path: Path, merges: Sequence[str], vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
-    """The pairs of tokens that become one, the most frequent first."""
+    """The pairs of tokens that merge into one, in order of merging."""
     pairs = [tuple(merge.split(" ")) for merge in merges]
     for merge, pair in zip(merges, pairs, strict=True):
         if len(pair) != 2 or not vocabulary.keys() >= {*pair, "".join(pair)}:

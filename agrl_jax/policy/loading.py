@@ -1,13 +1,13 @@
-"""Language models from Hugging Face folders, GGUF files, and folders of adapters for one of these.
+"""Loads language models from Hugging Face folders, GGUF files, and folders of adapters for one of these.
 
     load_pretrained   config.json and safetensors, or a GGUF file -> shape, parameters, tokenizer
     read_config       the shape alone
     read_tokenizer    the tokenizer alone
 
-Both formats (`huggingface`, `gguf`) are read as one: a table of tensors under Hugging Face's names, each with a
-function that reads some of its rows. Parameters are filled piece by piece (a layer, or some rows of the vocabulary),
-straight onto the devices that hold them, so that the host never holds more than the parameters themselves and a few
-pieces. Files are read, not mapped, and nothing is ever unpickled.
+Both formats (`huggingface`, `gguf`) give a table of tensors under Hugging Face's names, each with a function that reads
+some of its rows. Parameters are filled piece by piece (a layer, or some rows of the vocabulary), directly on the
+devices that hold them: the host never holds more than the parameters themselves and a few pieces. Files are read, not
+mapped, and nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from agrl_jax.policy.tokenizer import Tokenizer, TokenizerError
 from agrl_jax.policy.transformer import build
 from agrl_jax.types import Array, Params
 
-_PIECE_BYTES = 8 * 2**20  # of a vocabulary's rows read at once
+_PIECE_BYTES = 8 * 2**20  # rows of a vocabulary read at once
 
 
 def load_pretrained(
@@ -48,12 +48,11 @@ def load_pretrained(
 
     Args:
       path: a Hugging Face folder (config.json, model.safetensors or its shards, tokenizer.json), a GGUF file of any
-        of the quantisations that the `gguf` package can undo, or a folder of adapters, which are merged into the
-        model that they name.
+        quantisation that the `gguf` package can undo, or a folder of adapters, which are merged into their base.
       param_dtype: of the parameters, whatever the file holds.
       compute_dtype: noted in the shape that is returned.
-      shardings: given the trees of the parameters' logical axes and of their shapes, a tree of shardings
-        (`functools.partial(sharding.param_shardings, mesh)`). Without, all is on the default device.
+      shardings: from the trees of the parameters' logical axes and shapes to a tree of shardings
+        (`functools.partial(sharding.param_shardings, mesh)`). Without it, all is on the default device.
 
     Returns:
       The shape, the parameters as `transformer.build` takes them, and the tokenizer. The vocabulary of the
@@ -68,7 +67,7 @@ def load_pretrained(
         return _load_adapted(path, param_dtype, compute_dtype, shardings)
     cfg, tensors = _open(path, param_dtype, compute_dtype)
     tokenizer = read_tokenizer(path, cfg.vocab_size)
-    if cfg.layers * max(cfg.experts, 1) > len(tensors):  # before the names of a corrupt number of them are made
+    if cfg.layers * max(cfg.experts, 1) > len(tensors):  # before names are made for a corrupt number of layers
         raise LoadingError(f"{path}: {cfg.layers} layers cannot be in the {len(tensors)} tensors that are there")
     leaves = leaves_of(cfg)
     _check(path, cfg, leaves, tensors)
@@ -76,8 +75,8 @@ def load_pretrained(
 
 
 def read_config(path: str | Path, param_dtype: str = "float32", compute_dtype: str = "float32") -> PolicyConfig:
-    """The shape of a model in a Hugging Face folder or GGUF file, or that a config.json alone describes. Raises
-    LoadingError as `load_pretrained` does."""
+    """The shape of a model in a Hugging Face folder, a GGUF file or a config.json. Raises LoadingError as
+    `load_pretrained` does."""
     path = base_of(Path(path))
     if path.suffix == ".json":
         return hf_config(path, param_dtype, compute_dtype)
@@ -89,12 +88,12 @@ def read_config(path: str | Path, param_dtype: str = "float32", compute_dtype: s
 def read_tokenizer(path: str | Path, rows: int | None = None) -> Tokenizer:
     """The tokenizer of a model in a Hugging Face folder or GGUF file.
 
-    Added tokens past the embedding are left out where none of them is needed; `rows` are those of the embedding, and
-    need not be given. Raises LoadingError where one is needed.
+    Added tokens past the embedding are left out; `rows` is the number of the embedding's rows, if it is known. Raises
+    LoadingError where such a token is needed.
     """
     path = base_of(Path(path))
     if not _is_folder(path):
-        tokenizer = gguf.read_tokenizer(path)  # the embedding of such a file has a row for each token
+        tokenizer = gguf.read_tokenizer(path)  # in such a file, each token has a row of the embedding
         rows = rows or tokenizer.vocab_size
     else:
         tokenizer = tokenizers.load(path)
@@ -111,7 +110,7 @@ def is_adapters(path: Path) -> bool:
 
 
 def base_of(path: Path) -> Path:
-    """Where the model lies whose tokenizer and shape a path has: of adapters their base. Raises NotInstalledError."""
+    """The path of the model that has the tokenizer and shape: for adapters, their base. Raises NotInstalledError."""
     return shipped.find(adapters.read(path, tensors=False).base) if is_adapters(path) else path
 
 
@@ -128,7 +127,7 @@ def _load_adapted(
 
 
 def shape_of(fields: Mapping[str, Any]) -> PolicyConfig:
-    """The shape of which `dataclasses.asdict` gave these fields."""
+    """The shape with these fields, which `dataclasses.asdict` gave."""
     rope = fields["rope_scaling"]
     return PolicyConfig(**{**fields, "rope_scaling": None if rope is None else RopeScaling(**rope)})
 
@@ -149,7 +148,7 @@ def _open(path: Path, param_dtype: str, compute_dtype: str) -> tuple[PolicyConfi
 
 
 def _check(path: Path, cfg: PolicyConfig, leaves: Sequence[Leaf], tensors: Mapping[str, Entry]) -> None:
-    """Holds the tensors of the files against those that the shape asks for."""
+    """Checks that the files hold the tensors of the shape, and no others."""
     wanted = {
         name: leaf.tensor_shape for leaf in leaves for name in itertools.chain.from_iterable(leaf.names)
     }
@@ -169,7 +168,7 @@ def _check(path: Path, cfg: PolicyConfig, leaves: Sequence[Leaf], tensors: Mappi
 
 
 def _check_tied(tensors: Mapping[str, Entry]) -> None:
-    """A tied head may be stored all the same: then it should be the embedding."""
+    """A file may hold a tied head too; then it should equal the embedding."""
     head, embedding = tensors[HEAD], tensors[EMBEDDING]
     same = head.shape == embedding.shape and all(
         np.array_equal(_read(HEAD, head, rows), _read(EMBEDDING, embedding, rows)) for rows in _row_pieces(head.shape)
@@ -185,7 +184,7 @@ def _read_parameters(
     cfg: PolicyConfig, leaves: Sequence[Leaf], tensors: Mapping[str, Entry],
     shardings: Callable[[Any, Any], Any] | None,
 ) -> Params:
-    """All parameters, each filled where it is to lie."""
+    """All parameters, each filled on its own devices."""
     _, init, axes = build(cfg)
     shapes = jax.eval_shape(init, jax.random.key(0))
     places = jax.tree.map(lambda _: None, shapes) if shardings is None else shardings(axes, shapes)
@@ -246,7 +245,7 @@ def _read(name: str, entry: Entry, rows: slice) -> np.ndarray:
 
 
 def _replicate(piece: np.ndarray, sharding: NamedSharding | None) -> Array:
-    """On every device of the sharding; each process passes the whole piece."""
+    """The piece on every device of the sharding; each process passes the whole piece."""
     if sharding is None:
         return jnp.asarray(piece)
     everywhere = NamedSharding(sharding.mesh, PartitionSpec())

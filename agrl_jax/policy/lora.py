@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): W + (alpha / rank) A B, where only A and B are trained.
 
 The adapters are a tree of their own, with `a` and `b` in place of each adapted matrix of the layers; the base
-policy's parameters stay as they are. `attach` lays one over the other, and the result is a tree of parameters like
-any other for the policy's functions. B starts at zero: fresh adapters change nothing.
+policy's parameters stay as they are. `attach` joins both into a tree of parameters that the policy's functions take
+like any other. B starts at zero: fresh adapters change nothing.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def merge(base: Params, adapters: Params, cfg: LoraConfig, dtype: str) -> Params
 
 
 def over(base: Params, policy: Policy, cfg: LoraConfig) -> Policy:
-    """`policy` as a function of the adapters alone, over a base that stays."""
+    """`policy` as a function of the adapters alone, over a fixed base."""
 
     def whole(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda adapters, *args, **kwargs: function(attach(base, adapters, cfg), *args, **kwargs)
@@ -113,9 +113,9 @@ def _pairs(adapters: Params) -> dict[tuple[str, ...], tuple[Array, Array]]:
 
 
 def _sides(of: Sequence[Any], names: Sequence[str]) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
-    """Sizes or names of a stacked matrix with these axes, split into those of layer (and expert), inputs and outputs.
+    """Splits sizes or names of a stacked matrix with these axes into layer (and expert), inputs and outputs.
 
-    `embed` stands alone on one of the two sides.
+    `embed` stands alone as inputs or as outputs.
     """
     stacked = sum(name in ("layers", "experts") for name in names)
     inputs = stacked + 1 if names[stacked] == "embed" else len(names) - 1

@@ -1,4 +1,4 @@
-"""Tokens scored under a policy: what supervised training, DPO, RL and judging all need."""
+"""Scores tokens under a policy, for supervised training, DPO, RL and judging."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def token_logprobs(
 ) -> tuple[Array, Array]:
     """Log-probability and entropy, both [B, G, T] float32, of `tokens` under hidden states [B, G, T, D].
 
-    Works through `chunk` positions at a time, as many of each example, and recomputes logits in the backward pass, so
-    that no more than [chunk, V] logits are ever held ([B, V], if B is more than `chunk`). A piece has all examples in
-    it, so that each data shard works on its own. With a `chunk` of 0 all logits are worked out at once and kept for
-    the backward pass: where they fit, the gradient of SmolLM2's head takes a quarter less time so, on a CPU.
+    Works through `chunk` positions at a time, equally many of each example, and recomputes logits in the backward pass:
+    it never holds more than [chunk, V] logits ([B, V], if B is more than `chunk`). A piece has all examples in it, so
+    that each data shard works on its own. With a `chunk` of 0 all logits are computed at once and kept for the backward
+    pass: if they fit, this saves a quarter of the time of SmolLM2's head gradient on a CPU.
     """
     flat_hidden = hidden.reshape(tokens.shape[0], -1, hidden.shape[-1])  # [B, positions, D]
     flat_tokens = tokens.reshape(tokens.shape[0], -1)
@@ -46,7 +46,7 @@ def token_logprobs(
 def _logp_and_entropy(logits: Array, tokens: Array) -> tuple[Array, Array]:
     """Log-probability of `tokens` [...] and entropy [...] under logits [..., V].
 
-    The gradient is written out as one pass over the logits. The derived one would scatter into zeros of their size.
+    The gradient is written by hand as one pass over the logits; JAX's would scatter into zeros of their size.
     """
     return _logp_and_entropy_forward(logits, tokens)[0]
 
@@ -54,8 +54,8 @@ def _logp_and_entropy(logits: Array, tokens: Array) -> tuple[Array, Array]:
 def _logp_and_entropy_forward(logits: Array, tokens: Array) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
     peak = jnp.max(logits, axis=-1)
     share = jnp.exp(logits - peak[..., None])
-    # One reduction gives both sums, and the barrier keeps both. XLA on a CPU would hand a single sum of exponentials
-    # to a library (YNNPACK), which takes 2 to 10 times as long.
+    # One reduction gives both sums, and the barrier keeps both: XLA on a CPU would hand a single sum of exponentials to
+    # a library (YNNPACK), which takes 2 to 10 times as long.
     sums = jax.lax.reduce((share, share * logits), (0.0, 0.0), _add_pairs, (logits.ndim - 1,))
     total, mean = jax.lax.optimization_barrier(sums)
     mean, log_total = mean / total, peak + jnp.log(total)
@@ -79,7 +79,7 @@ _logp_and_entropy.defvjp(_logp_and_entropy_forward, _logp_and_entropy_backward)
 
 
 def run_instructions(policy: Policy, params: Params, tokens: Array) -> Instructions:
-    """Runs the tokens [I] that all prompts begin with: what prompts and responses need of them."""
+    """Runs the tokens [I] that all prompts begin with, and returns their keys and values."""
     _, cache = policy.apply(params, tokens[None, None])
     return Instructions(*jax.tree.map(lambda x: jnp.squeeze(x, (-5, -4)), (cache.k, cache.v)))
 
@@ -88,7 +88,7 @@ def instructed(policy: Policy, tokens: Array | None) -> tuple[Policy, Callable[[
     """A policy that goes on from instructions, and the function that makes its parameters from those of `policy`.
 
     That function runs the instructions `tokens` [I]. Call it once for all that is computed with the same parameters.
-    Its gradient is exact: that of whatever used the instructions' keys and values comes back as one sum, and runs
+    Its gradient is exact: the cotangents of all uses of the instructions' keys and values are summed, and go back
     through the instructions once. Without tokens, both policies and their parameters are the same.
     """
     if tokens is None or not len(tokens):
@@ -118,7 +118,7 @@ def shared_tokens(params: Params) -> int:
 
 
 def run_prompt(policy: Policy, params: Params, prompt: Array, prompt_len: Array) -> tuple[Prefix, Array]:
-    """Runs the prompts [B, S], right-padded, of `prompt_len` [B] tokens: what responses need of them, and
+    """Runs the prompts [B, S], right-padded, of `prompt_len` [B] tokens. Returns the prefix for their responses, and
     the hidden states [B, S, D]."""
     hidden, cache = policy.apply(params, prompt[:, None])
     k, v = jax.tree.map(lambda x: jnp.squeeze(x, -4), (cache.k, cache.v))
@@ -131,13 +131,13 @@ def prefill(policy: Policy, params: Params, prompt: Array, prompt_len: Array) ->
 
 
 def extend_prefix(policy: Policy, params: Params, prefix: Prefix, tokens: Array, number: Array) -> Prefix:
-    """The prefix after the first `number` [B] of the tokens [B, n] too, which go through the network together."""
+    """The prefix with the first `number` [B] of the tokens [B, n] appended; all go through the network together."""
     return cut(*run_on(policy, params, prefix, tokens), number)
 
 
 def run_on(policy: Policy, params: Params, prefix: Prefix, tokens: Array) -> tuple[Prefix, Array]:
-    """Runs tokens [B, n] after a prefix. Returns the prefix, of the same length as before, with the keys and values of
-    the tokens behind its own; and the hidden states [B, n + 1, D] after 0 to n of the tokens. See `cut`."""
+    """Runs tokens [B, n] after a prefix. Returns the prefix, its `length` unchanged, with the tokens' keys and values
+    behind its own; and the hidden states [B, n + 1, D] after 0 to n of the tokens. See `cut`."""
     hidden, cache = policy.apply(params, tokens[:, None], prefix=prefix)
     size, more = jax.tree.leaves(prefix.k)[0].shape[-2], tokens.shape[1]
     slot = jnp.arange(size + more)
@@ -154,7 +154,7 @@ def run_on(policy: Policy, params: Params, prefix: Prefix, tokens: Array) -> tup
 
 
 def cut(prefix: Prefix, hidden: Array, size: Array) -> Prefix:
-    """What `run_on` returned, as the prefix that ends after the first `size` [B] of the tokens."""
+    """The prefix that ends after the first `size` [B] of the tokens, from the results of `run_on`."""
     last = jnp.take_along_axis(hidden, size[:, None, None], axis=1)[:, 0]
     return prefix.replace(length=prefix.length + size, last_hidden=last)
 
@@ -168,8 +168,9 @@ def predicting_hidden(policy: Policy, params: Params, prefix: Prefix, tokens: Ar
 def run_groups(
     policy: Policy, params: Params, prompt: Array, prompt_len: Array, tokens: Array
 ) -> tuple[Array, Array]:
-    """The hidden states [B, S, D] of the prompts, and those [B, G, T, D] that predict each of `tokens` [B, G, T], as
-    `run_prompt` and `predicting_hidden` give them one after the other: here in one pass over the layers."""
+    """The hidden states [B, S, D] of the prompts, and those [B, G, T, D] that predict each of `tokens` [B, G, T].
+
+    Equal to `run_prompt` and `predicting_hidden` one after the other, in one pass over the layers."""
     of_prompt, hidden = policy.apply_groups(params, prompt, prompt_len, tokens[:, :, :-1])
     first = _of_group(_last_hidden(of_prompt, prompt_len), tokens.shape[1])
     return of_prompt, jnp.concatenate([first[:, :, None], hidden], axis=2)
@@ -181,12 +182,12 @@ def first_hidden(prefix: Prefix, group_size: int) -> Array:
 
 
 def _last_hidden(hidden: Array, prompt_len: Array) -> Array:
-    """[B, D]: of the hidden states [B, S, D] of the prompts, the last."""
+    """[B, D]: the last of the hidden states [B, S, D] of each prompt."""
     return jnp.take_along_axis(hidden, prompt_len[:, None, None] - 1, axis=1)[:, 0]
 
 
 def _of_group(hidden: Array, group_size: int) -> Array:
-    """[B, G, D]: [B, D] for each of a group."""
+    """[B, D] repeated over a group: [B, G, D]."""
     return jnp.broadcast_to(hidden[:, None], (len(hidden), group_size, hidden.shape[-1]))
 
 
@@ -197,19 +198,19 @@ def score_parts(
     policy: Policy, params: Params, prefix: Prefix, tokens: np.ndarray, length: np.ndarray,
     choose: Callable[[int, Array], Array], before: tuple[Array, Array] | None = None,
 ) -> list[tuple[Array, Array]]:
-    """Goes through P parts without a decoding loop: all texts of a part are scored at once after those chosen before.
+    """Goes through P parts without a decoding loop: scores all texts of a part at once, after those chosen before.
 
     Args:
-      policy: of the scores, with `params`.
+      policy: gives the scores, with `params`.
       params: its parameters.
       prefix: the prompts.
       tokens: [P, n, W], the texts of each part; no text of a part is the start of another.
       length: [P, n] tokens of each text that count; 0 past the texts of a part.
-      choose: (index of the part, log-probabilities [B, n of the part]) -> which text [B] is gone on with.
+      choose: (index of the part, log-probabilities [B, n of the part]) -> the text [B] to go on with.
       before: tokens [B, P, W] that each row has before each part, and how many count [B, P]; they are not scored.
 
     Returns:
-      For each part the log-probabilities, as of `text_logprobs`, and the choice.
+      For each part the log-probabilities of `text_logprobs`, and the choice.
     """
     scored = []
     for part in range(len(tokens)):
@@ -229,15 +230,15 @@ def score_parts(
 def text_logprobs(
     policy: Policy, params: Params, prefix: Prefix, tokens: np.ndarray, length: np.ndarray
 ) -> tuple[Array, Prefix]:
-    """Log-probabilities [B, n] of n texts right after a prefix, given the tokens that all of them begin with; and the
-    prefix that ends after these. Texts are tokens [n, W], of which `length` [n] count; none is the start of another.
+    """Log-probabilities [B, n] of n texts after a prefix, given the tokens that all texts begin with; and the prefix
+    that ends after these tokens. Texts are tokens [n, W], of which `length` [n] count; none is the start of another.
     """
     shared, b = shared_start(tokens, length), prefix.length.shape[0]
     if shared:
         together = jnp.broadcast_to(tokens[0, :shared], (b, shared))
         prefix = extend_prefix(policy, params, prefix, together, jnp.full(b, shared))
     own, size = jnp.asarray(tokens[:, shared : length.max()]), jnp.asarray(length - shared)
-    # The first token of each text is read off one row of logits.
+    # One row of logits scores the first token of each text.
     total = jax.nn.log_softmax(policy.unembed(params, prefix.last_hidden))[:, own[:, 0]]
     if own.shape[1] > 1:
         texts = jnp.broadcast_to(own, (b, *own.shape))
@@ -248,6 +249,6 @@ def text_logprobs(
 
 
 def shared_start(tokens: np.ndarray, length: np.ndarray) -> int:
-    """How many tokens all texts begin with."""
+    """The number of tokens that all texts begin with."""
     same = (tokens == tokens[0]).all(axis=0) & (np.arange(tokens.shape[1]) < length.min())
     return int(np.argmin(np.append(same, False)))

