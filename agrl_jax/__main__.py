@@ -9,8 +9,8 @@ from pathlib import Path
 import agrl_jax
 
 COMMANDS = (
-    "main", "evaluate", "judge", "serve", "export", "report", "side_by_side", "agree", "rank", "suggest", "lint",
-    "preflight", "fields",
+    "main", "evaluate", "judge", "serve", "export", "report", "distill", "side_by_side", "agree", "rank", "suggest",
+    "lint", "preflight", "fields",
 )  # fmt: skip
 
 

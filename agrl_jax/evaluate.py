@@ -99,7 +99,7 @@ def score_file(values: flags.FlagValues) -> None:
         if values.checkpoint:
             judge = Judge.from_checkpoint(
                 values.checkpoint, stage=values.stage, settings=Settings(values.rulebook, values.order),
-                batch_size=values.batch_size, use_cuts=values.use_cuts,
+                batch_size=values.batch_size, use_cuts=values.use_cuts, steps=values.steps,
             )  # fmt: skip
             rules, scored = judge.book, labelled.judge_pairs(judge, file, form)
         else:
@@ -127,6 +127,7 @@ def _define_flags() -> None:
     flags.DEFINE_enum("order", None, RULES["rulebook.order"].choices, "The order of its responses.")
     flags.DEFINE_enum("stage", "best", STAGES, "The stage of a workdir that is the --checkpoint.")
     flags.DEFINE_bool("use_cuts", False, "Choose tiers by the cut points that were kept with the checkpoint.")
+    flags.DEFINE_bool("steps", True, "False: the tier alone, of a --checkpoint that states it first.")
     flags.DEFINE_integer("batch_size", 64, "Pairs of a file judged at once.", lower_bound=1)
     flags.DEFINE_list("stages", ["sft_end", "rl"], "sft_end, rl (the last of RL), best (of RL, by validation).")
     flags.DEFINE_list("splits", [], "Splits to score on; by default all that the scorecard has.")

@@ -37,6 +37,9 @@ In Python:
     judge = Judge.from_checkpoint("runs/quickstart")
     judge.judge([{"query": "red shoes", "title": "Nike running shoes, red"}])[0].tier
 
+Of a judge that states the tier first, `--steps=False` asks for the tier alone: one decision a pair. The columns of
+steps are then empty. `agrl_jax.distill` makes such a judge of one that reasons first.
+
 Tiers by cumulative probability (see `cuts`): `--fit_cuts=labelled.csv` fits cut points and keeps them with the
 checkpoint; `--use_cuts` then chooses the tier by them, in place of the one in the response.
 """

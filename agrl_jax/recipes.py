@@ -43,6 +43,13 @@ METHODS: dict[str, dict[str, object]] = {
     "grpo_ds": {"guidance.enabled": False, "reward.composition": "terminal", "rl.candidates": 4},
     # Direct preference optimisation in place of RL, on answers sampled from the warm start.
     "dpo": {},
+    # Distillation in place of RL: the tier probabilities of another judge, by a student that states the tier first.
+    "distill": {
+        "rulebook.order": "respond_then_think", "guidance.enabled": False,
+        "distill.learning_rate": lambda c: c.sft.learning_rate / 3,
+        "distill.matrix_rate": lambda c: 0.4 * c.sft.matrix_rate,
+        "distill.batch_size": lambda c: c.sft.batch_size, "distill.micro_batches": lambda c: c.sft.micro_batches,
+    },
     # Supervised fine-tuning: the warm start alone.
     "sft": {"rl.steps": 0},
     # Supervised training goes on, for as many tokens as RL would take.
@@ -184,6 +191,18 @@ def base() -> ConfigDict:
     c.more.matrix_rate = 0.004  # as in sft
     c.more.warmup = 20  # steps in which the learning rate rises from 0
 
+    c.distill = ConfigDict()  # in place of rl where the method is distill; see agrl_jax/supervised/distill.py
+    c.distill.path = ""  # judged pairs, as agrl_jax.judge writes them; they need no labels
+    c.distill.columns = ""  # its names of our columns, "{title: product_title}"
+    c.distill.teacher = ""  # the judge whose weights are the start, for agrl_jax.distill; empty: the warm start's
+    c.distill.steps = 1000  # updates
+    c.distill.batch_size = 32  # pairs; the method takes this, the pieces and the rates from sft
+    c.distill.micro_batches = 1  # as in sft
+    c.distill.learning_rate = 1e-3  # peak; cosine decay to 0
+    c.distill.matrix_rate = 0.004  # as in sft
+    c.distill.warmup = 20  # steps in which the learning rate rises from 0
+    c.distill.step_weight = 0.3  # of the steps that follow the tier in an answer
+
     c.reward = ConfigDict()  # what an answer earns; see agrl_jax/rl/reward.py
     c.reward.composition = "gated"  # terminal, sum, gated, gated_tier
     c.reward.tier_kind = "exact"  # or ordinal: one tier off is less wrong than three
@@ -289,6 +308,7 @@ def language_model() -> ConfigDict:
     c.rl.matrix_rate = 0.0
     c.dpo.update(mined=3200, batch_size=32, learning_rate=1e-6, matrix_rate=0.0)
     c.more.update(learning_rate=1e-5, matrix_rate=0.0)
+    c.distill.matrix_rate = 0.0
     c.objective.logprob_chunk = 1024  # with 150,000 tokens in a vocabulary, 0.6 GB of logits
     c.guidance.replace = 4  # of 8
     c.eval.batch_size = 32
@@ -333,6 +353,8 @@ def _method_problems(config: ConfigDict) -> Iterator[str]:
         source = METHODS[method].get("more.source", "sft")
         if config.more.source != source:
             yield f"method={method} with more.source={config.more.source}: it trains on {source}; {advice}"
+    elif method == "distill" and config.rulebook.order != "respond_then_think":
+        yield f"method=distill with rulebook.order={config.rulebook.order}: a student states the tier first; {advice}"
     elif last_branch(method) == "rl" and method != rl_method(config):
         names, fields = ("guidance.enabled", "reward.composition", "rl.candidates"), flatten(config)
         values = ", ".join(f"{name}={fields[name]}" for name in names)

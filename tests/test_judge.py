@@ -27,6 +27,7 @@ from agrl_jax.data import rows as rows_module
 from agrl_jax.data.pairs import PairsError
 from agrl_jax.data.rows import OutputError
 from agrl_jax.judging import cuts, engine, trained
+from agrl_jax.judging import labelled as labelling
 from agrl_jax.judging.cuts import CutsError
 from agrl_jax.judging.engine import Judge
 from agrl_jax.judging.files import judge_file, parse_shard
@@ -61,6 +62,50 @@ def write_csv(path: Path, rows: list[dict[str, str]]) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+# The tier alone
+
+
+@pytest.fixture(scope="module")
+def tier_first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workdir(tmp_path_factory.mktemp("tier_first"), order="respond_then_think")
+
+
+def test_the_tier_alone_is_the_tier_of_the_whole_answer(tier_first: Path, tmp_path: Path) -> None:
+    whole = Judge.from_checkpoint(str(tier_first), batch_size=BATCH, settings=SHORT)
+    alone = Judge.from_checkpoint(str(tier_first), batch_size=BATCH, settings=SHORT, steps=False)
+    rows = some_rows(9)
+    for one, other in zip(whole.judge(rows), alone.judge(rows), strict=True):
+        assert (other.tier, other.stated, other.likeliest) == (one.tier, one.stated, one.likeliest)
+        assert list(other.probs.values()) == pytest.approx(list(one.probs.values()), abs=2e-6)
+        assert one.response.startswith(f"{other.response}\n") and len(one.steps) == len(whole.book.steps)
+        assert other.response == f"Tier: {one.tier}" and other.steps == {} and other.consistent is None
+    # In a file, the columns of steps are there and empty.
+    summary = judge_file(alone, str(write_csv(tmp_path / "in.csv", rows)), str(tmp_path / "out.parquet"))
+    assert "do not imply" not in str(summary) and alone.identity != whole.identity
+    table = pq.read_table(tmp_path / "out.parquet")
+    steps = [f"judge_step_{step.name}" for step in alone.book.steps]
+    assert [table[name].null_count for name in [*steps, "judge_consistent"]] == [9] * (len(steps) + 1)
+    assert table["judge_tier"].to_pylist() == [one.tier for one in whole.judge(rows)]
+
+
+def test_the_tier_alone_is_scored_without_steps(tier_first: Path, tmp_path: Path) -> None:
+    alone = Judge.from_checkpoint(str(tier_first), batch_size=BATCH, settings=SHORT, steps=False)
+    labelled = [row | {"label": str(1 + i % 4), "step_brand": "match"} for i, row in enumerate(some_rows(8))]
+    scored = labelling.judge_pairs(alone, write_csv(tmp_path / "in.csv", labelled))
+    scores = scored.scores(alone.book, bootstrap=0)
+    right = np.mean([one.tier[0] == row["label"] for one, row in zip(alone.judge(labelled), labelled, strict=True)])
+    assert scores["accuracy"]["value"] == right
+    assert [scores[name]["value"] for name in ("step_accuracy", "step_accuracy/brand", "all_right", "adherence")] == (
+        [None] * 4
+    )
+
+
+def test_a_judge_that_states_the_tier_last_is_not_asked_for_it_alone(workdir: Path, capfd) -> None:
+    arguments = [f"--checkpoint={workdir}", "--input=examples/pairs.csv", "--output=out.csv", "--nosteps"]
+    assert commands.exit_code(judge_command.main, *arguments) == 2
+    assert "needs a judge that states the tier first" in capfd.readouterr().err
 
 
 # Judgements

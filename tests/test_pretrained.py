@@ -202,6 +202,7 @@ def test_own_pairs_with_a_language_model_are_in_order_by_every_method(method: st
     with pytest.raises(ConfigError, match="data.path"):
         validate_together(config)
     config.data.path = "mine.csv"
+    config.distill.path = "judged.csv"  # of the method that learns from it
     validate(config)
     recipes.check(config)
     validate_together(config)

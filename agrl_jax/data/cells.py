@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
+PREFIX = "judge_"  # of the columns that judging adds to a file
 TEXTS = ("query", "title", "description", "brand", "color", "category", "price")  # what a prompt can show
 
 

@@ -55,6 +55,11 @@ class Statements:
     order: tuple[int, ...]  # the part at each place
     scored: tuple[int, ...]  # the places that give the tier probabilities: all steps, or the tier alone
 
+    def first(self) -> Statements:
+        """Those of the part that comes first."""
+        rows = {name: getattr(self, name)[:1] for name in ("tokens", "length", "size", "order")}
+        return dataclasses.replace(self, **rows, scored=(0,))
+
 
 def statements(book: RuleBook, tokenizer: Tokenizer, vocabulary: int) -> Statements:
     """Tokenises the parts as gold responses are. `vocabulary` is the policy's size V, padding included."""

@@ -22,6 +22,7 @@ def define(batch_size: int) -> None:
     flags.DEFINE_enum("stage", "best", STAGES, "Of a workdir: the best or the last of RL, or its start.")
     flags.DEFINE_integer("batch_size", batch_size, "Pairs judged at once; fewer take as long.", lower_bound=1)
     flags.DEFINE_bool("use_cuts", False, "Choose the tier by the cut points that were kept.")
+    flags.DEFINE_bool("steps", True, "False: the tier alone, of a judge that states it first.")
     flags.DEFINE_string("rulebook", None, "The rule book of a model not trained by agrl_jax; else where its own lies.")
     orders, styles = RULES["rulebook.order"].choices, RULES["data.style"].choices
     flags.DEFINE_enum("order", None, orders, "The order of its responses, likewise.")
@@ -48,5 +49,5 @@ def load(values: flags.FlagValues, use_cuts: bool) -> Judge:
     )
     return Judge.from_checkpoint(
         values.checkpoint, stage=values.stage, settings=settings, batch_size=values.batch_size, use_cuts=use_cuts,
-        mesh=sharding.make_mesh(*(values[f"mesh.{axis}"].value for axis in _AXES)),
+        mesh=sharding.make_mesh(*(values[f"mesh.{axis}"].value for axis in _AXES)), steps=values.steps,
     )  # fmt: skip

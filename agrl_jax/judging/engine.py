@@ -40,8 +40,8 @@ class Judgement:
 
     tier: str | None = None
     probs: dict[str, float] = field(default_factory=dict)  # of each tier
-    steps: dict[str, str] = field(default_factory=dict)  # the value of each step
-    consistent: bool | None = None  # the steps imply the tier
+    steps: dict[str, str] = field(default_factory=dict)  # the value of each step; empty where none was asked for
+    consistent: bool | None = None  # the steps imply the tier; None without steps
     response: str | None = None  # what the policy wrote
     tier_from: str | None = None  # `answer`, `probabilities` or `cuts`
     stated: str | None = None  # the tier in the answer
@@ -50,13 +50,19 @@ class Judgement:
 
 
 class Judge:
-    """A policy that judges. `batch_size` is rounded up to a multiple of the devices that share a batch."""
+    """A policy that judges. `batch_size` is rounded up to a multiple of the devices that share a batch.
+
+    Without `steps`, a policy that states the tier first is asked for the tier alone: one decision a pair.
+    """
 
     def __init__(
-        self, loaded: Trained, batch_size: int = 64, use_cuts: bool = False, mesh: jax.sharding.Mesh | None = None
+        self, loaded: Trained, batch_size: int = 64, use_cuts: bool = False, mesh: jax.sharding.Mesh | None = None,
+        steps: bool = True,
     ) -> None:
         mesh = mesh or sharding.make_mesh()
-        self._loaded, self.book = loaded, loaded.book
+        self._loaded, self.book, self.steps = loaded, loaded.book, steps
+        if not steps:
+            _check_tier_alone(loaded)
         self.repeated = 0  # pairs so far that equalled another one of their call, and so were not judged again
         self._made_for = trained.identity(loaded.book, loaded.params)
         self.calibration = probabilities.load(loaded.calibration_file, loaded.checkpoint, loaded.book)
@@ -70,7 +76,8 @@ class Judge:
         policy, instruct = instructed(loaded.policy, loaded.instructions)
         self._params = jax.jit(instruct)(loaded.params)
         texts = probabilities.statements(loaded.book, loaded.tokenizer, len(loaded.tables.token_class))
-        self._closed = loaded.book.response.free_text == "none"
+        texts = texts if steps else texts.first()
+        self._closed = loaded.book.response.free_text == "none" or not steps
         answer = _closed_answer if self._closed else partial(_free_answer, loaded.tables, loaded.response_len)
         self._answer = jax.jit(partial(answer, policy, texts))
 
@@ -84,6 +91,7 @@ class Judge:
         batch_size: int = 64,
         use_cuts: bool = False,
         mesh: jax.sharding.Mesh | None = None,
+        steps: bool = True,
     ) -> Judge:
         """The judge in the box, a workdir, an exported or other Hugging Face folder or a GGUF file; see `trained.load`.
 
@@ -94,16 +102,17 @@ class Judge:
           batch_size: pairs judged at once.
           use_cuts: choose tiers by the cut points that `fit_cuts` has kept with the checkpoint.
           mesh: the devices; by default all, each with all parameters.
+          steps: False asks for the tier alone, of a judge that states it first.
         """
         mesh = mesh or sharding.make_mesh()
-        return cls(trained.load(path, stage, settings, mesh), batch_size, use_cuts, mesh)
+        return cls(trained.load(path, stage, settings, mesh), batch_size, use_cuts, mesh, steps)
 
     @property
     def identity(self) -> dict[str, Any]:
         """All that judgements depend on."""
         settings = {name: getattr(self._loaded, name) for name in ("style", "prompt_len", "response_len")}
         chosen = {"temperature": self._temperature, "tier_from": self.tier_from, "cuts": list(self._cuts or ())}
-        return self._made_for | settings | {"batch_size": self.batch_size} | chosen
+        return self._made_for | settings | {"batch_size": self.batch_size, "steps": self.steps} | chosen
 
     @property
     def tier_from(self) -> str:
@@ -147,7 +156,8 @@ class Judge:
         judged = [(pair, one) for pair, one in zip(pairs, answers, strict=True) if not isinstance(one, str)]
         pairs, answers = [pair for pair, _ in judged], [one for _, one in judged]
         tiers, parts, n = len(self._tiers), len(self.book.steps), len(judged)
-        tier, steps = _stacked(answers, "tier", ()), _stacked(answers, "steps", (parts,))
+        tier = _stacked(answers, "tier", ())
+        steps = _stacked(answers, "steps", (parts,)) if self.steps else np.full((n, parts), UNKNOWN)
         probs = _stacked(answers, "probs", (tiers,))
         chosen = self._chosen(probs, tier)
         return Judgements(
@@ -161,7 +171,7 @@ class Judge:
             probs=probs,
             well_formed=np.ones(n, bool),
             truncated=np.zeros(n, bool),
-            consistent=np.array([self.book.tier_for(one) for one in steps.tolist()], int) == chosen,
+            consistent=np.array([self._follows(*one) for one in zip(steps.tolist(), chosen, strict=True)], bool),
             response_tokens=np.array([len(self._loaded.tokenizer.encode(self._response(one))) for one in answers], int),
             part_logprobs=_stacked(answers, "part_logprobs", (0, 0)),
         ), errors
@@ -256,8 +266,8 @@ class Judge:
             probs=dict(zip(self._tiers, probs.tolist(), strict=True)),
             stated=self._tiers[int(answer["tier"])],
             likeliest=self._tiers[int(probs.argmax())],
-            steps={step.name: step.values[value] for step, value in zip(self.book.steps, steps, strict=True)},
-            consistent=self.book.tier_for(steps) == tier,
+            steps={step.name: step.values[value] for step, value in zip(self.book.steps, steps, strict=self.steps)},
+            consistent=self._follows(steps, tier) if self.steps else None,
             response=self._response(answer),
         )
 
@@ -268,11 +278,28 @@ class Judge:
             return cuts.choose(probs, self._cuts)
         return probs.argmax(axis=1) if self.tier_from == probabilities.PROBABILITIES else stated
 
+    def _follows(self, steps: Sequence[int], tier: int) -> bool:
+        """Whether the steps imply the tier."""
+        return self.steps and self.book.tier_for(steps) == tier
+
     def _response(self, answer: Mapping[str, np.ndarray]) -> str:
         """What the policy wrote; without free text, this follows from what it states."""
+        if not self.steps:
+            return wording.part_text(self.book, len(self.book.steps), int(answer["tier"]), first=True)
         if self._closed:
             return "".join(wording.gold_segments(self.book, int(answer["tier"]), answer["steps"].tolist()))
         return self._loaded.tokenizer.decode(answer["tokens"][answer["text"]].tolist())
+
+
+def _check_tier_alone(loaded: Trained) -> None:
+    """Raises TrainedError where a policy cannot be asked for the tier alone."""
+    if loaded.book.order != "respond_then_think":
+        raise TrainedError(
+            "judging without steps needs a judge that states the tier first, and this one states its steps before it: "
+            "agrl_jax.distill makes one of it"
+        )
+    if loaded.tables.thought is not None:
+        raise TrainedError("judging without steps: this judge thinks before it answers")
 
 
 def _closed_answer(

@@ -243,7 +243,10 @@ def _rules(rules: RuleBook) -> str:
 def _training(config: ConfigDict, where: str) -> str:
     data = "the bundled benchmark" if config.data.source == "benchmark" else f"`{Path(config.data.path).name}`"
     stages = f"{config.sft.steps} supervised steps"
-    if config.rl.steps:
+    if config.method == "distill":
+        teacher = f", from the weights of `{Path(config.distill.teacher).name}`" if config.distill.teacher else ""
+        stages += f", then {config.distill.steps} steps of distillation of a judge that reasons first{teacher}"
+    elif config.rl.steps:
         stages += (
             f", then {config.rl.steps} steps of reinforcement learning (method `{config.method}`) "
             f"on {config.rl.batch_size} examples with {config.rl.group_size} answers each"

@@ -30,6 +30,7 @@ from agrl_jax.runtime.files import check_writable, is_remote
 
 _LISTED = 10  # bad rows named in the summary
 _ERROR_WIDTH = 200  # of each
+_OTHER_COLUMNS = 8  # that are added, besides those of tiers' probabilities and of steps
 USER_ERRORS = (*trained.LOAD_ERRORS, CutsError, PairsError, OutputError)  # shown as one message
 
 
@@ -56,7 +57,7 @@ class Summary:
                 self.bad.append((self.first + self.rows, error))
             return
         self.tiers[judgement["tier"]] += 1
-        self.inconsistent += not judgement["consistent"]
+        self.inconsistent += judgement["consistent"] is False
         self.disagreeing += judgement["stated"] != judgement["likeliest"]
 
     def __str__(self) -> str:
@@ -181,8 +182,10 @@ def cells(judged: Mapping[str, Any], added: pa.Schema) -> Record:
         values = [None] * (len(added) - 1) + [judged["error"]]
     else:
         stated, likeliest = judged["stated"], judged["likeliest"]
+        unasked = [None] * (len(added) - len(judged["probs"]) - len(judged["steps"]) - _OTHER_COLUMNS)
         values = [judged["tier"], judged["tier_from"], *judged["probs"].values(), stated, likeliest]
-        values += [stated != likeliest, *judged["steps"].values(), judged["consistent"], judged["response"], ""]
+        values += [stated != likeliest, *judged["steps"].values(), *unasked]
+        values += [judged["consistent"], judged["response"], ""]
     return dict(zip(added.names, values, strict=True))
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
-from agrl_jax.data.cells import clean
-from agrl_jax.data.format import PairsFormat, label_reader
+from agrl_jax.data.format import PairsFormat
+from agrl_jax.data.judged import JudgedReader, judge_columns
 from agrl_jax.data.pairs import AS_DESCRIBED, Pair, read_labelled
 from agrl_jax.data.rows import MAX_LISTED, PairsError, check_columns, listed, open_rows
 from agrl_jax.evaluation import intervals
@@ -50,7 +50,8 @@ def judge_pairs(judge: Judge, path: epath.PathLike, form: PairsFormat = AS_DESCR
         raise PairsError(f"{path}: none of its pairs can be judged: {errors[0][1]}")
     failed = dict(errors)
     kept = [pair for i, pair in enumerate(pairs) if i not in failed]
-    return Scored(kept, judged, [f"row {pairs[i].row}: {error}" for i, error in errors])
+    unjudged = [f"row {pairs[i].row}: {error}" for i, error in errors]
+    return Scored(kept, judged, unjudged, () if judge.steps else _OF_STEPS)
 
 
 def read_judged(path: epath.PathLike, book: RuleBook, form: PairsFormat = AS_DESCRIBED) -> Scored:
@@ -140,72 +141,6 @@ def summary(scored: Scored, errors: Sequence[Mapping[str, Any]]) -> str:
 def write_errors(path: epath.PathLike, errors: Sequence[Mapping[str, Any]]) -> None:
     """Writes rows of `worst_first` as CSV; with no errors, a header alone."""
     write_csv(path, list(errors[0]) if errors else ["row"], errors)
-
-
-def judge_columns(book: RuleBook) -> Iterator[str]:
-    """The columns of judging that scoring reads: tier, probabilities, steps."""
-    yield f"{PREFIX}tier"
-    yield from (f"{PREFIX}prob_{tier.name}" for tier in book.tiers)
-    yield from (f"{PREFIX}step_{step.name}" for step in book.steps)
-
-
-class Cells(NamedTuple):
-    """What a row says of a judgement, as indices of the rule book; UNKNOWN where it says nothing."""
-
-    tier: int
-    probs: list[float]
-    steps: list[int]
-
-
-class JudgedReader:
-    """Reads judgements out of rows, and notes what is wrong with them in `bad`.
-
-    `columns` maps our names of columns to the file's. The labels of the form hold for tiers too.
-    """
-
-    def __init__(self, book: RuleBook, form: PairsFormat, columns: Mapping[str, str]) -> None:
-        self.bad: list[str] = []
-        self._book, self._columns = book, columns
-        self._tier_of, self._wanted = label_reader(book, form)
-        self.has_probs = all(f"{PREFIX}prob_{tier.name}" in columns for tier in book.tiers)
-        self.has_steps = all(f"{PREFIX}step_{step.name}" in columns for step in book.steps)
-
-    def read(self, number: int, record: Mapping[str, Any]) -> Cells:
-        """The judgement of a row."""
-        cells = {name: clean(record.get(column)) for name, column in self._columns.items()}
-        tier = self._choice(number, cells, f"{PREFIX}tier", self._tier_of, self._wanted)
-        steps = [UNKNOWN] * len(self._book.steps)
-        if self.has_steps:
-            for i, step in enumerate(self._book.steps):
-                values = {value.casefold(): place for place, value in enumerate(step.values)}
-                steps[i] = self._choice(
-                    number, cells, f"{PREFIX}step_{step.name}",
-                    lambda text, values=values: values.get(text.casefold(), UNKNOWN),
-                    f"one of: {', '.join(step.values)}",
-                )  # fmt: skip
-        return Cells(tier, self._probs(number, cells, tier), steps)
-
-    def _choice(
-        self, number: int, cells: Mapping[str, str], name: str, value_of: Callable[[str], int], wanted: str
-    ) -> int:
-        value = value_of(cells[name]) if cells[name] else UNKNOWN
-        if cells[name] and value == UNKNOWN:
-            self.bad.append(f"row {number}: {self._columns[name]} {cells[name]!r} should be {wanted}")
-        return value
-
-    def _probs(self, number: int, cells: Mapping[str, str], tier: int) -> list[float]:
-        """The probabilities that are stated; if none are, 1 for the tier."""
-        tiers = self._book.tiers
-        if not self.has_probs or tier == UNKNOWN:
-            return [float(i == tier) for i in range(len(tiers))]
-        try:
-            probs = [float(cells[f"{PREFIX}prob_{one.name}"]) for one in tiers]
-        except ValueError:
-            self.bad.append(f"row {number}: has a tier, but not a number as the probability of each")
-            return [0.0] * len(tiers)
-        if not (min(probs) >= 0 and abs(sum(probs) - 1) < 1e-3):
-            self.bad.append(f"row {number}: its probabilities should be at least 0, and sum to 1, not {sum(probs):.6g}")
-        return probs
 
 
 def _without(scores: Scores, names: Sequence[str]) -> Scores:

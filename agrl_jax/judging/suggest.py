@@ -29,11 +29,12 @@ from etils import epath
 from agrl_jax.data import coverage
 from agrl_jax.data.cells import TEXTS, clean, plain
 from agrl_jax.data.format import PairsFormat
+from agrl_jax.data.judged import JudgedReader, judge_columns
 from agrl_jax.data.pairs import AS_DESCRIBED, STEP_PREFIX, Pair, item_text
 from agrl_jax.data.rows import KINDS, PairsError, RowFile, check_columns, listed, open_rows
 from agrl_jax.judging import PREFIX, REASONS
 from agrl_jax.judging.engine import Judge
-from agrl_jax.judging.labelled import JudgedReader, Scored, judge_columns
+from agrl_jax.judging.labelled import Scored
 from agrl_jax.rulebook.schema import RuleBook, winners
 from agrl_jax.rulebook.versions import condition
 from agrl_jax.runtime.console import progress

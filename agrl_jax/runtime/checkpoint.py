@@ -32,16 +32,20 @@ SFT_END = "sft_end"
 
 # Fields of the identity that may differ on resuming: evaluation, logs, checkpoints, mesh, and the versions
 # of libraries (the continuation is then exact up to rounding only).
-MAY_CHANGE = ("config.eval", "config.log", "config.checkpoint", "config.mesh", "config.workdir", "versions")
+MAY_CHANGE = (
+    "config.eval", "config.log", "config.checkpoint", "config.mesh", "config.workdir", "versions",
+    "config.distill.path", "config.distill.teacher",  # the digest of what is learnt is in the identity
+)  # fmt: skip
 # A stage that is not over may grow longer; the learning rate then follows the new length.
 MAY_GROW = {
     "sft": ("config.sft.steps",),
-    "rl": ("config.rl.steps", "config.rl.budget", "config.dpo.steps", "config.more.steps"),
+    "rl": ("config.rl.steps", "config.rl.budget", "config.dpo.steps", "config.more.steps", "config.distill.steps"),
 }
 
 # Until a later stage begins, fields that the warm start does not depend on may differ: several runs can share one.
 AHEAD = (
-    "config.method", "config.rl", "config.dpo", "config.more", "config.reward", "config.objective", "config.guidance",
+    "config.method", "config.rl", "config.dpo", "config.more", "config.distill", "config.reward", "config.objective",
+    "config.guidance",
 )  # fmt: skip
 
 

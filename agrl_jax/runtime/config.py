@@ -284,6 +284,17 @@ RULES: Mapping[str, Rule] = {
     "more.learning_rate": _POSITIVE,
     "more.matrix_rate": _WEIGHT,
     "more.warmup": _COUNT,
+    # Distillation.
+    "distill.path": _TEXT,
+    "distill.columns": _TEXT,
+    "distill.teacher": _TEXT,
+    "distill.steps": _COUNT,
+    "distill.batch_size": _SIZE,
+    "distill.micro_batches": _SIZE,
+    "distill.learning_rate": _POSITIVE,
+    "distill.matrix_rate": _WEIGHT,
+    "distill.warmup": _COUNT,
+    "distill.step_weight": _POSITIVE,
     # Reward.
     "reward.composition": _one_of("terminal", "sum", "gated", "gated_tier"),
     "reward.tier_kind": _one_of("exact", "ordinal"),
@@ -491,6 +502,9 @@ def _source_problems(config: ConfigDict) -> Iterator[str]:
         yield f"sft.source={sft.source}: the pairs of known are among those of train"
     if "mixture" in parts and data.source == "benchmark":
         yield f"sft.source={sft.source} with data.source=benchmark: a mixture takes real pairs, with data.source=pairs"
+    if config.method == "distill" and not config.distill.path:
+        yield ("method=distill needs distill.path, pairs as agrl_jax.judge writes them; python -m agrl_jax.distill "
+               "judges them, and trains a student from its teacher's weights")
     mixture = config.mixture
     if mixture.real + mixture.strangers > 1:
         yield f"mixture.real={mixture.real} and mixture.strangers={mixture.strangers} are more than 1 together"
@@ -534,7 +548,7 @@ def resolve(config: ConfigDict) -> dict[str, Any]:
 
 def last_branch(method: str) -> str:
     """The branch of the config that the stage after the warm start follows: `rl`, or what takes its place."""
-    return {"dpo": "dpo", "sft_more": "more", "sft_all": "more"}.get(method, "rl")
+    return {"dpo": "dpo", "sft_more": "more", "sft_all": "more", "distill": "distill"}.get(method, "rl")
 
 
 def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
@@ -576,12 +590,15 @@ def diff(old: ConfigDict | Mapping[str, Any], new: ConfigDict | Mapping[str, Any
 # -------------------------------------------------------------------------------------- the command line
 
 
-def parse_flags(argv: Sequence[str], name: str = "config", positional: bool = False) -> list[str]:
+def parse_flags(
+    argv: Sequence[str], name: str = "config", positional: bool = False, known: Mapping[str, Any] | None = None
+) -> list[str]:
     """Parses the command line; a mistake ends the process with one clear message and exit code 2.
 
     absl alone would answer an unknown field of the config file flag `--{name}`, or an error inside the config
     file, with a traceback. Returns the arguments that are not flags, the program's name first; more than that is
-    a mistake, unless `positional`. Fits `absl.app.run(flags_parser=...)` too.
+    a mistake, unless `positional`. `known` are the fields by dotted names where they come from no file. Fits
+    `absl.app.run(flags_parser=...)` too.
     """
     app.define_help_flags()
     if not {"--help", "-help", "--h", "-h", "-?"}.isdisjoint(argv[1:]):
@@ -591,7 +608,7 @@ def parse_flags(argv: Sequence[str], name: str = "config", positional: bool = Fa
         if name in flags.FLAGS and flags.FLAGS[name].value is not None:
             _ = flags.FLAGS[name].value.is_locked  # an unreadable file raises only on first use
     except (flags.Error, AttributeError, KeyError, OSError) as error:
-        exit_with(overrides_error(error, argv, name))
+        exit_with(overrides_error(error, argv, name, known))
     if len(rest) > 1 and not positional:
         exit_with(ConfigError(f"unexpected argument {rest[1]!r}; flags start with --"))
     return rest
@@ -613,7 +630,9 @@ def exit_with(error: Exception) -> NoReturn:
     raise SystemExit(2)
 
 
-def overrides_error(error: Exception, argv: Sequence[str], name: str = "config") -> ConfigError:
+def overrides_error(
+    error: Exception, argv: Sequence[str], name: str = "config", known: Mapping[str, Any] | None = None
+) -> ConfigError:
     """The ConfigError that explains a failure to parse `argv`, with field and value.
 
     Raises `error` itself where it comes from a bug in a config file, whose traceback is worth seeing.
@@ -630,9 +649,9 @@ def overrides_error(error: Exception, argv: Sequence[str], name: str = "config")
     if missing := re.search(r"Flag --(\w+) must have a value other than None", str(error)):
         flag = missing.group(1)
         return ConfigError(f"--{flag} is needed" + (f", such as {example}" if flag == name else ""))
-    if isinstance(error, flags.UnrecognizedFlagError) and str(error.flagname).startswith(f"{name}."):
+    if not known and isinstance(error, flags.UnrecognizedFlagError) and str(error.flagname).startswith(f"{name}."):
         return ConfigError(f"--{error.flagname} needs --{name}=FILE before it")
-    known = _load(argv, name)
+    known = known or _load(argv, name)
     problems = [problem for word in argv if (problem := _override_problem(word, known, name))] if known else []
     if problems:
         return ConfigError("\n  ".join(problems))

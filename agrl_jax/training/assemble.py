@@ -21,6 +21,7 @@ from agrl_jax import recipes
 from agrl_jax.data import chat, pipeline
 from agrl_jax.data.bundled import benchmark
 from agrl_jax.data.format import PairsFormat
+from agrl_jax.data.judged import Taught, read_taught
 from agrl_jax.data.mixture import MixtureConfig, mix
 from agrl_jax.data.pairs import Pair, PairsError, digest, hide_steps, item_text
 from agrl_jax.data.pipeline import EncodedSplit
@@ -37,6 +38,7 @@ from agrl_jax.runtime import sharding
 from agrl_jax.runtime.checkpoint import SFT_END, Checkpointer
 from agrl_jax.runtime.config import FILES, ConfigError, resolve
 from agrl_jax.runtime.files import is_remote, read_json, write_json, write_text
+from agrl_jax.supervised.distill import Lessons, lessons
 from agrl_jax.supervised.fill import Blanks
 from agrl_jax.supervised.marginal import forks
 from agrl_jax.types import UNKNOWN, Array, Params, Policy, RuleTables
@@ -45,6 +47,7 @@ CONFIG_FILE = "config.json"
 RULEBOOK_FILE = "rulebook.yaml"  # the text of the run's rule book, wherever that came from
 TOKENIZER_FILE = "tokenizer.json"
 POLICY_FILE = "policy.json"  # of a pretrained policy: its name, how it is asked, and its shape
+TAUGHT_FILE = "teacher.parquet"  # of a student: what its teacher said
 _STAND_IN_VOCABULARY = 300  # the size of a tokenizer that preflight makes up: the bytes and a few merges
 _TOKEN_CHARACTERS = 3.4  # of the instructions that a language model's token spells, measured with SmolLM2
 _BUNDLED = frozenset(("benchmark", "benchmark_train", "mixture"))  # values of `sft.source` that need the benchmark
@@ -126,14 +129,16 @@ def write_config(config: ConfigDict, workdir: epath.Path) -> None:
 
 
 def read_config(workdir: epath.Path) -> ConfigDict:
-    """The config that a workdir was trained with; fields that an older version lacked have their defaults.
-
-    Raises ConfigError if there is none.
-    """
+    """The config that a workdir was trained with, as of `whole_config`. Raises ConfigError if there is none."""
     path = workdir / CONFIG_FILE
     if not path.exists():
         raise ConfigError(f"{path}: not found; is {workdir} the workdir of a training run?")
-    return ConfigDict(_overlaid(_overlaid(resolve(recipes.base()), _FORMERLY), read_json(path, ConfigError)))
+    return whole_config(read_json(path, ConfigError))
+
+
+def whole_config(kept: Mapping[str, Any]) -> ConfigDict:
+    """A config that was kept; fields that an older version lacked have their defaults."""
+    return ConfigDict(_overlaid(_overlaid(resolve(recipes.base()), _FORMERLY), kept))
 
 
 def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -300,6 +305,28 @@ def encode(config: ConfigDict, model: Model, data: Data, names: Sequence[str]) -
     if problems:
         raise PairsError("\n".join(problems))
     return {name: by_pairs[id(data.pairs(name))] for name in names}
+
+
+def load_lessons(config: ConfigDict, model: Model) -> tuple[Lessons, Taught]:
+    """What a student is to learn, and where that is from. Raises PairsError or ConfigError."""
+    try:
+        columns = PairsFormat.parse(config.distill.columns).columns
+    except PairsError as error:
+        raise ConfigError(f"config: distill.{error}") from None
+    taught = read_taught(config.distill.path, model.book, columns)
+    if config.distill.batch_size > len(taught.pairs):
+        raise ConfigError(
+            f"distill.batch_size={config.distill.batch_size} is more than the {len(taught.pairs)} pairs of "
+            f"{config.distill.path}"
+        )
+    try:
+        encoded = pipeline.encode(
+            taught.pairs, model.book, model.tokenizer, config.data.prompt_len, config.data.response_len,
+            config.data.style,
+        )  # fmt: skip
+    except PairsError as error:
+        raise PairsError(f"{config.distill.path}: {error}") from None
+    return lessons(encoded.batch, taught.probs), taught
 
 
 def blanks(config: ConfigDict, model: Model, split: EncodedSplit) -> Blanks | None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from agrl_jax.data import pipeline
 from agrl_jax.policy import lora
 from agrl_jax.policy.scoring import run_instructions
 from agrl_jax.policy.transformer import build_expert_load
@@ -24,7 +25,7 @@ from agrl_jax.rl.reward import RewardConfig
 from agrl_jax.rl.step import StepConfig
 from agrl_jax.runtime import optim, sharding
 from agrl_jax.runtime.config import last_branch
-from agrl_jax.supervised import dpo, sft
+from agrl_jax.supervised import distill, dpo, sft
 from agrl_jax.training import assemble
 from agrl_jax.training.assemble import Model
 from agrl_jax.types import Batch, GuidanceState, Params, Policy, TrainState
@@ -156,6 +157,21 @@ def dpo_program(config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, refer
         return dpo.make_step(
             policy, _updater(tx), config.dpo.beta, config.rl.temperature, _chunk(config, mesh), model.instructions,
             config.dpo.micro_batches,
+        )
+
+    fresh, template = _fresh_state(config, mesh, model, "rl", tx, start)
+    return Program(_jit(config, mesh, model, "rl", make, template, base), template, (base,), fresh)
+
+
+def distill_program(config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, reference: Weights) -> Program:
+    """The program of distillation from the end of the warm start."""
+    base, start = _from_reference(config, reference)
+    tx, texts = _optimiser(config, model, "rl"), pipeline.part_texts(model.book, model.tokenizer)
+
+    def make(policy: Policy, sampler: Any) -> Callable[..., Any]:
+        return distill.make_step(
+            policy, _updater(tx), texts, config.distill.step_weight, _chunk(config, mesh), model.instructions,
+            config.distill.micro_batches,
         )
 
     fresh, template = _fresh_state(config, mesh, model, "rl", tx, start)

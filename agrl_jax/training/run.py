@@ -45,6 +45,7 @@ from agrl_jax.runtime.console import Progress, progress, say
 from agrl_jax.runtime.logs import MetricsWriter
 from agrl_jax.runtime.sharding import ShardingError
 from agrl_jax.supervised import dpo
+from agrl_jax.supervised.distill import Lessons
 from agrl_jax.supervised.dpo import Preferences
 from agrl_jax.training import assemble
 from agrl_jax.training.assemble import Data, Model
@@ -53,6 +54,7 @@ from agrl_jax.training.programs import (
     Weights,
     branch_of,
     continued_sft_program,
+    distill_program,
     dpo_program,
     left_to,
     rl_program,
@@ -70,10 +72,15 @@ SUPERVISED_FIGURES = {
 DPO_FIGURES = {
     "loss": "policy/loss", "preferred": "dpo/accuracy", "margin": "dpo/margin", "tok/s": "time/tokens_per_s"
 }  # fmt: skip
+DISTILL_FIGURES = {
+    "loss": "policy/loss", "KL": "distill/kl", "agreement": "distill/agreement", "tok/s": "time/tokens_per_s"
+}  # fmt: skip
 RL_FIGURES = {
     "reward": "reward/total", "tier": "reward/tier_accuracy", "guided": "guide/share", "level": "guide/level",
     "tok/s": "time/tokens_per_s",
 }  # fmt: skip
+
+TEACHER = "teacher"  # in a scorecard, the judge that a student learns from
 
 # What a user can put right: shown as one message. Anything else is a bug, and keeps its traceback.
 USER_ERRORS = (
@@ -108,6 +115,7 @@ class Run:
     checkpoints: Checkpointer
     evaluator: Evaluator
     say: Callable[..., None]
+    lessons: Lessons | None = None  # of a student
     seconds: dict[str, float] = field(default_factory=dict)  # of each stage, in this process
     signum: int = 0  # of the signal that asked to stop
 
@@ -141,12 +149,15 @@ def _train(
     with run.writer, run.checkpoints, _signals(run):
         # -------------------------------------------------------------------------------- warm start
         reference = _timed(run, "warm start", lambda: _warm_start(run))
-        cards = {"sft": _timed(run, "evaluate sft", lambda: _scorecard(run, "sft", "sft", reference))}
+        if config.distill.teacher:  # whose weights have not learnt yet to state the tier first
+            cards = _kept_card(run, TEACHER)
+        else:
+            cards = {"sft": _timed(run, "evaluate sft", lambda: _scorecard(run, "sft", "sft", reference))}
 
         # ------------------- reinforcement learning, or preferences or more supervised training in its place
         branch = branch_of(config, "rl")
         if config[branch].steps:
-            learn = {"rl": _reinforce, "dpo": _prefer, "more": _continue_sft}[branch]
+            learn = {"rl": _reinforce, "dpo": _prefer, "more": _continue_sft, "distill": _distill}[branch]
             reference = left_to(config, reference)
             weights = _timed(run, config.method, lambda: learn(run, reference))
             del reference  # this stage owns the parameters now
@@ -181,6 +192,12 @@ def _set_up(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh, sa
         data = assemble.load_data(config, rules, workdir)
         model = assemble.load_model(config, workdir, rules, data, mesh)
     checkpoints.identify({"pairs": data.digests})
+    lessons = None
+    if config.method == "distill":
+        lessons, taught = assemble.load_lessons(config, model)
+        checkpoints.identify({"taught": taught.digest})
+        unjudged = f"; {taught.unjudged:,} rows without a judgement are left out" if taught.unjudged else ""
+        say(f"judged pairs to learn from: {len(lessons):,}{unjudged}")
     _check_batches(config, data)
     check_guidance(config, len(data.pairs(_trained_on(config, "rl"))))
     splits = assemble.encode(config, model, data, _needed(config, data))
@@ -193,7 +210,7 @@ def _set_up(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh, sa
     if at is not None:
         say(f"resuming from {at[0]} step {at[1]} in {workdir}")
     evaluator = assemble.make_evaluator(config, model, mesh)
-    return Run(config, workdir, mesh, model, data, splits, writer, checkpoints, evaluator, say)
+    return Run(config, workdir, mesh, model, data, splits, writer, checkpoints, evaluator, say, lessons)
 
 
 def _check_batches(config: ConfigDict, data: Data) -> None:
@@ -201,7 +218,7 @@ def _check_batches(config: ConfigDict, data: Data) -> None:
     for stage in ("sft", "rl"):
         branch, pairs = branch_of(config, stage), data.pairs(_trained_on(config, stage))
         size = config[branch].batch_size
-        if config[branch].steps and size > len(pairs):
+        if branch != "distill" and config[branch].steps and size > len(pairs):
             raise ConfigError(f"{branch}.batch_size={size} is more than the {len(pairs)} pairs that it trains on")
 
 
@@ -213,7 +230,8 @@ def _trained_on(config: ConfigDict, stage: str) -> str:
 
 def _needed(config: ConfigDict, data: Data) -> list[str]:
     """All splits that the run will come to."""
-    after = [_trained_on(config, "rl")] if config[branch_of(config, "rl")].steps else []
+    branch = branch_of(config, "rl")
+    after = [_trained_on(config, "rl")] if branch != "distill" and config[branch].steps else []
     return list(dict.fromkeys([*after, "validation", *data.eval_splits, assemble.SFT]))
 
 
@@ -360,6 +378,17 @@ def _continue_sft(run: Run, reference: Weights) -> Weights:
     return Weights(state.params, base)
 
 
+def _distill(run: Run, reference: Weights) -> Weights:
+    """Distillation of a judge in place of reinforcement learning, from the end of the warm start."""
+    config = run.config
+    program = distill_program(config, run.mesh, run.model, reference)
+    state, spent = _restored(run, "rl", program)
+    (base,) = program.fixed
+    batches = pipeline.batches(run.lessons, config.distill.batch_size, config.seed, start=int(state.step))
+    state = _run_stage(run, "rl", program, state, spent, batches, DISTILL_FIGURES, _validation(run, base))
+    return Weights(state.params, base)
+
+
 def first_batch(config: ConfigDict) -> int:
     """The batch with which more supervised training begins: on the pairs of the warm start, where that ended."""
     met = config.sft.steps * config.sft.batch_size if config.more.source == "sft" else 0
@@ -499,6 +528,12 @@ def _check_divergence(
 # ------------------------------------------------------------------------------------------- scorecard
 
 
+def _kept_card(run: Run, name: str) -> dict[str, Any]:
+    """The scorecard of a name, as a command has left it in the workdir; empty where there is none."""
+    path = run.workdir / "scorecard.json"
+    return {stage: card for stage, card in tables.read(path).items() if stage == name} if path.exists() else {}
+
+
 def _scorecard(run: Run, name: str, stage: str, weights: Weights) -> dict[str, Any]:
     """Scores of a stage on each evaluation split, kept by `name` in scorecard.json.
 
@@ -567,6 +602,7 @@ def _say_where(run: Run) -> None:
         (assemble.RULEBOOK_FILE, "the rule book"),
         ("scorecard.json", "the scorecard"),
         (judgements.FILE, "what the policy said of every pair of the scorecard"),
+        (assemble.TAUGHT_FILE, "what the teacher said of the pairs that were learnt from"),
         ("metrics.jsonl", "one row per step; the same in tensorboard/"),
         ("samples.jsonl", "decoded rollouts"),
         ("curves.png", "learning curves"),

@@ -1,0 +1,108 @@
+"""Distillation of a judge that reasons before it answers into a student that states the tier first.
+
+A judge that has written its steps is all but sure of the tier; what it doubts are the steps, and its tier probabilities
+come from the decision table (`evaluation.probabilities`). The student, which has no steps to lean on, learns these
+probabilities q as soft targets (Hinton et al., arXiv 1503.02531), and after the tier the steps that the judge stated:
+
+    loss = - sum over tiers of q(tier) log p(text of the tier)  -  step_weight * log p(steps, end | tier)
+
+A tier's text may have several tokens. Each text is scored whole, so that where texts go apart, at whatever token, the
+soft target there is the probability of the tiers that go each way: the cross-entropy over the trie of the texts. Pairs
+need no labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from agrl_jax.data.pipeline import PartTexts
+from agrl_jax.policy.scoring import instructed, predicting_hidden, run_prompt, token_logprobs
+from agrl_jax.rl.step import UpdateFn
+from agrl_jax.supervised.sft import descending
+from agrl_jax.types import Array, Batch, Params, Policy, TrainState
+
+_LEAST_PROB = 1e-9  # so that logarithms stay finite
+
+
+@struct.dataclass
+class Lessons:
+    """What a judge says of pairs, M of them or a batch."""
+
+    prompt: Array  # [M, S] int32
+    prompt_len: Array  # [M] int32
+    probs: Array  # [M, tiers] float32 the judge's probabilities
+    tokens: Array  # [M, T] int32 the judge's tier and then its steps, as the student states them
+    tier_len: Array  # [M] int32 tokens of the tier
+    length: Array  # [M] int32 tokens of the whole, end token included
+
+    def __len__(self) -> int:
+        return len(self.prompt_len)
+
+    def take(self, indices: np.ndarray) -> Lessons:
+        """The pairs at `indices`, in that order."""
+        return jax.tree.map(lambda rows: rows[indices], self)
+
+
+def lessons(batch: Batch, probs: np.ndarray) -> Lessons:
+    """From pairs that are encoded with the judge's tier and steps as their truth, the tier first."""
+    return Lessons(batch.prompt, batch.prompt_len, probs, batch.gold, batch.part_end[:, 0], batch.gold_len)
+
+
+def distill_loss(
+    policy: Policy, params: Params, batch: Lessons, texts: PartTexts, step_weight: float, chunk: int = 0,
+    of: Lessons | None = None,
+) -> tuple[Array, dict[str, Array]]:
+    """The loss [nats], a mean over pairs, and figures; of a piece of the batch `of`, its part in the batch's.
+
+    `texts` are those of the student's parts, the tier's first. `distill/kl` is that of the judge's tier probabilities
+    from the student's, `distill/agreement` how often both find the same tier likeliest.
+    """
+    of, unembed = batch if of is None else of, partial(policy.unembed, params)
+    prefix, _ = run_prompt(policy, params, batch.prompt, batch.prompt_len)
+
+    def logprobs(tokens: Array) -> Array:
+        """Of tokens [B, G, n] after the prompts."""
+        return token_logprobs(unembed, predicting_hidden(policy, params, prefix, tokens), tokens, 1.0, chunk)[0]
+
+    sizes = texts.length[0][texts.length[0] > 0]
+    names = texts.tokens[0, : len(sizes), : sizes.max()]  # [tiers, W]
+    each = logprobs(jnp.broadcast_to(names, (len(batch), *names.shape)))
+    tier_logp = jnp.sum(jnp.where(np.arange(names.shape[1]) < sizes[:, None], each, 0.0), axis=-1)  # [B, tiers]
+    place = jnp.arange(batch.tokens.shape[1])
+    after = (place >= batch.tier_len[:, None]) & (place < batch.length[:, None])
+    steps_logp = jnp.sum(jnp.where(after, logprobs(batch.tokens[:, None])[:, 0], 0.0), axis=-1)  # [B]
+    tier_loss, step_loss = -jnp.sum(batch.probs * tier_logp) / len(of), -jnp.sum(steps_logp) / len(of)
+    loss = tier_loss + step_weight * step_loss
+    gap = jnp.log(jnp.maximum(batch.probs, _LEAST_PROB)) - jax.nn.log_softmax(tier_logp)
+    same = jnp.argmax(batch.probs, axis=1) == jnp.argmax(tier_logp, axis=1)
+    tokens = jnp.sum(batch.prompt_len) + jnp.sum(batch.length) + len(batch) * int(sizes.sum())
+    return loss, {
+        "policy/loss": loss,
+        "policy/step_loss": step_loss,
+        "distill/kl": jnp.sum(batch.probs * gap) / len(of),
+        "distill/agreement": jnp.sum(same) / len(of),
+        "tokens/trained": tokens,
+        "budget/tokens": 3 * tokens,  # forward-equivalent, as in `rl.step`
+    }
+
+
+def make_step(
+    policy: Policy, update: UpdateFn, texts: PartTexts, step_weight: float, chunk: int = 0,
+    instructions: Array | None = None, micro_batches: int = 1,
+) -> Callable[[TrainState, Lessons], tuple[TrainState, dict[str, Array]]]:
+    """Returns the pure function `step(state, batch) -> (state, metrics)`; metrics are float32 scalars.
+
+    `instructions` and `micro_batches` as in `sft.make_step`.
+    """
+    policy, instruct = instructed(policy, instructions)
+
+    def loss(params: Params, piece: Lessons, batch: Lessons) -> tuple[Array, dict[str, Array]]:
+        return distill_loss(policy, params, piece, texts, step_weight, chunk, batch)
+
+    return descending(loss, instruct, update, micro_batches)
