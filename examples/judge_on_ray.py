@@ -4,7 +4,7 @@
     python examples/judge_on_ray.py --checkpoint=my_judge --input=pairs/ --output=judged/ --judges=8 --gpus=1
 
 Input is a Parquet file or a folder of them, output a folder of them with the columns that `agrl_jax.judge` adds; both
-may be in a bucket. A judge that dies, with its machine or without, is started anew, and its rows are judged again.
+may be in a bucket. If a judge dies, or its machine, Ray starts another one, which judges its rows again.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def judge_parquet(
 ) -> None:
     """Judges the rows of Parquet files into Parquet files in the folder `output`.
 
-    `resources` are those of a judge, such as num_gpus=1. A judge is asked for four batches at once, to sort by length;
-    so many rows are a block, and what is judged again where a judge dies.
+    `resources` are those of a judge, such as num_gpus=1. A judge gets four batches at once, which it sorts by length;
+    they are also what is judged again if it dies.
     """
     block = 4 * batch_size
     rows = ray.data.read_parquet(source).repartition(target_num_rows_per_block=block).map_batches(

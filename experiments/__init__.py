@@ -1,1 +1,1 @@
-"""Comparisons of methods: sweeps over configs, a runner that resumes, and the tables made of its results."""
+"""Comparisons of methods: sweeps over configs, a runner that resumes, and tables of its results."""

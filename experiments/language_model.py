@@ -1,13 +1,13 @@
-"""The evidence on a language model, SmolLM2-135M-Instruct: every method after each of three warm starts.
+"""The study of a language model, SmolLM2-135M-Instruct: every method after each of three warm starts.
 
     python -m experiments.language_model [--config.data.test_path=PAIRS.csv]
 
-One command searches the settings, makes every run that is missing, and writes the tables after each of them. It can be
+One command searches the settings, makes every run that is missing, and writes the tables after each run. It can be
 stopped at any point, by Ctrl-C or `--minutes=N`, and given again. The first seed of all methods comes first. A run
-takes about half an hour of two cores, all of them more than a day. PAIRS.csv holds real pairs, which no run is trained
-on: they are judged beside the benchmark, as the split `test`.
+takes about half an hour of two cores, all of them more than a day. No run trains on the real pairs of PAIRS.csv: they
+are judged beside the benchmark, as the split `test`.
 
-The regimes differ in what the warm start learns from, and RL after it:
+The regimes differ in what the warm start, and RL after it, learn from:
 
     scarce  500 pairs with steps; the other pairs have the tier alone, as most real ones do
     head    the head of the distribution of queries; RL sees all of it, with steps
@@ -44,7 +44,7 @@ BUDGET = 900_000  # forward-equivalent tokens of each run after the warm start: 
 SEEDS = (0, 1, 2)
 Fields = Mapping[str, Any]
 
-# What the regimes change, and their methods with what these change.
+# The fields that each regime changes, and its methods with the fields that they change.
 _TIERS = "tier, steps of 500"
 REGIMES: dict[str, tuple[Fields, Mapping[str, Fields]]] = {
     "scarce": (
@@ -67,8 +67,8 @@ REGIMES: dict[str, tuple[Fields, Mapping[str, Fields]]] = {
         {"sft.source": "train", "sft.steps": 1200},
         {"sft": {}, "sft_more": {"labels": "tier, steps"}, "dpo": {}, "grpo": {}, "agrl": {}},
     ),
-    # As many pairs as the start on the head and `sft_more` after it, with the tier alone: it is stated first, and what
-    # follows it has no loss. Untrained is the model as it is, asked through its chat template under the grammar.
+    # As many pairs as the start on the head and `sft_more` after it, with the tier alone. The tier is stated first, and
+    # the rest of the answer has no loss. `untrained` asks the model as it is, through its chat template and grammar.
     "plain": (
         {"method": "sft"},
         {
@@ -89,11 +89,11 @@ SEARCHED = {
     method: {setting: {f"{branch}.learning_rate": rate} for setting, rate in _RATES.items()}
     for method, branch in (("dpo", "dpo"), ("grpo", "rl"), ("agrl", "rl"))
 }
-NEIGHBOURS = {"grpo_pr": "grpo", "rrs": "agrl", "agr": "agrl"}  # whose settings the methods take that are not searched
+NEIGHBOURS = {"grpo_pr": "grpo", "rrs": "agrl", "agr": "agrl"}  # methods that take another's settings
 
 
 def base(times: int = 1) -> ConfigDict:
-    """SmolLM2 asked tersely, trained in all its weights; what comes after the warm start `times` as long."""
+    """SmolLM2 with terse prompts and all weights trained; the stage after the warm start is `times` as long."""
     c = recipes.language_model()
     c.data.update(style="terse", prompt_len=64, response_len=32)  # the longest gold answer has 30 tokens
     c.reward.overlong_from = 31
@@ -112,7 +112,7 @@ def base(times: int = 1) -> ConfigDict:
 
 @dataclass(frozen=True)
 class Plan:
-    """The study, under a name, with runs so many times as long."""
+    """The study under a name, with runs `times` as long."""
 
     name: str
     file: str  # where its `get_config` is
@@ -127,7 +127,7 @@ class Plan:
 
     @property
     def search(self) -> Sweep:
-        """Half as long, as search/METHOD.SETTING."""
+        """The search's runs, half as long, as search/METHOD.SETTING."""
         half = {
             "rl.budget": self.times * BUDGET // 2, "rl.steps": 60 * self.times, "dpo.steps": 65 * self.times,
             "dpo.mined": 384 * self.times, "eval.every": 20 * self.times,
@@ -148,7 +148,7 @@ class Plan:
         shared, methods = REGIMES[regime]
         runs = {name: {"method": name, **shared, **fields} for name, fields in methods.items()}
         for fields in runs.values():
-            if "more.steps" in fields:  # filling in costs tokens, so that the budget lets fewer through
+            if "more.steps" in fields:  # filling in steps costs tokens, so the budget allows fewer
                 fields["more.steps"] *= self.times
         return runs
 
@@ -158,7 +158,7 @@ class Plan:
 
     @property
     def tuned(self) -> Path:
-        """Where what the search chose stands."""
+        """The file of the settings that the search chose."""
         return self.results / self.name / "tuned.json"
 
     def get_config(self, arg: str | None = None) -> ConfigDict:
@@ -173,7 +173,7 @@ class Plan:
                 yield [(f"{regime}/{name}", seed) for name in REGIMES[regime][1]]
 
     def choose(self) -> None:
-        """Writes what the search chose, and what it tried."""
+        """Writes the settings that the search chose, and those that it tried."""
         search = self.part(self.search, "search")
         fields, rows = choose.choose(search, SEARCHED, self.times * BUDGET)
         fields |= {name: fields[other] for name, other in NEIGHBOURS.items() if other in fields}
@@ -187,7 +187,7 @@ class Plan:
         write_json(self.tuned, fields, indent=1)
 
     def tables(self, regimes: Sequence[str], bootstrap: int = 1000) -> None:
-        """Writes the tables of the regimes, as far as their results go."""
+        """Writes the tables of the regimes from the results so far."""
         for regime in regimes:
             sweep = self.part(self.sweep, regime)
             if any(sweep.result(*job).exists() for job in sweep.jobs()):
@@ -197,7 +197,7 @@ class Plan:
         """Makes what is missing; returns how many runs failed."""
         failed = run.run(self.search, self.file, folder, workers, list(self.search.jobs()), overrides)
         if failed:
-            return failed  # without its settings no other run is worth its time
+            return failed  # all other runs need its settings
         self.choose()
         for jobs in self.jobs(regimes):
             failed += run.run(self.sweep, self.file, folder, workers, jobs, overrides, lambda: self.tables(regimes))
@@ -211,7 +211,7 @@ get_config = PLAN.get_config
 
 
 def main(argv: list[str], plan: Plan = PLAN) -> None:
-    """Exit code 2 for a regime that is not there, 1 where runs failed, 130 where stopped by Ctrl-C or in time."""
+    """Exit code 2 for an unknown regime, 1 if runs failed, 130 if stopped by Ctrl-C or `--minutes`."""
     run.define_flags()
     flags.DEFINE_list("regimes", list(REGIMES), "Which, in their order.")
     overrides = [word for word in argv if word.startswith("--config.")]

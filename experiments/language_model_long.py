@@ -2,7 +2,7 @@
 
     python -m experiments.language_model_long --minutes=9 [--config.data.test_path=PAIRS.csv]
 
-Given again, it goes on where it was, so that it fits into pieces of ten minutes. See `experiments/language_model.py`.
+The same command goes on where it was, so that pieces of ten minutes suffice. See `experiments/language_model.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Three times the main table's budget: whether what a method gains lasts, or others catch up."""
+"""Three times the main table's budget: does a method's gain last, or do others catch up?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ METHODS = ("sft_more", "grpo", "grpo_ds", "agrl")
 
 
 def _fields(method: str) -> dict[str, object]:
-    """The main table's run of a method, its budget and its schedule as many times as long."""
+    """The main table's run of a method, with a longer budget and schedule."""
     name = f"{last_branch(method)}.steps"
     steps = study.tuned().get(method, {}).get(name, flatten(study.base())[name])
     return {"rl.budget": TIMES * study.BUDGET, name: TIMES * steps, "eval.every": TIMES * study.base().eval.every}

@@ -1,13 +1,13 @@
-"""What probabilities through the rule book are worth: a table over finished runs of several seeds.
+"""Measures what probabilities through the rule book are worth, over finished runs of several seeds.
 
     python -m experiments.probabilities --workdirs=runs/quick-0,runs/quick-1,runs/quick-2
 
-The workdirs are those of one config with different seeds. Each one's best checkpoint judges b_eval and w_eval. Before:
+The workdirs are of one config with different seeds. Each run's best checkpoint judges b_eval and w_eval. Before:
 the probabilities of the tier's text after the policy's own steps, and the tier that the answer states. After: the
 probabilities through the decision table, at the temperature that is fitted on validation, and the likeliest tier.
 
-Writes `experiments/results/probabilities/SEED.json` for each run, and `table.md` of all that are there, so that runs
-can be added one by one.
+Writes `experiments/results/probabilities/SEED.json` for each run, and `table.md` of all such files, so that runs can be
+added one by one.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def measure(workdir: epath.Path, stage: str, pairs: int) -> dict[str, Any]:
 def tier_alone(
     model: assemble.Model, batch_size: int, length: int, params: Params, split: EncodedSplit, rows: np.ndarray
 ) -> np.ndarray:
-    """[N, tiers] the probabilities of the texts of the tiers after all that the policy's greedy answer says before."""
+    """[N, tiers] probabilities of the tiers' texts, after all that the policy's greedy answer says before them."""
     texts = probabilities.statements(model.book, model.tokenizer, len(model.tables.token_class))
     texts = dataclasses.replace(texts, scored=(texts.order.index(len(model.book.steps)),))
     policy, instruct = instructed(model.policy, model.instructions)
@@ -97,7 +97,7 @@ def tier_alone(
 
 
 def compare(before: Judgements, after: Judgements, rules: RuleBook) -> dict[str, dict[str, float | None]]:
-    """The metrics of both; before, macro-F1 is that of the tiers that answers state, and after, of the likeliest."""
+    """The metrics of both; macro-F1 is of the stated tiers before, and of the likeliest tiers after."""
     scored = {name: intervals.score(one, rules, bootstrap=0) for name, one in (("before", before), ("after", after))}
     found = {name: {metric: card[metric]["value"] for metric in METRICS} for name, card in scored.items()}
     found["after"]["macro_f1"] = scored["after"]["likeliest_macro_f1"]["value"]
@@ -131,10 +131,10 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """All results that are there, by seed. A field that an older run lacks has its default.
+    """All results in a folder, by seed. A field that a result's config lacks has its default.
 
     Raises:
-      ConfigError: they are of configs that differ in more than the seed.
+      ConfigError: their configs differ in more than the seed.
     """
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"), key=lambda path: int(path.stem))]
     configs = [_acting(flatten(recipes.base()) | one["config"]) for one in found]
@@ -149,7 +149,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def _acting(config: dict[str, Any]) -> dict[str, Any]:
-    """Without the seed, and without the fields of adapters where there are none."""
+    """The config without the seed, and without the fields of adapters if there are none."""
     without = ("seed",) if config["lora.rank"] else ("seed", "lora.")
     return {name: value for name, value in config.items() if not name.startswith(without)}
 

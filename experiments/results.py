@@ -1,4 +1,4 @@
-"""What is kept of a run: a small JSON file with its scores and how it went, and beside it its judgements."""
+"""Keeps the result of a run: a small JSON file with its scores and how training went, and its judgements beside it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WATCHED = ("reward/equal_groups", "policy/entropy", "policy/kl", "optim/grad_nor
 
 
 def write(sweep: Sweep, run: str, seed: int, workdir: Path, diverged: bool, digest: str) -> None:
-    """Writes the result of the run in `workdir`; `digest` says of which config."""
+    """Writes the result of the run in `workdir`; `digest` is that of its config."""
     config = json.loads((workdir / "config.json").read_text())
     method = sweep.method(run)
     rows = read_jsonl(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
@@ -71,7 +71,7 @@ def _device() -> str:
 
 
 def is_there(sweep: Sweep, run: str, seed: int, digest: str) -> bool:
-    """Whether there is a result of just this config: one of another, as before a search, has to be made again."""
+    """Whether there is a result of exactly this config. A result of another config has to be made again."""
     path = sweep.result(run, seed)
     return path.exists() and json.loads(path.read_text())["digest"] == digest
 
@@ -100,14 +100,14 @@ def rules(result: Mapping[str, Any]) -> RuleBook:
 
 
 def _keep_judgements(workdir: Path, stage: str, path: Path) -> None:
-    """The judgements of a stage, with numbers for the queries: what the tables need of them, and little to commit."""
+    """Keeps what the tables need of a stage's judgements, with numbers for the queries: small enough to commit."""
     frame = judgements.read(workdir / judgements.FILE).filter(pl.col("stage") == stage)
     number = pl.col("query").rank("dense").over("split").cast(pl.String)
     frame.with_columns(number).write_parquet(path, compression="zstd")
 
 
 def _values(card: metrics.Scores) -> dict[str, Any]:
-    """A scorecard without intervals, which over one run are of no use here."""
+    """A scorecard without intervals, which are of no use for a single run."""
     cuts = ("by_family", "by_seen")
     values = {name: measure["value"] for name, measure in card.items() if name not in (*cuts, "settings")}
     for cut in cuts:
@@ -128,7 +128,7 @@ def _thin(values: list[float], points: int = 40) -> list[float]:
 
 
 def _pairs_met(config: Mapping[str, Any], rows: list[dict[str, Any]]) -> int:
-    """Labelled training pairs that the stage after the warm start met, those met again counted again."""
+    """Labelled training pairs that the stage after the warm start met; a pair met twice counts twice."""
     branch = last_branch(config["method"])
     if branch == "dpo":
         return config["dpo"]["mined"] if rows else 0
@@ -136,13 +136,13 @@ def _pairs_met(config: Mapping[str, Any], rows: list[dict[str, Any]]) -> int:
 
 
 def _excursion(rows: list[dict[str, Any]], name: str) -> float | None:
-    """The greatest value over the median: how far training was thrown."""
+    """The greatest value divided by the median."""
     values = [row[name] for row in rows if row.get(name) is not None]
     return float(np.max(values) / max(np.median(values), 1e-12)) if values else None
 
 
 def _cost(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Tokens and seconds of what comes after the shared warm start; the median step, since machines are shared."""
+    """Tokens and seconds after the shared warm start; seconds of the median step, since machines are shared."""
     def total(name: str) -> float:
         return float(sum(row.get(name) or 0 for row in rows))
 

@@ -1,13 +1,12 @@
-"""Rules that change: how well judges follow rule books that training never saw.
+"""Measures how well judges follow rule books that training never saw.
 
     python -m experiments.rulebook_variants --workdirs=runs/sft,runs/grpo,runs/agrl [--variants=5] [--pairs=200]
 
-A variant has the steps, values and tiers of the rule book that a judge was trained with, and another table and other
-words around it. It stands in the prompt in place of the first, so the judge has to have been trained with the
-instructions in its prompt (`data.style=full` or `chat`). The true steps of a pair stay; its true tier is what the
-variant's table makes of them. Prints, and writes to `--out`, accuracy, adherence (the stated steps imply the stated
-tier by the table in the prompt) and step accuracy: by the book of the training, and by the variants, a mean over them.
-Only pairs whose steps are all known are judged.
+A variant has the steps, values and tiers of the rule book that a judge was trained with, but another table and other
+words around it. It replaces that book in the prompt, so the judge must have been trained with the instructions in its
+prompt (`data.style=full` or `chat`). The true steps of a pair stay; the variant's table gives its true tier. Prints,
+and writes to `--out`, accuracy, adherence (the stated steps imply the stated tier by the table in the prompt) and step
+accuracy: by the book of the training, and the mean over the variants. Only pairs whose steps are all known are judged.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from agrl_jax.types import UNKNOWN
 from experiments.table import Measure
 
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1", "adherence": "adherence", "step_accuracy": "step accuracy"}
-LEAST_CHANGED = 0.1  # share of the combinations of values to which a variant gives another tier
+LEAST_CHANGED = 0.1  # least share of the combinations of values with another tier in a variant
 # Other words for what a prompt says around steps and table; the first is the rule book's own.
 _WORDS = {
     "task": ("Decide how well an item answers a shopper's query.", "Rate an item against what a shopper searched for."),
@@ -54,10 +53,10 @@ _WORDS = {
 
 
 def variant(book: RuleBook, seed: int) -> RuleBook:
-    """A rule book with the same steps, values and tiers, and another table and other words; the same by the same seed.
+    """A rule book with the same steps, values and tiers, and another table and other words, by `seed`.
 
-    The rows of the table but the last stand in another order, and some of them give a neighbouring tier. Every row can
-    win, every tier can be given, and at least `LEAST_CHANGED` of the combinations have another tier than in `book`.
+    All rows of the table but the last are in another order, and some give a neighbouring tier. Every row can win, every
+    tier can result, and at least `LEAST_CHANGED` of the combinations have another tier than in `book`.
     """
     rng = np.random.default_rng([seed, 1])
     for _ in itertools.count():
@@ -78,7 +77,7 @@ def _neighbour(tier: int, tiers: int, rng: np.random.Generator) -> int:
 
 
 def _fit(other: RuleBook, book: RuleBook) -> bool:
-    """Whether all rows and tiers of a variant count, and its table is another."""
+    """Whether all rows and tiers of a variant can result, and its table differs enough from the book's."""
     table = other.tier_table()
     every_row = len(np.unique(winners(other.rows, other.num_values))) == len(other.rows)
     changed = np.mean(table != book.tier_table())
@@ -95,7 +94,7 @@ def relabelled(pairs: Sequence[Pair], book: RuleBook) -> list[Pair]:
 
 
 def judge(workdir: str, stage: str, split: str, pairs: int, variants: int) -> list[tuple[RuleBook, Judgements]]:
-    """What a workdir's judge says of a split by its own rule book, and by each of the variants of it.
+    """The judgements of a split by a workdir's judge, with its own rule book and with each variant of it.
 
     Raises:
       ConfigError: the judge was trained without instructions, or has no such split.
@@ -126,7 +125,7 @@ def judge(workdir: str, stage: str, split: str, pairs: int, variants: int) -> li
 
 
 def scores(judged: Sequence[tuple[RuleBook, Judgements]], bootstrap: int) -> dict[str, dict[str, Any]]:
-    """Each metric by the own book, and by the variants, whose mean has an interval over the variants."""
+    """Each metric with the judge's own book, and its mean over the variants with an interval."""
     own, *others = judged
     card = intervals.score(own[1], own[0], bootstrap)
     found = {"own": {name: {key: card[name][key] for key in ("value", "low", "high")} for name in METRICS}}

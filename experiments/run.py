@@ -1,11 +1,11 @@
-"""Runs what a sweep still lacks.
+"""Makes the runs of a sweep that are missing.
 
     python -m experiments.run --sweep=experiments/main_table.py --workers=2
 
-Each run is `python -m agrl_jax.main` in a workdir of its own, so one that was cut off goes on where it was. Runs that
-differ only after the warm start share it. Cores, or the GPUs named in CUDA_VISIBLE_DEVICES, are dealt out to the
-workers. What a run gave stands in `experiments/results/SWEEP/RUN-SEED.json`; a run that diverged is a result too.
-Arguments such as `--config.data.path=FILE` go to every run.
+Each run is `python -m agrl_jax.main` in a workdir of its own, so a run that was cut off goes on where it was. Runs that
+differ only after the warm start share it. The workers share the cores, or the GPUs named in CUDA_VISIBLE_DEVICES. A
+run's result is `experiments/results/SWEEP/RUN-SEED.json`; a run that diverged is a result too. Arguments such as
+`--config.data.path=FILE` go to every run.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Runner:
 
 
 def select(sweep: Sweep, only: Sequence[str], seeds: Sequence[str]) -> list[tuple[str, int]]:
-    """The runs of a sweep with these names and seeds; none: all. Raises ConfigError for those it has not."""
+    """The runs of a sweep with these names and seeds; none: all. Raises ConfigError for runs that it lacks."""
     for flag, words, there in (("only", only, sweep.runs), ("seeds", seeds, map(str, sweep.seeds))):
         names = list(there)
         if unknown := [word for word in words if word not in names]:
@@ -99,7 +99,7 @@ def select(sweep: Sweep, only: Sequence[str], seeds: Sequence[str]) -> list[tupl
 def define_flags() -> None:
     """The flags of the commands that make runs."""
     flags.DEFINE_string("results", str(study.RESULTS), "Where results are kept.")
-    flags.DEFINE_string("dir", "runs/experiments", "Of the workdirs, the benchmark and the compilation cache.")
+    flags.DEFINE_string("dir", "runs/experiments", "Where workdirs, benchmark and compilation cache are.")
     flags.DEFINE_integer("workers", 1, "Runs made at the same time.", lower_bound=1)
     flags.DEFINE_float("minutes", 0, "Stop after so long, as Ctrl-C does; 0: when all is done.", lower_bound=0)
 
@@ -120,7 +120,7 @@ def run(
     Args:
       sweep: what to run.
       file: where it is defined.
-      folder: of the workdirs, the benchmark and the compilation cache.
+      folder: holds the workdirs, the benchmark and the compilation cache.
       workers: runs made at the same time.
       wanted: runs of the sweep and their seeds.
       overrides: command-line arguments for every run.
@@ -155,7 +155,7 @@ def run(
     ready = [job for job in jobs if _made(starts[job])]
     if len(ready) < len(jobs):
         say(f"{len(jobs) - len(ready)} runs are left out: they have no warm start")
-    # A workdir is named by its config too: a changed one starts anew and leaves the other alone.
+    # The name of a workdir depends on its config: a changed config starts anew in another workdir.
     places = {job: folder / sweep.name / f"{job[0]}-{job[1]}-{digests[job][:6]}" for job in ready}
     return failed + _all(runner, sweep.name, [(*job, place) for job, place in places.items()], one, after)
 
@@ -192,12 +192,12 @@ def _config(sweep: Sweep, run: str, seed: int) -> ConfigDict:
 
 
 def _made(start: Path) -> bool:
-    """Whether a warm start has come to its end."""
+    """Whether a warm start has ended."""
     return (start / "scorecard.json").exists()
 
 
 def _share(start: Path, workdir: Path) -> None:
-    """Gives a fresh workdir the end of a warm start, as if it had made it itself."""
+    """Gives a fresh workdir the end of a warm start, as if it were its own."""
     if (workdir / "checkpoints").exists():
         return
     half = workdir / "checkpoints.tmp"
@@ -211,7 +211,7 @@ def _share(start: Path, workdir: Path) -> None:
 
 
 def _link(source: str, target: str) -> None:
-    """The same file under a second name, so that a large warm start lies on the disk once; else a copy."""
+    """A hard link, so that a large warm start is on the disk once; a copy where that fails."""
     try:
         os.link(source, target)
     except OSError:
@@ -219,7 +219,7 @@ def _link(source: str, target: str) -> None:
 
 
 def _delete_checkpoints(workdir: Path) -> None:
-    """Of a run that is over, all but the end of the warm start."""
+    """Deletes the checkpoints of a finished run, except the end of the warm start."""
     for stage in STAGES:
         shutil.rmtree(workdir / "checkpoints" / stage, ignore_errors=True)
 
@@ -237,7 +237,7 @@ def _slots(workers: int) -> list[dict[str, str]]:
 
 
 def main(argv: list[str]) -> None:
-    """Exit code 2 for a sweep that is not there, 1 where runs failed, 130 where stopped by Ctrl-C."""
+    """Exit code 2 for a sweep that does not exist, 1 if runs failed, 130 if stopped by Ctrl-C."""
     flags.DEFINE_string("sweep", None, "A file with a SWEEP, such as experiments/main_table.py.", required=True)
     define_flags()
     flags.DEFINE_list("only", [], "Names of runs; by default all.")

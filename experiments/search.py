@@ -1,11 +1,11 @@
-"""The same small search for every method: one setting at a time away from a centre, one seed, on validation alone.
+"""The same small search for every method: one setting at a time differs from a centre, one seed, on validation alone.
 
 Each run spends half of the main table's budget.
 
-`python -m experiments.run --sweep=experiments/search.py`, then `python -m experiments.choose` writes what is best for
-each method to `results/tuned.json`, from where the other sweeps take it. Clip-higher is not among them: of a rollout
-there is one update here, so its ratio is 1 and nothing is clipped (GRPO with `objective.clip_high=0.28` gave the very
-figures of its centre).
+After `python -m experiments.run --sweep=experiments/search.py`, `python -m experiments.choose` writes the best settings
+of each method to `results/tuned.json`, which the other sweeps read. Clip-higher is not searched: a rollout has one
+update here, so the ratio is 1 and nothing is clipped (GRPO with `objective.clip_high=0.28` gave exactly the figures of
+its centre).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SETTINGS = {
     "kl": {"objective.kl": "k3", "objective.kl_weight": 0.05},
     "cool": {"rl.temperature": 0.8},
 }  # fmt: skip
-# Preference pairs know no clipping; beta is their weight of the KL.
+# DPO has no clipping; beta is its weight of the KL.
 DPO = {
     "centre": {},
     "slow": {"dpo.learning_rate": 1e-4, "dpo.matrix_rate": 0.0007},
@@ -32,7 +32,7 @@ DPO = {
     "tight": {"dpo.beta": 0.3},
     "cool": {"rl.temperature": 0.8},
 }
-# Supervised training knows neither sampling nor a reference.
+# Supervised training has neither sampling nor a reference.
 MORE = {
     "centre": {},
     "slow": {"more.learning_rate": 3e-4, "more.matrix_rate": 0.0013},
@@ -58,7 +58,7 @@ def half() -> ConfigDict:
     c.dpo.mined //= 2
     c.dpo.steps //= 2
     c.more.steps //= 2
-    c.eval.every = 13  # five times, of which the last three count
+    c.eval.every = 13  # five times; the last three count
     return c
 
 

@@ -1,4 +1,4 @@
-"""The study policy, and what a sweep is.
+"""The study's policy, and sweeps.
 
 Every sweep is a file beside this one with a `SWEEP`, and is a config file too, so that a single run of it can be made
 by hand:
@@ -23,13 +23,13 @@ from ml_collections import ConfigDict
 from agrl_jax import recipes
 from agrl_jax.runtime.config import ConfigError, config_digest, flatten, last_branch, matches, parse_arg, resolve
 
-RESULTS_VARIABLE = "AGRL_EXPERIMENT_RESULTS"  # tells a run of other results: a search wrote there
+RESULTS_VARIABLE = "AGRL_EXPERIMENT_RESULTS"  # tells a run where other results are, such as a search's
 RESULTS = Path(os.environ.get(RESULTS_VARIABLE) or Path(__file__).parent / "results")
 TUNED = RESULTS / "tuned.json"  # what the search chose: {method: fields}
 BUDGET = 1_400_000  # forward-equivalent tokens of each run after the warm start: two minutes of AGRL on one core
 SFT_STEP = 3411  # of them in a step of the study's warm start, the mean of its `budget/tokens`
 
-# The fields that a warm start depends on: runs in which these are the same share one.
+# The fields that a warm start depends on: runs with equal ones share it.
 START = (
     "seed", "rulebook", "data", "policy", "lora", "sft", "eval.pairs", "eval.pass_k", "eval.pass_pairs",
     "eval.batch_size", "eval.bootstrap", "objective.logprob_chunk",
@@ -46,8 +46,8 @@ LABELS = {
 def base() -> ConfigDict:
     """The quickstart's policy, with a longer warm start and a shorter RL stage that ends with the budget.
 
-    The warm start goes three times over its pairs, after which more of the same adds little. From one of 600 steps SFT
-    is still the steeper way up: with the budget of the RL stage it gains three times what any RL method does.
+    The warm start goes three times over its pairs, after which more of the same adds little. After only 600 steps, SFT
+    would gain three times as much with the budget of the RL stage as any RL method does.
 
     Half the quickstart's batch and a third of its rates do better with so few tokens.
     """
@@ -76,13 +76,13 @@ class Sweep:
     """Runs by name, each with the fields in which it differs from its method on the study policy, and their seeds."""
 
     name: str
-    runs: Mapping[str, Mapping[str, Any]]  # beside the fields `method`, if not the run's name; `labels`, if others
+    runs: Mapping[str, Mapping[str, Any]]  # and `method`, if it is not the run's name; `labels`, if they differ
     seeds: tuple[int, ...]
-    tuned: Path | None = TUNED  # with what a search chose for each method
+    tuned: Path | None = TUNED  # the settings that a search chose for each method
     reference: str = "agrl"  # the run that others are compared with
     base: Callable[[], ConfigDict] = base
     results: Path = RESULTS
-    keep_checkpoints: bool = True  # else those of a run are deleted once its result is there
+    keep_checkpoints: bool = True  # else a run's checkpoints are deleted once its result exists
 
     def get_config(self, arg: str | None = None) -> ConfigDict:
         """The config of one run: `RUN` or `RUN,seed=K`."""
@@ -100,12 +100,12 @@ class Sweep:
         return self.runs[run].get("method", run)
 
     def fields(self, run: str) -> dict[str, Any]:
-        """In what a run differs from its method on the study policy: its own fields over what the search chose."""
+        """The fields in which a run differs from its method on the study policy: its own, over the search's choice."""
         own = {name: value for name, value in self.runs[run].items() if name not in _ABOUT}
         return (tuned(self.tuned).get(self.method(run), {}) if self.tuned else {}) | own
 
     def labels(self, run: str) -> str:
-        """What a run learns from after the warm start."""
+        """The labels that a run learns from after the warm start."""
         return self.runs[run].get("labels", LABELS[self.method(run)])
 
     def jobs(self) -> Iterator[tuple[str, int]]:
@@ -117,30 +117,30 @@ class Sweep:
         return self.results / self.name / f"{run}-{seed}.json"
 
 
-_ABOUT = ("method", "labels")  # said of a run beside its fields
+_ABOUT = ("method", "labels")  # entries of a run that are not fields
 
 
 def digest(config: ConfigDict, overrides: Sequence[str]) -> str:
-    """What tells the results of two configs apart; of a path among the overrides only the file's name counts."""
+    """A digest of what results depend on; of a path in the overrides only the file's name counts."""
     return sha256(repr([config_digest(config), sorted(_named(overrides))]).encode()).hexdigest()[:16]
 
 
 def start_digest(config: ConfigDict, overrides: Sequence[str]) -> str:
-    """What tells warm starts apart: the same for all runs that share one."""
+    """A digest that is equal for all runs that share a warm start."""
     named = sorted((name, value) for name, value in _named(overrides) if matches(name, START))
     fields = sorted(start_of(config).items())
     return sha256(repr([fields, named] if named else fields).encode()).hexdigest()[:12]
 
 
 def _named(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The fields and values of arguments such as `--config.data.path=FILE`; of a path the file's name."""
+    """The fields and values of arguments such as `--config.data.path=FILE`; for a path, the file's name."""
     for word in overrides:
         name, _, value = word.removeprefix("--config.").partition("=")
         yield name, Path(value).name if name.endswith("path") else value
 
 
 def tuned(path: Path = TUNED) -> dict[str, dict[str, Any]]:
-    """What a search chose for each method; nothing before there was one."""
+    """The settings that a search chose for each method; empty without a search."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 

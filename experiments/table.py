@@ -3,8 +3,8 @@
     python -m experiments.table --sweep=experiments/main_table.py
 
 Writes `table.md`, `table.csv`, `scores.png`, `curves.png` and `training.png` to `experiments/results/SWEEP/`.
-Intervals are 95%, by a hierarchical bootstrap: seeds are drawn, then queries, the same ones for every method, so that a
-difference between two methods is one between the same seeds and the same queries.
+Intervals are 95%, by a hierarchical bootstrap: seeds are drawn, then queries, the same ones for every method, so that
+differences between methods are paired.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _LEGEND_ROWS = 18  # of a column
 _NOTE = "An interval without 0 in it is a difference that other seeds and queries would most likely show too."
 COMPARED = ("macro_f1", "accuracy", "step_accuracy", "all_right", "adherence")
 Found = Mapping[str, Mapping[int, Mapping[str, Any]]]  # results by run and seed
-Part = Callable[[Judgements], Judgements]  # of a split
+Part = Callable[[Judgements], Judgements]  # selects a part of a split
 Measured = Mapping[str, Mapping[str, np.ndarray]]  # by run and metric, [1 + bootstrap]: the mean, and its resamples
 
 
@@ -84,7 +84,7 @@ def resampled(found: Found, split: str, bootstrap: int, part: Part = lambda judg
 def ahead(
     found: Found, measured: Measured, split: str, reference: str, bootstrap: int
 ) -> dict[str, dict[str, np.ndarray]]:
-    """By run and metric, the reference less each other run: over the seeds that both have, so that seeds are paired."""
+    """By run and metric, the reference less each other run, over the seeds that both have."""
     differences = {}
     for run in measured:
         seeds = [_finished(found[name]) for name in (reference, run)]
@@ -123,7 +123,7 @@ def _seen(whether: bool) -> Part:
 
 
 def tables(sweep: Sweep, found: Found, measured: Mapping[str, Measured], bootstrap: int) -> Iterator[Table]:
-    """All tables of a sweep, from its results and what was measured on each split; the first is for the README."""
+    """All tables of a sweep, from its results and the metrics of each split; the first is the summary."""
     differences = {
         split: ahead(found, of, split, sweep.reference, bootstrap) if sweep.reference in of else {}
         for split, of in measured.items()
@@ -196,7 +196,7 @@ def _families(split: str, found: Found, bootstrap: int) -> Table:
 
 
 def _held_out(split: str, found: Found, bootstrap: int) -> Table:
-    """Pairs whose product types, brands or phrasings no training pair has, beside the others."""
+    """Accuracy on pairs whose product types, brands or phrasings no training pair has, and on the others."""
     shown = {metric: METRICS[metric] for metric in ("macro_f1", "accuracy", "step_accuracy")}
     seen = _some_judgements(found, split).seen.astype(bool)
     parts = {f"seen ({seen.sum()})": _seen(True), f"unseen ({(~seen).sum()})": _seen(False)}
@@ -210,7 +210,7 @@ def _held_out(split: str, found: Found, bootstrap: int) -> Table:
 
 
 def _some_judgements(found: Found, split: str) -> Judgements:
-    """Those of any run: all judge the same pairs."""
+    """The judgements of any run: all judge the same pairs."""
     return next(result["judged"][split] for seeds in found.values() for result in seeds.values() if result["judged"])
 
 
@@ -225,7 +225,7 @@ def _stability(found: Found, splits: Sequence[str]) -> Table:
         cells = []
         for split in splits:
             scores = [result["scores"][split]["macro_f1"] for result in finished]
-            spread = f"{np.std(scores):.3f}" if len(scores) > 1 else "-"  # of one seed there is none
+            spread = f"{np.std(scores):.3f}" if len(scores) > 1 else "-"  # one seed has none
             cells.append(f"{spread}, {min(scores):.3f}" if scores else "-")
         cells += [str(len(every) - len(finished)), str(sum(result["skipped"] for result in every))]
         cells += [_ends(every, name) for name in ("reward/equal_groups", "policy/entropy")]
@@ -245,7 +245,7 @@ def _mean(values: Sequence[float | None]) -> str:
 
 
 def _cost(found: Found) -> Table:
-    """Means over seeds; seconds as a ratio to GRPO's, and the budget needed for what GRPO reaches at its end."""
+    """Means over seeds; seconds as a ratio to GRPO's, and the budget needed to reach GRPO's last score."""
     seconds = {run: np.mean([result["cost"]["seconds"] for result in seeds.values()]) for run, seeds in found.items()}
     goal = goal_of(found.get("grpo", {}))
     rows = []
@@ -278,7 +278,7 @@ def goal_of(seeds: Mapping[int, Mapping[str, Any]]) -> tuple[float, float] | Non
 
 
 def needed(seeds: Mapping[int, Mapping[str, Any]], goal: tuple[float, float] | None) -> str:
-    """What is spent until the goal's macro-F1 is reached, as a share of the goal's tokens."""
+    """The tokens spent until the goal's macro-F1 is reached, as a share of the goal's tokens."""
     curve = mean_curve(seeds)
     if goal is None or not goal[0] or not len(curve):
         return "-"
@@ -353,7 +353,7 @@ def plot_curves(path: Path, found: Found) -> None:
 
 
 def plot_training(path: Path, found: Found) -> None:
-    """How steady training was: what was watched at every RL step, means over seeds and short stretches of steps."""
+    """How steady training was: metrics of every RL step, means over seeds and short stretches of steps."""
     every = [result["watched"] for seeds in found.values() for result in seeds.values()]
     names = [name for name in results.WATCHED if any(watched[name] for watched in every)]
     if not names:
@@ -382,7 +382,7 @@ def plot_training(path: Path, found: Found) -> None:
 
 
 def _missing(sweep: Sweep) -> str:
-    """Which runs have no result yet, in words; empty where all have one."""
+    """A sentence about the runs without a result; empty if all have one."""
     lacking = [job for job in sweep.jobs() if not sweep.result(*job).exists()]
     if not lacking:
         return ""
@@ -391,7 +391,7 @@ def _missing(sweep: Sweep) -> str:
 
 
 def write(sweep: Sweep, bootstrap: int) -> Path:
-    """Writes all files; returns the table's. Raises ConfigError where there are no results yet."""
+    """Writes all files; returns the table's path. Raises ConfigError if there are no results yet."""
     found = results.read(sweep)
     if not found:
         raise ConfigError(f"{sweep.result('RUN', 0).parent}: no results; python -m experiments.run makes them")
@@ -408,7 +408,7 @@ def write(sweep: Sweep, bootstrap: int) -> Path:
 
 
 def main(argv: list[str]) -> None:
-    """Exit code 2 for a sweep that is not there or has no results."""
+    """Exit code 2 for a sweep that does not exist or has no results."""
     flags.DEFINE_string("sweep", None, "A file with a SWEEP, such as experiments/main_table.py.", required=True)
     flags.DEFINE_string("results", str(study.RESULTS), "Where results are kept.")
     flags.DEFINE_integer("bootstrap", 2000, "Resamples.", lower_bound=0)
