@@ -159,6 +159,7 @@ def base() -> ConfigDict:
     c.rl.group_size = 4  # G, answers to each
     c.rl.candidates = 1  # x B examples sampled at most, to replace groups with equal rewards; see rl/refill.py
     c.rl.temperature = 1.0  # of sampling; the loss is of the same distribution
+    c.rl.constrained = False  # sample under the rule book's grammar; the loss is over the same allowed tokens
     c.rl.epochs = 1  # passes over each rollout
     c.rl.minibatches = 1  # updates in each pass
     c.rl.micro_batches = 1  # pieces of each minibatch: less memory, and no work for those where no group can teach
@@ -370,6 +371,7 @@ _ACTS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
       for name in ("rows", "real", "strangers", "disguised")),
     ("objective.kl_weight", "objective.kl", lambda kl: kl != "none"),
     ("policy.thought_len", "policy.thinking", lambda thinking: thinking == "on"),
+    ("rl.constrained", "method", lambda method: last_branch(method) == "rl"),
     ("objective.clip_low", "objective.loss", lambda loss: loss not in ("gspo", "rloo")),
     ("objective.clip_high", "objective.loss", lambda loss: loss not in ("gspo", "rloo")),
     ("objective.gspo_clip_low", "objective.loss", lambda loss: loss == "gspo"),

@@ -89,6 +89,12 @@ class RuleTables:
     def num_steps(self) -> int:
         return len(self.num_values)
 
+    @property
+    def shortest(self) -> int:
+        """Tokens, the end token included, in which a response can be whole after the longest thought."""
+        thought = 0 if self.thought is None else self.thought.limit + len(self.thought.end)
+        return thought + int(self.grammar_distance[0])
+
 
 DEAD_DISTANCE = 1 << 20  # `grammar_distance` of a state from which no response can be finished
 

@@ -345,6 +345,19 @@ def test_no_token_is_allowed_where_the_length_is_too_short_or_the_response_is_ov
     assert not allowed(one.tables, np.stack([dead, done]), 2 * DEAD_DISTANCE).any()
 
 
+def test_all_tokens_are_choices_where_none_is_allowed_or_where_another_was_taken() -> None:
+    one = case("think, bpe")
+    shortest = int(one.tables.grammar_distance[0])
+    lengths = np.array([shortest - 1, shortest, shortest + 9], np.int32)
+    states = np.zeros(3, np.int32)
+    choices, mask = reader.choices(one.tables, states, lengths), np.asarray(allowed(one.tables, states, lengths))
+    assert choices[0].all() and not mask[0].any()
+    np.testing.assert_array_equal(choices[1:], mask[1:])
+    taken = int(np.flatnonzero(mask[1])[0])
+    np.testing.assert_array_equal(reader.choices(one.tables, states, lengths, np.full(3, taken)), choices)
+    assert reader.choices(one.tables, states, lengths, np.full(3, one.end)).all()  # nothing begins with the end
+
+
 # The tables
 
 

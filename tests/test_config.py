@@ -253,6 +253,7 @@ def test_what_a_method_leaves_open_can_be_chosen():
         ({"sft__path": "a.csv", "sft__source": "train"}, "sft.path=a.csv has no effect with sft.source=train"),
         ({"objective__kl_weight": 0.1}, "objective.kl_weight=0.1 has no effect with objective.kl=none"),
         ({"policy__thought_len": 64}, "policy.thought_len=64 has no effect with policy.thinking=off"),
+        ({"method": "dpo", "rl__constrained": True}, "rl.constrained=True has no effect with method=dpo"),
         ({"objective__kl": "k3"}, "objective.kl=k3 has no effect with objective.kl_weight=0"),
         ({"objective__loss": "gspo", "objective__clip_low": 0.1}, "objective.clip_low=0.1 has no effect with"),
         ({"objective__gspo_clip_high": 0.1}, "objective.gspo_clip_high=0.1 has no effect with objective.loss=grpo"),
@@ -286,6 +287,15 @@ def test_own_answers_that_can_never_be_there_are_refused():
     cfg.check_guidance(changed(rl__steps=10), pairs=80)
     cfg.check_guidance(changed(**own, guidance__enabled=False), pairs=80)
     cfg.check_guidance(changed(**own, method="dpo"), pairs=80)
+
+
+def test_answers_under_the_grammar_need_room_for_the_longest_thought_too():
+    check = {"rl__constrained": True, "data__response_len": 15}
+    message = "data.response_len=15 with rl.constrained=True: an answer can be sure to be whole only in 16 tokens"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        cfg.check_constrained(changed(**check), shortest=16)
+    cfg.check_constrained(changed(**check), shortest=15)
+    cfg.check_constrained(changed(data__response_len=15), shortest=16)
 
 
 def test_guidance_that_is_off_needs_no_capacity():

@@ -241,6 +241,37 @@ def test_log_probabilities_and_entropies_by_hand():
     np.testing.assert_allclose(np.exp(logp[0, 0]), [4 / 6, 1 / 82], rtol=1e-5)  # squares: 1, 1, 4 and 1, 81
 
 
+@pytest.mark.parametrize("chunk", [0, 1, 3])
+def test_log_probabilities_among_the_choices_by_hand(chunk):
+    """Odds 1, 2, 3, 4 in each of four places: all are choices, then the first and third, these at a temperature of 1/2
+    (squares: 1 and 9), and the last alone."""
+    masks = jnp.array([[True] * 4, [True, False, True, False], [False, False, False, True]])
+    tokens, which = jnp.array([[[3, 2, 0, 3]]]), jnp.array([[[0, 1, 1, 2]]])
+
+    def found(odds, temperature):
+        how = {"choices": lambda which: masks[which], "of": (which,)}
+        return token_logprobs(lambda h: h, jnp.log(odds), tokens, temperature, chunk, **how)
+
+    odds = jnp.broadcast_to(jnp.array([1.0, 2.0, 3.0, 4.0]), (1, 1, 4, 4))
+    logp, entropy = found(odds, 1.0)
+    np.testing.assert_allclose(np.exp(logp[0, 0]), [0.4, 0.75, 0.25, 1.0], rtol=1e-6)
+    of_two = -0.25 * np.log(0.25) - 0.75 * np.log(0.75)
+    np.testing.assert_allclose(entropy[0, 0, 1:], [of_two, of_two, 0], rtol=1e-6)
+    np.testing.assert_allclose(np.exp(found(odds, 0.5)[0][0, 0]), [16 / 30, 0.9, 0.1, 1.0], rtol=1e-6)
+
+    def slopes(part):  # by the logits at temperature 1/2, which halves them: the odds are e to each
+        def value(logits):
+            return jnp.sum(found(jnp.exp(logits), 0.5)[part])
+
+        return np.asarray(jax.grad(value)(jnp.log(odds)))[0, 0]
+
+    by_hand = [[-1 / 15, -4 / 15, -9 / 15, 14 / 15], [-0.2, 0, 0.2, 0], [1.8, 0, -1.8, 0], [0, 0, 0, 0]]
+    np.testing.assert_allclose(slopes(0), by_hand, atol=1e-6)
+    tilt = 2 * 0.1 * 0.9 * np.log(9)  # of the entropy: -p (log p + H) / temperature
+    np.testing.assert_allclose(slopes(1)[1:], [[tilt, 0, -tilt, 0], [tilt, 0, -tilt, 0], [0, 0, 0, 0]], atol=1e-6)
+    assert np.all(slopes(0)[3] == 0) and np.all(slopes(1)[3] == 0)  # not by rounding: a text with one way to go on
+
+
 def test_values_and_gradients_are_those_of_log_softmax_in_chunks_of_any_size():
     rng = np.random.default_rng(0)
     hidden, head = rng.normal(size=(2, 3, 4, 5)).astype(np.float32), rng.normal(size=(5, 11)).astype(np.float32)

@@ -54,16 +54,18 @@ def batch(small):
 
 @pytest.fixture(scope="module")
 def teacher(small, batch):
-    """`teacher(tokens, temperature)`: log-probabilities of tokens and of the likeliest, and its id, as in training."""
+    """`teacher(tokens, temperature)`: log-probabilities of tokens, and the likeliest, as in training."""
 
-    @jax.jit
-    def compiled(tokens, temperature):
+    @partial(jax.jit, static_argnames="constrained")
+    def compiled(tokens, temperature, constrained):
         prefix = prefill(small.policy, small.params, batch.prompt, batch.prompt_len)
         hidden = predicting_hidden(small.policy, small.params, prefix, tokens)
         unembed = partial(small.policy.unembed, small.params)
-        return token_logprobs(unembed, hidden, tokens, temperature, chunk=7)[0], jnp.argmax(unembed(hidden), axis=-1)
+        grammar = (partial(reader.choices, small.tables), reader.places(small.tables, tokens)) if constrained else ()
+        logp, _ = token_logprobs(unembed, hidden, tokens, temperature, 7, *grammar)
+        return logp, jnp.argmax(unembed(hidden), axis=-1)
 
-    return lambda tokens, temperature=1.0: compiled(tokens, temperature)
+    return lambda tokens, temperature=1.0, constrained=False: compiled(tokens, temperature, constrained)
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +240,21 @@ def test_grammar_and_forced_prefixes_go_together(small, sample, batch):
     # Once the tier is stated the end token has no alternative: its log-probability is 0, as if it were given.
     np.testing.assert_allclose(np.asarray(rolled.logp)[..., 3], 0, atol=1e-6)
     assert np.all(np.asarray(rolled.logp)[..., 2] < -0.01)
+
+
+def test_sampler_and_trainer_agree_under_the_grammar(small, sample, batch, teacher):
+    """Behind nothing, the first part of the gold answer, all of its parts, and what begins no answer."""
+    forced = np.pad(batch.gold, ((0, 0), (0, T - batch.gold.shape[1])))
+    forced[3, :4] = [0, 8, 5, 9]
+    lengths = np.array([0, 1, 3, 4], np.int32)
+    rolled = jax.tree.map(np.asarray, sample(batch, forced, lengths, constrained=True))
+    logp, _ = teacher(rolled.tokens, 0.8, constrained=True)
+    np.testing.assert_allclose(rolled.logp, np.where(rolled.sampled, logp, 0), atol=1e-5)
+    assert np.all(rolled.finished[:3]) and np.all(rolled.valid[:3] == (np.arange(T) < 4))
+    assert np.all(logp[:3, :, 3] == 0)  # the end is the only choice
+    free, _ = teacher(rolled.tokens, 0.8)
+    np.testing.assert_allclose(logp[3, :, 1:], free[3, :, 1:], atol=1e-5)  # all are choices where none makes it whole
+    assert np.all((free < logp - 0.01)[:3, :, :3]) and np.all((free < logp - 0.01)[3, :, 0])
 
 
 # --------------------------------------------------------------------------------------------- choose

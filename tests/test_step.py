@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import RESPONSE_LEN, lenient
+from conftest import END, RESPONSE_LEN, lenient
 
 from agrl_jax.policy.decoding import for_decoding
 from agrl_jax.policy.scoring import predicting_hidden, prefill, token_logprobs
@@ -61,6 +61,10 @@ UPDATES = dataclasses.replace(
     ),
     guidance=dataclasses.replace(CONFIG.guidance, capacity=0.5, initial_level=2.0, level="fixed"),
 )
+
+# [T, V] tokens of a whole answer: fit, brand, tier, end. What stands after it is no part of it.
+FORM = np.ones((RESPONSE_LEN, END + 1), bool)
+FORM[:4] = [np.isin(np.arange(END + 1), tokens) for tokens in ([0, 1, 2], [3, 4], [5, 6, 7], [END])]
 
 
 def descend(grads, params, opt_state, skipped):
@@ -148,7 +152,10 @@ def naive_loss(params, small, cfg, batch, rolled, advantage, weights, reference)
     def logprobs(params):
         hidden, _ = small.policy.apply(params, whole.reshape(B * G, 1, -1))
         hidden = jnp.take_along_axis(hidden.reshape(B, G, s + RESPONSE_LEN, -1), at[:, None, :, None], axis=2)
-        logp = jax.nn.log_softmax(small.policy.unembed(params, hidden) / cfg.temperature)
+        logits = small.policy.unembed(params, hidden) / cfg.temperature
+        if cfg.constrained:
+            logits = jnp.where(FORM, logits, -1e30)
+        logp = jax.nn.log_softmax(logits)
         taken = jnp.take_along_axis(logp, rolled.tokens[..., None], axis=-1)[..., 0]
         return taken, -jnp.sum(jnp.exp(logp) * logp, axis=-1)
 
@@ -214,6 +221,30 @@ def test_epochs_minibatches_and_micro_batches_are_updates_one_after_the_other(sm
     np.testing.assert_allclose(found, np.mean(expected, axis=0), rtol=1e-4)
     assert found[1] > 0 and found[2] > 0.01  # the later updates do see other ratios
     assert metrics["policy/sampler_gap"] <= 1e-5  # that of the policy which sampled
+
+
+def test_answers_sampled_under_the_grammar_are_whole_and_learnt_from_by_the_same_choices(
+    small, truths, reference, close
+):
+    """Loss, divergence, entropy and gradients of a guided step in micro-batches are those of log-probabilities
+    renormalised by hand, in the usual layout and whole."""
+    guide = dataclasses.replace(CONFIG.guidance, threshold=0.25)  # one right answer of four is not enough
+    cfg = dataclasses.replace(CONFIG, constrained=True, micro_batches=2, logprob_chunk=20, guidance=guide)
+    compiled = jax.jit(make_step(small.policy, small.tables, ("fit", "brand"), descend, cfg))
+    after, metrics, seen = compiled(fresh_state(small.params, cfg), truths.hard, reference)
+    rolled = jax.tree.map(np.asarray, seen.rolled)
+    assert np.all(seen.reading.well_formed) and rolled.finished.all()
+    assert np.all(rolled.valid == (np.arange(RESPONSE_LEN) < 4))
+    assert np.any(rolled.forced)
+    assert np.all(rolled.logp[..., 3] == 0) and np.all(rolled.sampled[..., 3])  # the end is the only choice there
+    assert metrics["policy/sampler_gap"] <= 1e-5
+    advantage = np.broadcast_to(np.asarray(seen.advantage)[..., None], rolled.tokens.shape)
+    weights = weights_of(rolled, advantage, cfg)
+    (loss, figures), gradient = naive(small, cfg, truths.hard, reference)(small.params, rolled, advantage, weights)
+    np.testing.assert_allclose(metrics["policy/loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["policy/kl"], figures["kl"], rtol=1e-4)
+    assert figures["clipped"] == 0 and figures["ratio_change"] < 1e-5  # it is the distribution sampled from
+    close(after.opt_state, gradient, 1e-5)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])  # layers apart, and stacked

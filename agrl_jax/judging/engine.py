@@ -69,9 +69,7 @@ class Judge:
         self._cuts = cuts.load(loaded.cuts_file, self._tiers, self._cuts_made_for) if use_cuts else None
         self.batch_size = -(-batch_size // sharding.data_shards(mesh)) * sharding.data_shards(mesh)
         self._put = partial(sharding.put, shardings=sharding.batch_sharding(mesh))
-        shortest, thought = loaded.tables.grammar_distance[0], loaded.tables.thought
-        shortest += 0 if thought is None else thought.limit + len(thought.end)
-        if loaded.response_len < shortest:
+        if loaded.response_len < (shortest := loaded.tables.shortest):
             raise TrainedError(f"response_len is {loaded.response_len}, but a response has at least {shortest} tokens")
         policy, instruct = instructed(loaded.policy, loaded.instructions)
         self._params = jax.jit(instruct)(loaded.params)

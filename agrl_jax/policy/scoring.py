@@ -12,9 +12,12 @@ import numpy as np
 
 from agrl_jax.types import Array, Cache, Instructed, Instructions, Params, Policy, Prefix
 
+NEVER = -1e30  # logit of a token that may not stand; finite, so that 0 times it is 0
+
 
 def token_logprobs(
-    unembed: Callable[[Array], Array], hidden: Array, tokens: Array, temperature: float, chunk: int
+    unembed: Callable[[Array], Array], hidden: Array, tokens: Array, temperature: float, chunk: int,
+    choices: Callable[..., Array] | None = None, of: tuple[Array, ...] = (),
 ) -> tuple[Array, Array]:
     """Log-probability and entropy, both [B, G, T] float32, of `tokens` under hidden states [B, G, T, D].
 
@@ -22,6 +25,10 @@ def token_logprobs(
     it never holds more than [chunk, V] logits ([B, V], if B is more than `chunk`). A piece has all examples in it, so
     that each data shard works on its own. With a `chunk` of 0 all logits are computed at once and kept for the backward
     pass: if they fit, this saves a quarter of the time of SmolLM2's head gradient on a CPU.
+
+    `choices(*of)` gives the tokens [..., V] bool among which the policy chooses, from any part of the small arrays `of`
+    [B, G, T], so that no mask of all positions is held: log-probabilities and entropies are over these tokens alone. A
+    token that is the only choice has 0 of both, and no gradient.
     """
     flat_hidden = hidden.reshape(tokens.shape[0], -1, hidden.shape[-1])  # [B, positions, D]
     flat_tokens = tokens.reshape(tokens.shape[0], -1)
@@ -33,11 +40,15 @@ def token_logprobs(
         padded = jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)))
         return padded.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
 
-    def one_chunk(hidden: Array, tokens: Array) -> tuple[Array, Array]:
-        return _logp_and_entropy(unembed(hidden) / temperature, tokens)
+    def one_chunk(hidden: Array, tokens: Array, *of: Array) -> tuple[Array, Array]:
+        logits = unembed(hidden) / temperature
+        if choices is not None:  # a sum, unlike a selection, keeps no mask for the backward pass
+            logits += jnp.where(choices(*of), 0.0, NEVER)
+        return _logp_and_entropy(logits, tokens)
 
     run = jax.checkpoint(one_chunk) if chunk else one_chunk
-    xs = pieces(flat_hidden), pieces(flat_tokens)
+    flat_of = (array.reshape(tokens.shape[0], -1) for array in of)
+    xs = tuple(map(pieces, (flat_hidden, flat_tokens, *flat_of)))
     _, (logp, entropy) = jax.lax.scan(lambda _, xs: (None, run(*xs)), None, xs)
     return tuple(x.swapaxes(0, 1).reshape(len(x[0]), -1)[:, :number].reshape(tokens.shape) for x in (logp, entropy))
 

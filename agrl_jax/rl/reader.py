@@ -83,9 +83,39 @@ def allowed(tables: RuleTables, state: Array, remaining: Array | int) -> Array:
     Returns:
       [..., V] bool. None is allowed once the response has ended, or where `remaining` was too short from the start.
     """
-    following = jnp.asarray(tables.grammar_next)[state]  # [..., C]
+    return _allowed_classes(tables, state, remaining)[..., jnp.asarray(tables.grammar_class)]
+
+
+def _allowed_classes(tables: RuleTables, state: Array, remaining: Array | int) -> Array:
+    """[..., C] bool: the classes of the tokens that are `allowed`."""
+    following = jnp.asarray(tables.grammar_next)[state]
     in_time = jnp.asarray(tables.grammar_distance)[following] <= jnp.asarray(remaining)[..., None] - 1
-    return ((following != DEAD) & in_time)[..., jnp.asarray(tables.grammar_class)]
+    return (following != DEAD) & in_time
+
+
+def choices(tables: RuleTables, state: Array, remaining: Array | int, token: Array | None = None) -> Array:
+    """The tokens [..., V] bool among which a constrained policy chooses: those `allowed`, or all where none is.
+
+    Of a response that stands, `token` [...] is the one that was taken. Where it is not allowed, nothing was sampled
+    under the grammar, and all tokens are choices: the sampler had none that was allowed, or the token was forced.
+    """
+    classes = _allowed_classes(tables, state, remaining)
+    if token is None:
+        held = jnp.any(classes, axis=-1, keepdims=True)
+    else:
+        held = jnp.take_along_axis(classes, jnp.asarray(tables.grammar_class)[token][..., None], axis=-1)
+    return (classes | ~held)[..., jnp.asarray(tables.grammar_class)]
+
+
+def places(tables: RuleTables, tokens: Array) -> tuple[Array, Array, Array]:
+    """What `choices` takes for each of the tokens [B, G, T] of responses: states, tokens left and the tokens."""
+    length = tokens.shape[-1]
+
+    def step(state: Array, token: Array) -> tuple[Array, Array]:
+        return advance(tables, state, token), state
+
+    _, states = jax.lax.scan(step, jnp.zeros_like(tokens[..., 0]), jnp.moveaxis(tokens, -1, 0))
+    return jnp.moveaxis(states, 0, -1), jnp.broadcast_to(length - jnp.arange(length), tokens.shape), tokens
 
 
 def advance(tables: RuleTables, state: Array, token: Array) -> Array:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from agrl_jax.policy.scoring import extend_prefix, first_hidden
+from agrl_jax.policy.scoring import NEVER, extend_prefix, first_hidden
 from agrl_jax.rl import reader
 from agrl_jax.types import UNKNOWN, Array, Cache, Params, Policy, Prefix, Rollout, RuleTables, Thought
 
@@ -25,7 +25,6 @@ from agrl_jax.types import UNKNOWN, Array, Cache, Params, Policy, Prefix, Rollou
 PURPOSE_ROLLOUT, PURPOSE_REPLAY, PURPOSE_EVALUATE, PURPOSE_JUDGE, PURPOSE_MINE = range(5)
 
 
-_NEVER = -1e30  # logit of a token the grammar forbids
 _BLOCK = 128  # tokens whose probabilities are added up before one of them is chosen
 
 
@@ -51,7 +50,7 @@ def choose(logits: Array, uniform: Array, temperature: float) -> tuple[Array, Ar
     # pass over the vocabulary; a softmax of the whole takes two, and a running sum several.
     padding = [(0, 0)] * (logits.ndim - 1) + [(0, -logits.shape[-1] % _BLOCK)]
     blocks = jnp.pad(logits, padding, constant_values=-jnp.inf).reshape(*logits.shape[:-1], -1, _BLOCK)
-    peaks = jnp.maximum(jnp.max(blocks, axis=-1), _NEVER)
+    peaks = jnp.maximum(jnp.max(blocks, axis=-1), NEVER)
     shares = jnp.sum(jnp.exp(blocks - peaks[..., None]), axis=-1)
     peak = jnp.max(peaks, axis=-1)
     shares *= jnp.exp(peaks - peak[..., None])
@@ -117,9 +116,10 @@ def rollout(
 
     `forced` [B, T] with `forced_len` [B]: the answers to a prompt begin with its tokens at positions t < forced_len,
     the end token not among them; their log-probability is recorded as 0. `grammar`: sample well-formed responses only,
-    in at most T tokens. `thought`: one that is still open at its limit is closed by force, by tokens that are not
-    sampled and have log-probability 0. `prefill_forced=False` feeds forced tokens through the loop one by one, the slow
-    reference to which the parallel pass is held.
+    in at most T tokens; where forced tokens leave none possible, all tokens are drawn from. `thought`: one that is
+    still open at its limit is closed by force, by tokens that are not sampled and have log-probability 0.
+    `prefill_forced=False` feeds forced tokens through the loop one by one, the slow reference to which the parallel
+    pass is held.
     """
     b, g = keys.shape
     if forced is None:
@@ -149,7 +149,7 @@ def rollout(
         place = start + s.t  # [B]
         logits = policy.unembed(params, hidden)
         if grammar is not None:
-            logits = jnp.where(reader.allowed(grammar, s.grammar, length - place[:, None]), logits, _NEVER)
+            logits = jnp.where(reader.choices(grammar, s.grammar, length - place[:, None]), logits, NEVER)
         fold = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(0, None)))
         token, logp = choose(logits, jax.vmap(jax.vmap(jax.random.uniform))(fold(keys, place)), temperature)
         given = (place < forced_len)[:, None]

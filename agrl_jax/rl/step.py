@@ -73,6 +73,7 @@ class StepConfig:
     guidance: GuidanceConfig | None  # None: no replay
     sample_batches: int = 1  # pieces of the batch, sampled one after the other: memory for the answers of one
     candidates: int = 1  # the step is given this many times B examples, to refill groups of equal rewards from
+    constrained: bool = False  # sample well-formed answers alone; all log-probabilities are among the tokens allowed
 
 
 @struct.dataclass
@@ -206,7 +207,8 @@ def _sample(
     cfg = parts.cfg
     return rollout(
         *decoding, prefix, keys, length=cfg.response_len, temperature=cfg.temperature,
-        end_token=parts.tables.end_token, thought=parts.tables.thought, **forced,
+        end_token=parts.tables.end_token, thought=parts.tables.thought,
+        grammar=parts.tables if cfg.constrained else None, **forced,
     )
 
 
@@ -345,10 +347,11 @@ def _advantages(
 
 
 def _logprobs(parts: _Parts, params: Params, prompt: Array, prompt_len: Array, tokens: Array) -> tuple[Array, Array]:
-    """Log-probabilities and entropies [B, G, T], prompts shared by their groups."""
+    """Log-probabilities and entropies [B, G, T] of the distribution sampled from, prompts shared by their groups."""
     _, hidden = run_groups(parts.policy, params, prompt, prompt_len, tokens)
-    unembed = partial(parts.policy.unembed, params)
-    return scoring.token_logprobs(unembed, hidden, tokens, parts.cfg.temperature, parts.cfg.logprob_chunk)
+    unembed, cfg = partial(parts.policy.unembed, params), parts.cfg
+    grammar = (partial(reader.choices, parts.tables), reader.places(parts.tables, tokens)) if cfg.constrained else ()
+    return scoring.token_logprobs(unembed, hidden, tokens, cfg.temperature, cfg.logprob_chunk, *grammar)
 
 
 def _reference_logp(parts: _Parts, reference: Params, batch: Batch, rolled: Rollout) -> Array:

@@ -255,6 +255,7 @@ RULES: Mapping[str, Rule] = {
     "rl.group_size": _whole(2),
     "rl.candidates": _SIZE,
     "rl.temperature": _POSITIVE,
+    "rl.constrained": _FLAG,
     "rl.epochs": _SIZE,
     "rl.minibatches": _SIZE,
     "rl.micro_batches": _SIZE,
@@ -508,6 +509,15 @@ def _source_problems(config: ConfigDict) -> Iterator[str]:
     mixture = config.mixture
     if mixture.real + mixture.strangers > 1:
         yield f"mixture.real={mixture.real} and mixture.strangers={mixture.strangers} are more than 1 together"
+
+
+def check_constrained(config: ConfigDict, shortest: int) -> None:
+    """Raises ConfigError where answers are sampled under the grammar, and `shortest` tokens, in which one can be whole,
+    do not fit."""
+    length = config.data.response_len
+    if config.rl.constrained and length < shortest:
+        raise_problems([f"data.response_len={length} with rl.constrained=True: an answer can be sure to be whole only "
+                        f"in {shortest} tokens, the longest thought among them"])
 
 
 def check_guidance(config: ConfigDict, pairs: int) -> None:

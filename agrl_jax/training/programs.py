@@ -81,6 +81,7 @@ def step_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> StepConfig:
         guidance=GuidanceConfig(**guide) if enabled else None,
         sample_batches=config.rl.sample_batches,
         candidates=config.rl.candidates,
+        constrained=config.rl.constrained,
     )
 
 

@@ -40,7 +40,14 @@ from agrl_jax.rl import step as rl_step
 from agrl_jax.rulebook.book import RuleBook, RuleBookError
 from agrl_jax.runtime import processes, sharding
 from agrl_jax.runtime.checkpoint import SFT_END, Checkpointer, CheckpointError
-from agrl_jax.runtime.config import ConfigError, check_guidance, resolve, validate, validate_together
+from agrl_jax.runtime.config import (
+    ConfigError,
+    check_constrained,
+    check_guidance,
+    resolve,
+    validate,
+    validate_together,
+)
 from agrl_jax.runtime.console import Progress, progress, say
 from agrl_jax.runtime.logs import MetricsWriter
 from agrl_jax.runtime.sharding import ShardingError
@@ -200,6 +207,7 @@ def _set_up(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh, sa
         say(f"judged pairs to learn from: {len(lessons):,}{unjudged}")
     _check_batches(config, data)
     check_guidance(config, len(data.pairs(_trained_on(config, "rl"))))
+    check_constrained(config, model.tables.shortest)
     splits = assemble.encode(config, model, data, _needed(config, data))
     if jax.process_index() == 0:
         assemble.write_config(config, workdir)
