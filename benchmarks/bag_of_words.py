@@ -1,4 +1,4 @@
-"""The baseline: how far a bag of words gets on the bundled benchmark.
+"""A bag of words on the bundled benchmark, as a baseline.
 
     python -m benchmarks.bag_of_words [--data_dir=DIR]
 

@@ -1,4 +1,4 @@
-"""What contenders run with: the machine, weights as Hugging Face lays them out, a virtual environment for each peer."""
+"""The machine, weights as a Hugging Face folder, and a virtual environment for each peer."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _CACHE = flags.DEFINE_string("cache", "", "folder of weights and environments; b
 
 @dataclass(frozen=True)
 class Contender:
-    """A module of `benchmarks.contenders`, and what its environment is made of."""
+    """A module of `benchmarks.contenders`, and the packages of its environment."""
 
     module: str
-    install: tuple[tuple[str, ...], ...] = ()  # one pip command after the other; none: this very environment
+    install: tuple[tuple[str, ...], ...] = ()  # one pip command after the other; none: this environment
     gpu_install: tuple[str, ...] = ()  # on a GPU, too
     needs_gpu: bool = False
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def answers_of(contender: Contender, python: str, task: Any) -> tuple[list[dict[str, Any]], dict[str, str] | None]:
-    """What a contender says of a task, a dataclass, in a process of its own; and what it died of, if it did."""
+    """What a contender answers to a task, a dataclass, in a process of its own; and its error, if it failed."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(dataclasses.asdict(task), file)
         file.flush()
@@ -59,13 +59,13 @@ def cache_beside(out: Path) -> Path:
 
 
 def machine(dtype: str) -> dict[str, Any]:
-    """The machine as it is now, told by a process of its own, which holds no memory of a GPU afterwards."""
+    """The machine as it is now, from a process of its own, so that this one holds no memory of a GPU."""
     command = [sys.executable, "-m", "benchmarks.machine", f"--dtype={dtype}"]
     return json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def weights(model: str, cache: Path) -> Path:
-    """The folder of a model by the name of its shape, written if it is not there yet."""
+    """The folder of a model by the name of its shape, written if it does not exist."""
     folder = cache / f"{model}-{'pretrained' if workload.is_pretrained(model) else 'random'}"
     if not folder.exists():
         fresh = folder.with_suffix(".part")
@@ -76,7 +76,7 @@ def weights(model: str, cache: Path) -> Path:
 
 
 def python_of(name: str, contender: Contender, cache: Path, platform: str) -> str | None:
-    """The Python of a contender's virtual environment, made if it is not there yet; None where it cannot be."""
+    """The Python of a contender's virtual environment, made if it does not exist; None if that fails."""
     if not contender.install or name in _HERE.value:
         return sys.executable
     commands = [*contender.install, *([contender.gpu_install] if contender.gpu_install and platform == "gpu" else [])]

@@ -1,11 +1,11 @@
-"""How a step's time and memory grow with group size, prompt, response, vocabulary and model.
+"""Measures how a step's time and memory grow with group size, prompt, response, vocabulary and model.
 
     python -m benchmarks.growth [--base=quickstart] [--base_work=quickstart] [--factors=1,2,4,8] [--out=FILE.json]
 
 One of them grows at a time, from the base. Each point is a process of its own, so that its peak memory (RSS; on a GPU
-the device's) is its own too; beside it stands the memory of the program's temporary arrays by the compiler's account.
-Each curve is fitted by a power of the size: the slope of the logarithms. Writes the results as they come and a plot
-beside them; the same command again goes on where one was broken off.
+the device's) is its own too; the compiler gives the memory of the program's temporary arrays. Each curve is fitted by a
+power of the size: the slope of the logarithms. Writes the results as they come, and a plot beside them; the same
+command continues one that was broken off.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ AXES = ("group_size", "prompt_len", "response_len", "vocab_size", "parameters")
 
 
 def grown(shape: PolicyConfig, work: Work, axis: str, factor: int) -> tuple[PolicyConfig, Work]:
-    """Shape and work with one of them `factor` times as large; a model grows in width, and so has more parameters by
-    the square of it."""
+    """Shape and work with one size `factor` times as large; a model grows in width, so its parameters grow with the
+    square of the factor."""
     if axis == "parameters":
         wider = {name: getattr(shape, name) * factor for name in ("width", "heads", "kv_heads", "mlp")}
         return dataclasses.replace(shape, **wider), work
@@ -98,7 +98,7 @@ def _measure_all(found: dict[str, Any], factors: Sequence[int], path: Path) -> N
 
 
 def _broken_off(found: dict[str, Any], path: Path) -> list[dict[str, Any]]:
-    """The points in the file, if they are of this very work, device and commit and were never fitted."""
+    """The points in the file, if they are of the same work, device and commit and were never fitted."""
 
     def identity(found: dict[str, Any]) -> list[Any]:
         return [found.get("model"), found.get("work"), *(found["machine"][key] for key in ("device", "commit"))]

@@ -1,11 +1,11 @@
-"""What adaptive guided replay costs: a step with 0%, 25% and 50% of its groups guided, over the step without guidance.
+"""The cost of adaptive guided replay: a step with 0%, 25% and 50% of its groups guided, over the step without guidance.
 
     python -m benchmarks.guidance [--models=quickstart,smollm2] [--works=quickstart,A] [--repeats=3] [--out=FILE.json]
 
-Half of a guided group's answers are rolled again, behind the first part of the gold response; no answer ends early.
-All groups fail here, and which of them can be guided is a matter of data alone: so one program, compiled once, steps
-with none guided, where the replay is skipped, and up to its capacity. A program always replays as many groups as it has
-capacity for, unused places among them: so 25% is measured with a capacity of 25% and, the worst case, of 50%.
+Half of a guided group's answers are sampled again after the first part of the gold response; no answer ends early. All
+groups fail here, and the data decide which can be guided: so one program, compiled once, makes steps with no group
+guided, where the replay is skipped, and up to its capacity. A program always replays as many groups as it has capacity
+for, used or not: so 25% is measured with a capacity of 25% and, the worst case, of 50%.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def measure(model: str, work_name: str, repeats: int, dtype: str) -> dict[str, A
             state = _remembering(first.state, loads[capacity])
             began = time.perf_counter()
             _, metrics, _ = jax.block_until_ready(programs[capacity](state, batch, first.reference))
-            if round_:  # the first one compiled
+            if round_:  # the first one compiles
                 seconds[capacity, share].append(time.perf_counter() - began)
             if share != metrics.get("guide/share", 0.0):
                 raise RuntimeError(f"{metrics['guide/share']} of the groups were guided where {share} should have been")
@@ -78,7 +78,7 @@ def _config(work: workload.Work, capacity: float) -> StepConfig:
 
 
 def _guidable(load: Workload, share: float) -> Batch:
-    """The batch, with a truth known of so many of its groups: the others fail, but there is nothing to reveal."""
+    """The batch, with a known truth for a `share` of its groups; the others fail, but have nothing to reveal."""
     known = jnp.arange(load.work.prompts) < round(share * load.work.prompts)
     return load.batch.replace(known_parts=jnp.where(known, load.batch.known_parts, 0))
 

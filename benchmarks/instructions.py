@@ -1,10 +1,10 @@
-"""What it buys to run the instructions once: a supervised step and judging, with them once and in every prompt.
+"""What running the instructions once saves: a supervised step and judging, with them once and in every prompt.
 
     python -m benchmarks.instructions [--model=smollm2] [--rows=16] [--repeats=3] [--layouts=once,terse]
 
 `once` is what training and judging do. `in every prompt` puts the same tokens at the head of each prompt, which gives
 the same numbers (tests/test_instructions.py). `terse` has no instructions. All figures are medians over the repeats of
-one run, taken in turns. Processor seconds stand beside those of the clock: a busy machine adds to the latter alone.
+one run, taken in turns. Processor time is measured beside the clock's: a busy machine adds only to the clock's.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def judging(model: Model, batch: Batch, shared: np.ndarray) -> Callable[[], Any]
 
 
 def measure(make: Callable[..., Callable[[], Any]], model: Model, kinds: dict[str, Layout], repeats: int) -> Any:
-    """Median seconds of each layout and their ratios to `once`, by both clocks; and all that they are of."""
+    """Median seconds of each layout and their ratios to `once`, by both clocks; and all measured seconds."""
     runs = {name: make(model, *layout) for name, layout in kinds.items()}
     taken: dict[str, list[np.ndarray]] = {name: [] for name in kinds}
     for _ in range(repeats):

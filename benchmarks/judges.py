@@ -1,12 +1,12 @@
-"""Rows judged a second, against llama.cpp and Hugging Face's `generate`, with the same weights, prompts and answers.
+"""Rows judged per second, against llama.cpp and Hugging Face's `generate`, with the same weights, prompts and answers.
 
     python -m benchmarks.judges [--rows=32] [--repeats=3] [--only=ours,llama,hf] [--model=smollm2] [--out=FILE.json]
 
 Every contender is given the same tokens of each prompt, instructions included. Ours judges with `Judge`, which also
 tokenises them and gives the tiers' probabilities. llama.cpp (through llama-cpp-python, from a GGUF file) goes on from
 the longest start that a prompt shares with the one before it, and decodes under the rule book's grammar; Hugging Face
-has no grammar, and generates as many tokens as the longest answer has. All are greedy. Each runs in a process of its
-own, in turn, after one round that warms up; `--cache` and `--here` as in `benchmarks.peers`.
+has no grammar, and generates as many tokens as the longest answer has. All are greedy. They run in turn, each in a
+process of its own, after one round to warm up; `--cache` and `--here` as in `benchmarks.peers`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _ONLY = flags.DEFINE_list("only", list(CONTENDERS), "the contenders")
 
 
 def task_of(folder: Path, gguf: str, rows: Sequence[Pair], batch: int, rounds: int) -> protocol.JudgeTask:
-    """What every contender is given, for a model in a Hugging Face folder and, if it is there, in a GGUF file."""
+    """The task of every contender, for a model in a Hugging Face folder and, if there is one, in a GGUF file."""
     judge = trained.load(str(folder), mesh=sharding.make_mesh(devices=jax.devices()[:1]))
     prompts = pipeline.prompts(rows, judge.book, judge.tokenizer, judge.prompt_len, judge.style)
     shared = judge.instructions.tolist()
@@ -55,13 +55,13 @@ def task_of(folder: Path, gguf: str, rows: Sequence[Pair], batch: int, rounds: i
 
 
 def rows_of(number: int) -> list[Pair]:
-    """Pairs of the bundled benchmark, of query and title alone."""
+    """Pairs of the bundled benchmark, with query and title alone."""
     pairs = catalog.splits(0, dict.fromkeys(catalog.SIZES, max(number, 64)))["train"][:number]
     return [Pair(id=pair.id, query=pair.query, title=pair.title) for pair in pairs]
 
 
 def run(name: str, python: str, task: protocol.JudgeTask) -> dict[str, Any]:
-    """What one contender says, or what it died of."""
+    """The answers of one contender, or its error."""
     said, failed = environments.answers_of(CONTENDERS[name], python, task)
     if failed:
         return failed

@@ -1,12 +1,12 @@
-"""How near each phase of a step comes to what the device can do.
+"""Measures how near each phase of a step comes to what the device can do.
 
     python -m benchmarks.limits [--work=A|B|...] [--model=smollm2|llama_1b|...] [--batches=64,256] [--out=FILE.json]
 
 For each phase: operations and bytes per second, as shares of what a large matrix product and a large copy reach on the
-same device in the same run; `roofline` is the least time that both allow over the time taken. Decoding is also set
-beside its launch floor: the time of a policy of as many layers that is as narrow as can be, all of whose arithmetic
-is nothing, so that what it takes is the starting of its kernels. `--batches` decodes for other numbers of answers too.
-The arithmetic and traffic are those of `benchmarks.phases`: lower bounds.
+same device in the same run; `roofline` is the least time that both allow, over the time taken. The launch floor of
+decoding is the time of a policy with as many layers that is as narrow as can be: its arithmetic is negligible, so it
+takes the time to start kernels. `--batches` decodes for other numbers of answers too. The arithmetic and traffic are
+those of `benchmarks.phases`: lower bounds.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def measure(load: Workload, limits: dict[str, float]) -> Iterator[tuple[str, dic
 
 
 def decode(shape: PolicyConfig, work: Work, limits: dict[str, float]) -> dict[str, Any]:
-    """The same of decoding alone."""
+    """The same for decoding alone."""
     return next(figures for name, figures in measure(_load(shape, work), limits) if name == "decode")
 
 

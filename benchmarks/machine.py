@@ -1,4 +1,4 @@
-"""The machine a benchmark runs on: what it is, and what a large matrix product and a large copy reach on it now.
+"""The machine a benchmark runs on: its description, and the rates of a large matrix product and a large copy on it now.
 
     python -m benchmarks.machine [--dtype=auto|float32|bfloat16]
 
@@ -53,7 +53,7 @@ def dtype_of(name: str) -> str:
 def ceilings(dtype: str = "float32") -> dict[str, float]:
     """`flops` per second of a large matrix product, `bytes` per second (read and written) of a large copy; `load`.
 
-    Both are the best of a second's repeats: what the device can do where nothing else takes it.
+    Both are the best of a second's repeats: what the device can do when nothing else uses it.
     """
     cpu = jax.devices()[0].platform == "cpu"
     size, length = (2048, 1 << 26) if cpu else (8192, 1 << 28)
@@ -88,7 +88,7 @@ def _times(call: Callable[[], Any], seconds: float, repeats: int) -> list[float]
 
 
 def load_average() -> float:
-    """Processes that ran or wanted to, over the last minute."""
+    """Processes that ran or waited to run, over the last minute."""
     return os.getloadavg()[0]
 
 

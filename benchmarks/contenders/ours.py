@@ -1,6 +1,6 @@
 """agrl_jax's own step.
 
-Settings: `micro_batches`, `logprob_chunk`, `remat` as in the configs, and `parts`, which times its parts too, each
+Settings: `micro_batches`, `logprob_chunk`, `remat` as in the configs; `parts` also times the step's parts, each
 compiled by itself, after the steps.
 """
 

@@ -1,4 +1,4 @@
-"""What a contender is given and what it answers. The standard library alone: it runs in the peers' environments too.
+"""The task of a contender and its answers. It imports only the standard library, since it runs in peers' environments.
 
 A contender is a module with a function `run(task, report)`, started in a process of its own:
 
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-MARK = "@benchmark "  # begins the lines that are answers; libraries print others
+MARK = "@benchmark "  # begins the lines of answers; libraries print other lines
 BETA = 0.04  # weight of the divergence from the reference policy (k3)
 LEARNING_RATE = 1e-6
 
@@ -42,7 +42,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class JudgeTask:
-    """What a contender judges with, and what."""
+    """A model, and the rows to judge with it."""
 
     folder: str  # the model as Hugging Face lays it out
     gguf: str  # the same as a GGUF file; empty where there is none
@@ -65,14 +65,14 @@ class Report:
         self._steps = 0
 
     def begin(self) -> None:
-        """A step begins now; those after it begin where the one before ended."""
+        """The first step begins now; every later step begins where the one before ends."""
         self._began, self._cpu = time.monotonic(), time.process_time()
         if not self._steps:
             _say(kind="ready", seconds=self._began - self._birth)
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Adds the time inside to a part of this step; within another part, it is taken off that one."""
+        """Adds the time of the block to a part of this step; a part around the block does not count it."""
         self.synchronise()
         began, inside = time.monotonic(), sum(self._parts.values())
         yield
@@ -103,11 +103,11 @@ class Report:
         self.begin()
 
     def parts(self, seconds: dict[str, float]) -> None:
-        """The parts of a step, where they were timed by themselves."""
+        """Reports the parts of a step that were timed by themselves."""
         _say(kind="parts", parts=seconds)
 
     def end(self, **facts: Any) -> None:
-        """All steps have been made: peak memory so far, and other facts."""
+        """Reports the peak memory and other facts after all steps."""
         _say(kind="end", peak_rss=peak_rss(), **facts)
 
 
@@ -138,7 +138,7 @@ def judge_main(make: Callable[[JudgeTask], Callable[[], list[str]]]) -> None:
 
 
 def answers(output: str) -> list[dict[str, Any]]:
-    """What a contender said, from all that it printed."""
+    """A contender's answers, from all that it printed."""
     return [json.loads(line[len(MARK) :]) for line in output.splitlines() if line.startswith(MARK)]
 
 

@@ -31,7 +31,7 @@ def run(task: Task, report: Report) -> None:
     shape = _shape(task)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
     tokenizer = AutoTokenizer.from_pretrained(task.folder)
-    tokenizer.bos_token = None  # the others put none before a prompt
+    tokenizer.bos_token = None  # the other contenders put none before a prompt
     tokenizer.pad_token = tokenizer.eos_token
     number = len(task.texts)
     training = rl_cluster.RLTrainingConfig(
