@@ -20,6 +20,8 @@ No mask is ever derived from pad ids: lengths and masks are fields of their own.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -79,11 +81,12 @@ class RuleTables:
     # The decision table.
     tier_of: Array  # [product of num_values] int32 tier for each combination, mixed radix, first step slowest
     implied: Array  # [tiers, R] int32 the one value a tier leaves possible for a step, or UNKNOWN
-    end_token: int = struct.field(pytree_node=False)
+    end_token: int = struct.field(pytree_node=False)  # which responses end with, where we write them
     num_values: tuple[int, ...] = struct.field(pytree_node=False)  # values of each step
     num_tiers: int = struct.field(pytree_node=False)
     order: tuple[int, ...] = struct.field(pytree_node=False)  # parts in the order a response states them
     thought: Thought | None = struct.field(pytree_node=False, default=None)  # of a policy that thinks before it answers
+    other_ends: tuple[int, ...] = struct.field(pytree_node=False, default=())  # tokens at which a response ends too
 
     @property
     def num_steps(self) -> int:
@@ -94,6 +97,11 @@ class RuleTables:
         """Tokens, the end token included, in which a response can be whole after the longest thought."""
         thought = 0 if self.thought is None else self.thought.limit + len(self.thought.end)
         return thought + int(self.grammar_distance[0])
+
+
+def is_end(tokens: Array, end_token: int, other_ends: tuple[int, ...] = ()) -> Array:
+    """Which tokens end a response, bool in the shape of `tokens`."""
+    return functools.reduce(operator.or_, (tokens == end for end in (end_token, *other_ends)))
 
 
 DEAD_DISTANCE = 1 << 20  # `grammar_distance` of a state from which no response can be finished

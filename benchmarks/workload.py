@@ -167,7 +167,7 @@ def build(
     rules = book.load()
     padding = [None] * (shape.vocab_size - tokenizer.vocab_size)
     tables = automaton.compile_tables(rules, [*tokenizer.token_bytes(), *padding], tokenizer.end_token)
-    tables = jax.tree.map(jnp.asarray, tables.replace(end_token=NEVER))
+    tables = jax.tree.map(jnp.asarray, tables.replace(end_token=NEVER, other_ends=()))
     tx = optim.make(LEARNING_RATE, warmup=0, steps=10**6, schedule="constant", decay=optim.decay_mask(axes))
 
     def update(grads: Params, params: Params, opt_state: Any, skipped: jax.Array) -> Any:

@@ -41,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
         "model_type": "smollm3", "tie_word_embeddings": True, "rope_theta": 1e4, "no_rope_layer_interval": 2,
         "no_rope_layers": [1, 0], "pad_token_id": None, "bos_token_id": None, "eos_token_id": 0,
     },
-    "olmo2": {"model_type": "olmo2", "tie_word_embeddings": False, "rope_theta": 5e5},
+    "olmo2": {"model_type": "olmo2", "tie_word_embeddings": False, "rope_theta": 5e5, "eos_token_id": 0},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_theta": 1e6},
     "qwen2_yarn": {
         "model_type": "qwen2", "tie_word_embeddings": False, "rope_theta": 1e4,

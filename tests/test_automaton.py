@@ -293,6 +293,21 @@ def test_a_thought_may_stand_in_free_text_alone() -> None:
     assert not allowed(none, np.int32(0), 20)[:3].any()
 
 
+def test_an_answer_ends_at_any_end_token() -> None:
+    book = load()
+    vocabulary = [None, None, b"\n", *(phrase.text.encode() for phrase in book.phrases)]
+    tables = compile_tables(book, vocabulary, 0, other_ends=[1])
+    parts = [3 + next(i for i, one in enumerate(book.phrases) if one.part == part) for part in book.part_order]
+    whole = [x for part in parts for x in (part, 2)][:-1]
+    tokens = np.array([[[*whole, 0, parts[0]], [*whole, 1, parts[0]], [*whole, parts[0], 1]]])
+    reading = read(tables, tokens, np.ones_like(tokens, bool))
+    assert (reading.count[0, :2] == 1).all()  # what follows the end is not read
+    assert allowed(tables, jax.numpy.int32(0), 20)[:2].tolist() == [False, False]
+    whole_valid = np.ones_like(tokens, bool)
+    whole_valid[..., -1] = False
+    assert read(tables, tokens, whole_valid).well_formed[0].tolist() == [True, True, False]
+
+
 def test_invalid_tokens_are_passed_over() -> None:
     one = case("think, bpe")
     rng = random.Random(3)

@@ -136,6 +136,15 @@ def test_a_policy_from_scratch_is_exported_as_qwen3(tmp_path):
     assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
 
 
+def test_an_export_keeps_all_end_tokens(tmp_path):
+    hf_models.write(tmp_path / "in", "llama")
+    (tmp_path / "in" / "generation_config.json").write_text('{"eos_token_id": [7, 0, 9]}')
+    huggingface.save_pretrained(tmp_path / "out", *loading.load_pretrained(tmp_path / "in"))
+    for name in ("config", "generation_config"):
+        assert json.loads((tmp_path / "out" / f"{name}.json").read_text())["eos_token_id"] == [0, 7, 9]
+    assert loading.read_tokenizer(tmp_path / "out").end_tokens == (0, 7, 9)
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [

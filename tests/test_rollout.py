@@ -28,20 +28,23 @@ ROWS = [3, 1, 4, 5]
 def sample(small):
     """`sample(batch, forced, forced_len, ...)`: the jitted sampler of the small policy."""
 
-    @partial(jax.jit, static_argnames=("temperature", "prefill_forced", "constrained", "thought"))
-    def compiled(batch, forced, forced_len, purpose, step, key, temperature, prefill_forced, constrained, thought):
+    @partial(jax.jit, static_argnames=("temperature", "prefill_forced", "constrained", "thought", "other_ends"))
+    def compiled(
+        batch, forced, forced_len, purpose, step, key, temperature, prefill_forced, constrained, thought, other_ends
+    ):
         return rollout(
             small.policy, small.params, prefill(small.policy, small.params, batch.prompt, batch.prompt_len),
             row_keys(key, purpose, step, batch.row, G), length=T, temperature=temperature,
             end_token=small.tables.end_token, forced=forced, forced_len=forced_len,
             grammar=small.tables if constrained else None, prefill_forced=prefill_forced, thought=thought,
+            other_ends=other_ends,
         )
 
     def sample(
         batch, forced=None, forced_len=None, *, purpose=PURPOSE_ROLLOUT, step=0, key=KEY,
-        temperature=0.8, prefill_forced=True, constrained=False, thought=None,
+        temperature=0.8, prefill_forced=True, constrained=False, thought=None, other_ends=(),
     ):
-        how = temperature, prefill_forced, constrained, thought
+        how = temperature, prefill_forced, constrained, thought, other_ends
         return compiled(batch, forced, forced_len, purpose, step, key, *how)
 
     return sample
@@ -112,6 +115,18 @@ def test_row_keys_are_told_apart_by_each_of_their_ingredients():
     keys = np.concatenate([np.reshape(jax.random.key_data(k), (-1, 2)) for k in variants] + [base.reshape(-1, 2)])
     assert len(np.unique(keys, axis=0)) == len(keys) == 4 * 2 * 3
     np.testing.assert_array_equal(jax.random.key_data(row_keys(KEY, 0, 1, rows[1:], 2))[0], base[1, :2])
+
+
+def test_answers_end_at_any_of_several_end_tokens(small, sample, batch):
+    """The sampler draws what it would without them, up to the first that is one."""
+    free = sample(batch)
+    tokens, valid = np.asarray(free.tokens), np.asarray(free.valid)
+    other = int(tokens[0, 0, 2])
+    cut = sample(batch, other_ends=(other,))
+    before = (np.cumsum(tokens == other, axis=-1) - (tokens == other)) == 0  # up to the first, itself included
+    np.testing.assert_array_equal(cut.valid, valid & before)
+    np.testing.assert_array_equal(cut.tokens, np.where(valid & before, tokens, small.tables.end_token))
+    assert (valid & ~before).any()
 
 
 def test_answers_end_with_the_end_token_and_nothing_after_it_is_valid(small, sample, batch):

@@ -141,6 +141,25 @@ class TestSavedAndLoaded:
             (tmp_path / f"{name}.json").write_text(json.dumps(content))
         assert load(tmp_path).end_token == core.token_to_id(end)
 
+    def test_all_end_tokens_of_a_generation_config_are_known_and_kept(self, small, tmp_path):
+        core = tokenizers.tokenizers.Tokenizer.from_str(small._core.to_str())
+        core.add_special_tokens(["<s>", "<e>"])
+        begin, end = (core.token_to_id(text) for text in ("<s>", "<e>"))
+        Tokenizer(core, end).save(tmp_path)
+        assert load(tmp_path).end_tokens == (end,)
+        listed = tmp_path / "generation_config.json"
+        listed.write_text(json.dumps({"eos_token_id": [begin, end]}))
+        both = load(tmp_path)
+        assert both.end_tokens == (end, begin)
+        assert both.ending_with(small.end_token).end_tokens == (small.end_token, begin, end)
+        assert both.with_thinking(4).ending_with(begin).end_tokens == (begin, end)
+        both.ending_with(begin).save(tmp_path / "workdir")  # which has no generation_config.json
+        assert load(tmp_path / "workdir").end_tokens == (begin, end)
+        assert both.ending_with(small.end_token).within(end).end_tokens == (small.end_token, begin)
+        listed.write_text(json.dumps({"eos_token_id": [end, 9999]}))
+        with pytest.raises(TokenizerError, match=r"generation_config.json: eos_token_id 9999 is outside the voc"):
+            load(tmp_path)
+
     def test_the_settings_of_the_base_are_kept_but_for_tokens_that_it_lacks(self, small, tmp_path):
         core = tokenizers.tokenizers.Tokenizer.from_str(small._core.to_str())
         core.add_special_tokens(["<pad>", "<s>"])

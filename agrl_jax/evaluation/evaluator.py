@@ -136,7 +136,8 @@ def judge_prompts(
     keys = row_keys(jnp.zeros((2,), jnp.uint32), PURPOSE_EVALUATE, 0, jnp.zeros_like(prompt_len), 1)
     rolled = rollout(
         policy, params, prefix, keys,
-        length=length, temperature=0.0, end_token=tables.end_token, grammar=tables if constrained else None,
+        length=length, temperature=0.0, end_token=tables.end_token, other_ends=tables.other_ends,
+        grammar=tables if constrained else None,
         thought=tables.thought,
     )
     reading = reader.read(tables, rolled.tokens, rolled.valid)
@@ -161,7 +162,8 @@ def sample_tiers(policy: Policy, tables: RuleTables, cfg: EvalConfig, params: Pa
     keys = row_keys(key, PURPOSE_EVALUATE, 0, batch.row, cfg.pass_k)
     rolled = rollout(
         policy, params, prefix, keys,
-        length=cfg.response_len, temperature=cfg.temperature, end_token=tables.end_token, thought=tables.thought,
+        length=cfg.response_len, temperature=cfg.temperature, end_token=tables.end_token, other_ends=tables.other_ends,
+        thought=tables.thought,
     )
     reading = reader.read(tables, rolled.tokens, rolled.valid)
     return jnp.where(reading.well_formed, reading.value[..., -1], UNKNOWN)

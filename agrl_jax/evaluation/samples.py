@@ -34,7 +34,7 @@ def decode(seen: Inspection, book: RuleBook, tokenizer: Tokenizer, pairs: Sequen
             counted = seen.score.counted[i, g]
             earned = zip(components, seen.score.earned[i, g], counted, strict=True)
             forced = tokenizer.decode(tokens[given].tolist())
-            text = tokenizer.decode(tokens[valid & ~given & (tokens != tokenizer.end_token)].tolist())
+            text = tokenizer.decode(tokens[valid & ~given & ~np.isin(tokens, tokenizer.end_tokens)].tolist())
             rows.append(
                 {
                     "id": pair.id,

@@ -26,7 +26,7 @@ from agrl_jax.policy.scoring import instructed, prefill
 from agrl_jax.rulebook import wording
 from agrl_jax.runtime import sharding
 from agrl_jax.runtime.console import progress
-from agrl_jax.types import UNKNOWN, Array, Params, Policy, RuleTables
+from agrl_jax.types import UNKNOWN, Array, Params, Policy, RuleTables, is_end
 
 _LENGTHS = 8  # prompts are padded to so many lengths at most, each of which is compiled once
 _SHORTEST_UNIT = 16  # these lengths are multiples of this, or of more
@@ -319,7 +319,7 @@ def _free_answer(
         "steps": judged["predicted_steps"],
         "part_logprobs": judged["part_logprobs"],
         "tokens": tokens,
-        "text": rolled.valid[:, 0] & (tokens != tables.end_token),
+        "text": rolled.valid[:, 0] & ~is_end(tokens, tables.end_token, tables.other_ends),
     }
 
 

@@ -243,7 +243,7 @@ def _load_model(path: epath.Path, settings: Settings, mesh: jax.sharding.Mesh) -
     padding = [None] * (shape.vocab_size - tokenizer.vocab_size)  # some models pad their vocabulary
     tables = automaton.compile_tables(
         rules, [*tokenizer.token_bytes(), *padding], tokenizer.end_token, tokenizer.marks,
-        pipeline.thought(rules, tokenizer) if style == "chat" else None,
+        pipeline.thought(rules, tokenizer) if style == "chat" else None, tokenizer.end_tokens[1:],
     )  # fmt: skip
     lengths = _default_lengths(rules, tokenizer, style) | record
 

@@ -220,7 +220,7 @@ def save_pretrained(
     Args:
       folder: made if need be; empty.
       params: as `transformer.build` takes them, on any devices of this process.
-      generation_config: beside the end token; greedy decoding if None.
+      generation_config: beside the end tokens; greedy decoding if None.
       card: the text of README.md.
       dtype: of the weights written; that of `params` if None.
       max_shard_bytes: weights beyond this are split over several files.
@@ -239,7 +239,8 @@ def save_pretrained(
     check_empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = dtype or str(params["embedding"].dtype)
-    special = {"eos_token_id": tokenizer.end_token, "pad_token_id": tokenizer.pad_token}
+    first, *others = tokenizer.end_tokens
+    special = {"eos_token_id": [first, *others] if others else first, "pad_token_id": tokenizer.pad_token}
     if tokenizer.bos_token is not None:
         special["bos_token_id"] = tokenizer.bos_token
     tokenizer.save(folder)

@@ -29,6 +29,7 @@ _ENDS = ("generation_config.json", "config.json")  # of the model: its `eos_toke
 # Settings that `save` says anew, or that tokenizer.json says already.
 _REPLACED = {"add_bos_token", "add_eos_token", "added_tokens_decoder", "auto_map", "chat_template", "tokenizer_file"}
 _THINKING = "agrl_jax_thinking"  # our own setting: tokens
+_LISTED_ENDS = "agrl_jax_end_tokens"  # our own setting: ids, of generation_config.json, which is not always beside us
 _THOUGHT = re.compile(r"[<\[]/?[\w:]*(?:think|thought|reason)\w*[>\]]", re.IGNORECASE)
 _DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
@@ -54,7 +55,8 @@ class Tokenizer:
 
     Attributes:
       vocab_size: number of tokens; ids are 0 to vocab_size - 1.
-      end_token: id of the token that ends a response.
+      end_token: id of the token that ends a response, where we write one.
+      end_tokens: ids of all tokens at which a response of the model's ends; `end_token` is the first.
       bos_token: id of the token that every prompt starts with; None where the model has none.
       chat_template: the model's own Jinja template for conversations, or None.
       settings: what else its tokenizer_config.json says, for `transformers`.
@@ -65,13 +67,15 @@ class Tokenizer:
         chat_template: str | None = None, settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.vocab_size = core.get_vocab_size(with_added_tokens=True)
-        for name, token in (("end", end_token), ("bos", bos_token)):
+        self.settings = dict(settings or {})
+        others = tuple(token for token in self.settings.get(_LISTED_ENDS, ()) if token != end_token)
+        for name, token in (*(("end", end) for end in (end_token, *others)), ("bos", bos_token)):
             if token is not None and not 0 <= token < self.vocab_size:
                 raise TokenizerError(f"the {name} token {token} is outside the vocabulary of {self.vocab_size} tokens")
         self.end_token = end_token
+        self.end_tokens = (end_token, *others)
         self.bos_token = bos_token
         self.chat_template = chat_template
-        self.settings = dict(settings or {})
         self._core = core
         self._parsing = _copy(core, parse_special=True)
         self._text = _copy(core, parse_special=False)
@@ -170,7 +174,7 @@ class Tokenizer:
         return patterns == [QWEN2_WORDS] and (content["normalizer"] or {}).get("type") == "NFC"
 
     def ending_with(self, end_token: int) -> Tokenizer:
-        """The same vocabulary, whose responses end with another token."""
+        """The same vocabulary, whose responses we end with another token; what else ends them is as before."""
         if end_token == self.end_token:
             return self
         return Tokenizer(self._core, end_token, self.bos_token, self.chat_template, self.settings)
@@ -196,7 +200,10 @@ class Tokenizer:
         for text in past:
             content["model"]["vocab"].pop(text, None)
         core = tokenizers.Tokenizer.from_str(json.dumps(content))
-        return Tokenizer(core, self.end_token, self.bos_token, self.chat_template, self.settings)
+        settings = dict(self.settings)
+        if _LISTED_ENDS in settings:
+            settings[_LISTED_ENDS] = [token for token in settings[_LISTED_ENDS] if token < rows]
+        return Tokenizer(core, self.end_token, self.bos_token, self.chat_template, settings)
 
     def save(self, path: epath.PathLike) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json` into a folder, as every `transformers` reads them alike.
@@ -288,6 +295,9 @@ def load(path: epath.PathLike) -> Tokenizer:
         raise TokenizerError(f"{folder / _FILE}: not a tokenizer: {error}") from error
     settings = _settings(folder)
     end = _end_token(folder, core, settings)
+    listed = _listed_ends(folder / _ENDS[0], core)
+    if _LISTED_ENDS not in settings and set(listed) - {end}:
+        settings = {**settings, _LISTED_ENDS: listed}
     bos = _id_of(core, settings.get("bos_token"))
     adds_bos = settings.get("add_bos_token")
     if adds_bos is None:
@@ -355,15 +365,23 @@ def _end_token(folder: epath.Path, core: tokenizers.Tokenizer, settings: Mapping
         return named
     if settings.get("eos_token") is None:
         for file in _ENDS:
-            ids = _read_json(folder / file).get("eos_token_id")
-            for token in ids if isinstance(ids, list) else [ids]:
-                if isinstance(token, int):
-                    return token
+            if ids := _listed_ends(folder / file, core):
+                return ids[0]
         if (ours := core.token_to_id(END)) is not None:
             return ours
     raise TokenizerError(
         f"{folder / _CONFIG}: eos_token should name a token of the vocabulary, or {_ENDS[0]} have its eos_token_id"
     )
+
+
+def _listed_ends(file: epath.Path, core: tokenizers.Tokenizer) -> list[int]:
+    """The end tokens that one of the model's own files names."""
+    ids = _read_json(file).get("eos_token_id")
+    ids = [token for token in (ids if isinstance(ids, list) else [ids]) if isinstance(token, int)]
+    size = core.get_vocab_size(with_added_tokens=True)
+    if strays := [token for token in ids if not 0 <= token < size]:
+        raise TokenizerError(f"{file}: eos_token_id {strays[0]} is outside the vocabulary of {size} tokens")
+    return ids
 
 
 def _text_of(token: Any) -> str | None:

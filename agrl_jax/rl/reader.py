@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from agrl_jax.types import UNKNOWN, Array, Reading, RuleTables
+from agrl_jax.types import UNKNOWN, Array, Reading, RuleTables, is_end
 
 DEAD = 1  # the recogniser's state that leads nowhere
 
@@ -30,7 +30,7 @@ def read(tables: RuleTables, tokens: Array, valid: Array) -> Reading:
     """
     length = tokens.shape[-1]
     before, final = _follow(tables, tokens, valid)
-    ends = valid & (tokens == tables.end_token)
+    ends = valid & is_end(tokens, tables.end_token, tables.other_ends)
     heard = valid & (jnp.cumsum(ends, axis=-1) == 0)
     token_class = jnp.asarray(tables.token_class)[tokens]
     phrase = jnp.asarray(tables.emits)[before, token_class]  # [B, G, T, E]

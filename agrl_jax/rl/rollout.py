@@ -19,7 +19,7 @@ from flax import struct
 
 from agrl_jax.policy.scoring import NEVER, extend_prefix, first_hidden
 from agrl_jax.rl import reader
-from agrl_jax.types import UNKNOWN, Array, Cache, Params, Policy, Prefix, Rollout, RuleTables, Thought
+from agrl_jax.types import UNKNOWN, Array, Cache, Params, Policy, Prefix, Rollout, RuleTables, Thought, is_end
 
 # Purposes for which random numbers are drawn; no two may share a number.
 PURPOSE_ROLLOUT, PURPOSE_REPLAY, PURPOSE_EVALUATE, PURPOSE_JUDGE, PURPOSE_MINE = range(5)
@@ -111,8 +111,9 @@ def rollout(
     grammar: RuleTables | None = None,
     prefill_forced: bool = True,
     thought: Thought | None = None,
+    other_ends: tuple[int, ...] = (),
 ) -> Rollout:
-    """Samples a response for each of `keys` [B, G] until its end token or `length` tokens (T).
+    """Samples a response for each of `keys` [B, G] until its end token, one of `other_ends`, or `length` tokens (T).
 
     `forced` [B, T] with `forced_len` [B]: the answers to a prompt begin with its tokens at positions t < forced_len,
     the end token not among them; their log-probability is recorded as 0. `grammar`: sample well-formed responses only,
@@ -161,7 +162,8 @@ def rollout(
         return s.replace(
             t=s.t + 1,
             token=token,
-            ended=s.ended | (token == end_token) & (place < length)[:, None],  # others may go on past this row's last
+            # Other rows may go on past this one's last place.
+            ended=s.ended | is_end(token, end_token, other_ends) & (place < length)[:, None],
             tokens=_write(s.tokens, token, s.t),
             logp=_write(s.logp, jnp.where(given | s.ended, 0.0, logp), s.t),
             valid=_write(s.valid, ~s.ended, s.t),

@@ -207,7 +207,7 @@ def _sample(
     cfg = parts.cfg
     return rollout(
         *decoding, prefix, keys, length=cfg.response_len, temperature=cfg.temperature,
-        end_token=parts.tables.end_token, thought=parts.tables.thought,
+        end_token=parts.tables.end_token, other_ends=parts.tables.other_ends, thought=parts.tables.thought,
         grammar=parts.tables if cfg.constrained else None, **forced,
     )
 

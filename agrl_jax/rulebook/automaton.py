@@ -39,7 +39,7 @@ class TokenAutomaton(NamedTuple):
 
 def compile_tables(
     book: RuleBook, token_bytes: Sequence[bytes | None], end_token: int, marks: Collection[int] = (),
-    thought: Thought | None = None,
+    thought: Thought | None = None, other_ends: Sequence[int] = (),
 ) -> RuleTables:
     """Compiles a rule book for one vocabulary.
 
@@ -49,21 +49,24 @@ def compile_tables(
       end_token: the token that ends a response; special whatever its bytes.
       marks: special tokens that may stand in free text, such as those around a thought.
       thought: of a policy that thinks before it answers; the tables keep it for the sampler.
+      other_ends: more tokens that end a response.
 
     Returns:
       The tables, numpy int32.
 
     Raises:
-      ValueError: the end token is outside the vocabulary, or no whole response can be spelt with its tokens.
+      ValueError: an end token is outside the vocabulary, or no whole response can be spelt with its tokens.
     """
-    if not 0 <= end_token < len(token_bytes):
-        raise ValueError(f"end token {end_token} is outside the vocabulary of {len(token_bytes)} tokens")
-    tokens = [None if i == end_token else data for i, data in enumerate(token_bytes)]
+    ends = [end_token, *other_ends]
+    for end in ends:
+        if not 0 <= end < len(token_bytes):
+            raise ValueError(f"end token {end} is outside the vocabulary of {len(token_bytes)} tokens")
+    tokens = [None if i in ends else data for i, data in enumerate(token_bytes)]
     phrases = [phrase.text.encode() for phrase in book.phrases]
     reader = lift(find_phrases(phrases), tokens, special=START)
     grammar, restart, final = recognise(book)
-    recogniser = _with_marks(lift(grammar, tokens, special=DEAD), restart, set(marks) - {end_token})
-    recogniser, done = _with_end(recogniser, final, end_token)
+    recogniser = _with_marks(lift(grammar, tokens, special=DEAD), restart, set(marks) - set(ends))
+    recogniser, done = _with_end(recogniser, final, ends)
     distance = _distance(recogniser.next, done)
     if distance[START] == DEAD_DISTANCE:
         raise ValueError(f"no whole response of rule book {book.name!r} can be spelt with this vocabulary")
@@ -83,6 +86,7 @@ def compile_tables(
         num_tiers=len(book.tiers),
         order=book.part_order,
         thought=thought,
+        other_ends=tuple(other_ends),
     )
 
 
@@ -249,15 +253,15 @@ def _with_marks(automaton: TokenAutomaton, restart: np.ndarray, marks: Collectio
     return automaton._replace(token_class=token_class, next=np.column_stack([automaton.next, restart]))
 
 
-def _with_end(automaton: TokenAutomaton, final: int, end_token: int) -> tuple[TokenAutomaton, int]:
-    """Gives the end token its own class, which leads from `final` to a new state, `done`, and elsewhere to DEAD."""
+def _with_end(automaton: TokenAutomaton, final: int, ends: Sequence[int]) -> tuple[TokenAutomaton, int]:
+    """Gives the end tokens their own class, which leads from `final` to a new state, `done`, and elsewhere to DEAD."""
     num_states, num_classes = automaton.next.shape
     done = num_states
     table = np.full((num_states + 1, num_classes + 1), DEAD, np.int32)
     table[:num_states, :num_classes] = automaton.next
     table[final, num_classes] = done
     token_class = automaton.token_class.copy()
-    token_class[end_token] = num_classes
+    token_class[list(ends)] = num_classes
     return automaton._replace(token_class=token_class, next=table), done
 
 

@@ -66,7 +66,7 @@ def sample_answers(
     prefix = prefill(policy, params, batch.prompt, batch.prompt_len)
     rolled = rollout(
         policy, params, prefix, row_keys(key, PURPOSE_MINE, 0, batch.row, number),
-        length=length, temperature=temperature, end_token=tables.end_token,
+        length=length, temperature=temperature, end_token=tables.end_token, other_ends=tables.other_ends,
     )
     reading = reader.read(tables, rolled.tokens, rolled.valid)
     true = reading.value[..., -1] == batch.tier[:, None]

@@ -401,7 +401,7 @@ def _model(
     padding = [None] * (shape.vocab_size - tokenizer.vocab_size)  # some models pad their vocabulary
     tables = automaton.compile_tables(
         rules, [*tokenizer.token_bytes(), *padding], tokenizer.end_token, tokenizer.marks,
-        pipeline.thought(rules, tokenizer),
+        pipeline.thought(rules, tokenizer), tokenizer.end_tokens[1:],
     )  # fmt: skip
     policy, init, axes = transformer.build(shape, *([] if mesh is None else [sharding.placing(mesh)]))
     return Model(rules, tokenizer, jax.tree.map(np.asarray, tables), shape, policy, init, axes, instructions)
