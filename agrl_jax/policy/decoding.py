@@ -18,7 +18,7 @@ FEW = 32  # rows up to which a CPU is faster with the weight on the left of the 
 @jax.tree_util.register_dataclass
 @dataclass
 class OutputsFirst:
-    """A matrix of a layer, laid out for a CPU to decode with.
+    """A matrix of a layer, laid out for decoding on a CPU.
 
     Before each product, XLA on a CPU copies the right operand into another order. With few rows, copying the weight is
     most of the work, and copying the rows is none. So the weight stands on the left: SmolLM2 decodes 32 answers 1.3

@@ -1,6 +1,6 @@
 "use strict";
 const { curves, runs } = JSON.parse(document.getElementById("data").textContent);
-const DASHES = ["", "6 3", "2 2", "8 3 2 3", "1 3"]; // lines differ without their colours, too
+const DASHES = ["", "6 3", "2 2", "8 3 2 3", "1 3"]; // lines differ without colours too
 const WIDTH = 280, HEIGHT = 150, LEFT = 38, BOTTOM = 18, TOP = 6;
 const AT_ONCE = 20;
 
@@ -68,7 +68,7 @@ function legend() {
 // Right, wrong, or null where the truth is not known.
 const verdict = (row, part) => (row.truth[part] === null ? null : row.stated[part] === row.truth[part]);
 
-// The statements of an answer that says more than these.
+// The statements of an answer; none if it says nothing else.
 function statements(row) {
   const all = row.statements || [];
   return all.reduce((text, one) => text.replace(one, ""), row.forced + row.text).trim() ? [...all] : [];
