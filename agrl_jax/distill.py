@@ -4,13 +4,12 @@
     python -m agrl_jax.judge --checkpoint=runs/student --steps=False --input=pairs.csv --output=judged.csv
 
 The teacher judges pairs once: those that it was trained on, or those of a file, which need no labels (`--pairs`). The
-student starts from the teacher's weights, and learns the tier's probabilities as the teacher finds them through the
-rule book, and after the tier the steps that the teacher states. Asked for the tier alone, it takes one decision a
-pair.
+student starts from the teacher's weights. It learns the teacher's tier probabilities through the rule book, and after
+the tier the steps that the teacher states. Asked for the tier alone, it makes one decision a pair.
 
-The teacher is a workdir, a folder that `agrl_jax.export` wrote, or the judge in the box. The student has its config,
-of which any field can be set: `--config.distill.steps=500`. A command that was stopped goes on where it was when it is
-given again. At its end it shows the scorecard of the student beside that of the teacher.
+The teacher is a workdir, a folder that `agrl_jax.export` wrote, or the judge in the box. The student takes the
+teacher's config; any field can be set: `--config.distill.steps=500`. A stopped command goes on where it was when it is
+given again. At the end it shows the scorecards of teacher and student.
 """
 
 from __future__ import annotations
@@ -28,17 +27,17 @@ from agrl_jax.runtime.memory import with_huge_pages
 
 def _define_flags(argv: list[str]) -> None:
     flags.DEFINE_string("checkpoint", None, "The teacher: a workdir, an export, a judge in the box.", required=True)
-    flags.DEFINE_string("workdir", None, "Of the student; an existing one is continued.", required=True)
-    flags.DEFINE_enum("stage", "best", STAGES, "Of a workdir as the teacher.")
-    flags.DEFINE_string("pairs", "", "A file of pairs, labelled or not; by default those that the teacher learnt from.")
-    flags.DEFINE_integer("number", 0, "How many of those, drawn by the seed; 0: all.", lower_bound=0)
+    flags.DEFINE_string("workdir", None, "The student's; an existing one is continued.", required=True)
+    flags.DEFINE_enum("stage", "best", STAGES, "The stage of a teacher's workdir.")
+    flags.DEFINE_string("pairs", "", "A file of pairs, labelled or not; by default the teacher's training pairs.")
+    flags.DEFINE_integer("number", 0, "How many of its training pairs, drawn by the seed; 0: all.", lower_bound=0)
     flags.DEFINE_integer("batch_size", 64, "Pairs that the teacher judges at once.", lower_bound=1)
-    what = "Fields of the student that are not to be the teacher's."
+    what = "Fields of the student that differ from the teacher's."
     config_flags.DEFINE_config_dict("config", recipes.base(), what, sys_argv=argv)
 
 
 def main(argv: list[str]) -> None:
-    """Exit codes as of `agrl_jax.main`."""
+    """Exit codes: those of `agrl_jax.main`."""
     known = flatten(recipes.base())
     try:
         _define_flags(argv)

@@ -1,4 +1,4 @@
-"""From a judge that reasons before it answers to a student that states the tier first; see `agrl_jax.distill`.
+"""Trains a student that states the tier first from a judge that reasons before it answers; see `agrl_jax.distill`.
 
 The teacher judges the pairs, once, into `teacher.parquet` of the student's workdir. The workdir gets the teacher's
 weights as the end of a warm start of no steps. From there the student is trained as any policy is
@@ -34,7 +34,7 @@ from agrl_jax.runtime.files import OutputError, in_one_piece, read_json, write_j
 from agrl_jax.training import assemble, run
 
 USER_ERRORS = (*run.USER_ERRORS, *files.USER_ERRORS)  # shown as one message
-ASKED_FILE = "asked.parquet"  # the pairs that the teacher is asked, where they are its own training pairs
+ASKED_FILE = "asked.parquet"  # the teacher's own training pairs, if it judges these
 IDENTITY_FILE = "teacher.json"  # what the judgements depend on
 _TOKENIZER_FILES = (assemble.TOKENIZER_FILE, "tokenizer_config.json", assemble.POLICY_FILE)
 
@@ -43,17 +43,16 @@ def distill(
     checkpoint: str, workdir: str, *, stage: str = "best", pairs: str = "", number: int = 0, batch_size: int = 64,
     changes: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Trains a student in a workdir, or goes on with it, and returns the scorecards `{stage: {split: scores}}` of the
-    teacher, as it judges, and of the student.
+    """Trains a student in a workdir, or goes on with it; returns the scorecards `{stage: {split: scores}}` of both.
 
     Args:
       checkpoint: the teacher: a workdir, an export or a judge in the box.
-      workdir: of the student.
-      stage: of a workdir as the teacher, see `trained.find_stage`.
-      pairs: a file of pairs, labelled or not, that the teacher judges; empty: those that it was trained on.
-      number: how many of those, drawn by the seed; 0: all.
+      workdir: the student's.
+      stage: of a teacher's workdir, see `trained.find_stage`.
+      pairs: a file of pairs, labelled or not, that the teacher judges; empty: its own training pairs.
+      number: how many of its training pairs, drawn by the seed; 0: all.
       batch_size: pairs that the teacher judges at once.
-      changes: fields of the student's config, by dotted names, that are not to be the teacher's.
+      changes: fields of the student's config, by dotted names, that differ from the teacher's.
 
     Raises:
       TrainedError, ConfigError, ...: see `USER_ERRORS`.
@@ -74,7 +73,7 @@ def distill(
 
 
 def student_config(checkpoint: str, folder: epath.Path, changes: Mapping[str, Any]) -> ConfigDict:
-    """The config of a student: that of its teacher, with the tier first and with `changes`.
+    """The config of a student: the teacher's, with the tier first and with `changes`.
 
     Raises:
       TrainedError: there is no record of how the teacher was trained, or it states the tier first already.
@@ -113,8 +112,8 @@ def student_config(checkpoint: str, folder: epath.Path, changes: Mapping[str, An
 def _give_weights(
     checkpoint: str, stage: str, config: ConfigDict, folder: epath.Path, mesh: jax.sharding.Mesh
 ) -> None:
-    """Puts a workdir's tokenizer and weights where the student's run finds them, as the end of its warm start. What
-    begins with an export finds them there, as it does with any pretrained model."""
+    """Copies a teacher's tokenizer and weights to the student's workdir, as the end of its warm start. A student of an
+    export loads them from the export, as of any pretrained model."""
     rules = assemble.load_rules(config)
     identity = {"config": resolve(config), "rulebook": rules.digest, "versions": {}}
     defaults = {"config": resolve(recipes.base())}
@@ -125,7 +124,7 @@ def _give_weights(
         their_config = assemble.read_config(theirs)
         model = assemble.load_model(their_config, theirs, mesh=mesh)
         found = trained.find_stage(theirs, their_config, model.book, stage)
-        # Adapters that the warm start trains are what is trained on; those of RL alone are merged into their base.
+        # Training goes on with adapters of the warm start; adapters of RL alone are merged into their base.
         load = assemble.load_params if assemble.adapters_of(their_config, "sft") is None else assemble.load_trained
         params = load(theirs, their_config, model, mesh, *found)
         for name in _TOKENIZER_FILES:
@@ -135,7 +134,7 @@ def _give_weights(
 
 
 def _own_pairs(config: ConfigDict, folder: epath.Path, number: int) -> str:
-    """Writes the pairs that the teacher was trained on, each once, and returns the file."""
+    """Writes the teacher's training pairs, each once, and returns the file."""
     data = assemble.load_data(config, assemble.load_rules(config), folder)
     texts = list(dict.fromkeys(
         tuple(getattr(pair, name) for name in TEXTS) for pair in (*data.sft, *data.splits["train"])
@@ -150,7 +149,7 @@ def _own_pairs(config: ConfigDict, folder: epath.Path, number: int) -> str:
 
 
 def _teach(judge: Judge, source: str, config: ConfigDict, folder: epath.Path) -> None:
-    """Lets the teacher judge the pairs of a file, where it has not yet.
+    """Lets the teacher judge the pairs of a file, unless it has done so.
 
     Raises:
       OutputError: the workdir holds the judgements of another teacher, or of other pairs.
@@ -171,7 +170,7 @@ def _teach(judge: Judge, source: str, config: ConfigDict, folder: epath.Path) ->
 
 
 def _score(judge: Judge, config: ConfigDict, folder: epath.Path) -> None:
-    """Scores the teacher, as it judges, on the pairs that the student will be scored on."""
+    """Scores the teacher, as it judges, on the pairs of the student's scorecard."""
     path, settings = folder / "scorecard.json", assemble.card_settings(config, 0)
     written = tables.read(path).get(run.TEACHER, {}) if path.exists() else {}
     if written and all(scores["settings"] == settings for scores in written.values()):
