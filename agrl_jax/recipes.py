@@ -171,6 +171,12 @@ def base() -> ConfigDict:
     c.rl.weight_decay = 0.0  # decoupled, of matrices alone
     c.rl.max_skipped = 10  # updates in a row skipped as not finite before the run stops
 
+    c.difficulty = ConfigDict()  # sampling of examples by the policy's own pass rates; see agrl_jax/rl/difficulty.py
+    c.difficulty.pool = 1  # x B examples, of which the B to roll are chosen by the band; 1: no choice
+    c.difficulty.low = 0.01  # least pass rate of the band: rows of which no answer passes lie below
+    c.difficulty.high = 0.99  # greatest: rows of which all answers pass lie above
+    c.difficulty.again = 100  # steps after which a row outside the band comes back, since the policy has changed
+
     c.dpo = ConfigDict()  # in place of rl where the method is dpo; see agrl_jax/supervised/dpo.py
     c.dpo.samples = 8  # answers to each training pair, at rl.temperature; right ones are preferred to wrong ones
     c.dpo.mined = 12_800  # training pairs sampled from, stratified; 0: all
@@ -369,6 +375,7 @@ _ACTS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("sft.path", "sft.source", lambda source: bool(FILES.intersection(source.split("+")))),
     *((f"mixture.{name}", "sft.source", lambda source: "mixture" in source.split("+"))
       for name in ("rows", "real", "strangers", "disguised")),
+    *((f"difficulty.{name}", "difficulty.pool", lambda pool: pool > 1) for name in ("low", "high", "again")),
     ("objective.kl_weight", "objective.kl", lambda kl: kl != "none"),
     ("policy.thought_len", "policy.thinking", lambda thinking: thinking == "on"),
     ("rl.constrained", "method", lambda method: last_branch(method) == "rl"),

@@ -34,6 +34,8 @@ _CURVES = {
     "validation/accuracy": "validation accuracy",
     "guide/share": "share guided", "guide/level": "guidance level", "guide/pass_before": "pass rate before guidance",
     "guide/pass_after": "pass rate after guidance", "guide/transfer_gap": "transfer gap",
+    "difficulty/inside": "rows in the band of pass rates", "difficulty/above": "rows above it",
+    "difficulty/below": "rows below it",
     "reward/equal_groups": "groups with equal rewards", "reward/gated": "a right step earned nothing (gate)",
     "policy/entropy": "entropy [nats]", "policy/kl": "KL to the reference [nats]", "policy/loss": "loss",
 }  # fmt: skip
@@ -98,7 +100,7 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
     values: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         for name, value in row.items():
-            if name.startswith(("reward/", "guide/", "policy/", "validation/")) and _finite(value):
+            if name.startswith(("reward/", "guide/", "policy/", "validation/", "difficulty/")) and _finite(value):
                 values.setdefault(name, []).append((row["step"], value))
     return {name: _smoothed(points) for name, points in values.items()}
 

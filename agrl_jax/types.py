@@ -229,6 +229,14 @@ class GuidanceState:
 
 
 @struct.dataclass
+class DifficultyState:
+    """What sampling by difficulty remembers between steps."""
+
+    rate: Array  # [N] float32 pass rate of the row's unguided answers, later groups counting more; UNKNOWN before any
+    met: Array  # [N] int32 the step in which it was last rolled; 0 before any
+
+
+@struct.dataclass
 class TrainState:
     """All that a run carries from step to step, and all that a checkpoint holds."""
 
@@ -238,3 +246,4 @@ class TrainState:
     key: Array  # [2] uint32 the root of all random numbers; never changes
     guidance: GuidanceState | None
     skipped: Array  # [] int32 consecutive updates skipped for non-finite gradients
+    difficulty: DifficultyState | None = None  # where examples are chosen by their difficulty

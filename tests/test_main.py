@@ -272,6 +272,8 @@ def test_a_batch_larger_than_the_pairs_is_refused_before_anything_is_trained(
 ) -> None:
     fields = {"data.path": str(ROOT / "examples" / "pairs.csv"), "data.dir": str(data_dir), "rl.batch_size": 64}
     assert "rl.batch_size=64 is more than the" in refusal(tmp_path / "run", "pairs", **fields)
+    fields |= {"rl.batch_size": 8, "difficulty.pool": 100}
+    assert "rl.batch_size=8 x difficulty.pool=100 is more than the" in refusal(tmp_path / "run", "pairs", **fields)
     assert "warm start" not in capsys.readouterr().out
 
 

@@ -27,7 +27,8 @@ from conftest import END, RESPONSE_LEN, VOCABULARY, Small, lenient, make_small
 from agrl_jax import recipes
 from agrl_jax.policy import decode_attention, decoding, layers, transformer
 from agrl_jax.policy.scoring import instructed, predicting_hidden, prefill, token_logprobs
-from agrl_jax.rl import guidance
+from agrl_jax.rl import difficulty, guidance
+from agrl_jax.rl.difficulty import DifficultyConfig
 from agrl_jax.rl.rollout import PURPOSE_ROLLOUT, row_keys
 from agrl_jax.rl.step import make_step
 from agrl_jax.rulebook.automaton import compile_tables
@@ -112,11 +113,14 @@ def take_steps(small: Small, mesh: jax.sharding.Mesh, tokens: np.ndarray | None 
     """Three steps on a mesh, its borders pinned as training pins them; `tokens` [B, G, T] to be teacher-forced."""
     from test_step import CONFIG, KEY
 
-    cfg = dataclasses.replace(CONFIG, shards=EXAMPLES)  # all failing groups are guided, however the batch is split
+    # All failing groups are guided, and of each two examples one is chosen, however the batch is split.
+    band = DifficultyConfig(pool=2, low=0.3, high=0.7, again=100)
+    cfg = dataclasses.replace(CONFIG, shards=EXAMPLES, difficulty=band)
     policy, _, axes = transformer.build(small.config, sharding.placing(mesh))
     memory = guidance.initial_state(40, 2, cfg.guidance)
     start = TrainState(
-        small.params, jax.tree.map(np.zeros_like, small.params), np.int32(0), KEY, jax.device_get(memory), np.int32(0)
+        small.params, jax.tree.map(np.zeros_like, small.params), np.int32(0), KEY, jax.device_get(memory), np.int32(0),
+        jax.device_get(difficulty.initial_state(40)),
     )
     params = sharding.param_shardings(mesh, axes, small.params)
     places, whole = sharding.state_shardings(mesh, start, params), sharding.replicated(mesh)
@@ -130,7 +134,9 @@ def take_steps(small: Small, mesh: jax.sharding.Mesh, tokens: np.ndarray | None 
         in_shardings=(places, by_batch, params), out_shardings=(places, whole, whole), donate_argnums=0,
     )
     to_host = jax.jit(lambda x: x, out_shardings=whole)
-    batch = sharding.put(small.batch([(0, 0), (1, 0), (2, 1), (2, 0)] * 2, rows=range(EXAMPLES)), by_batch)
+    pool = small.batch([truth for truth in ((0, 0), (1, 0), (2, 1), (2, 0)) * 2 for _ in range(2)])
+    batch = sharding.put(jax.tree.map(lambda x: x[::2], pool), by_batch)  # chosen first, as none was met before
+    pool = sharding.put(pool, by_batch)
     state = sharding.put(start, places)
     reference = sharding.put(jax.tree.map(lambda x: 0.9 * x, small.params), params)
 
@@ -149,8 +155,8 @@ def take_steps(small: Small, mesh: jax.sharding.Mesh, tokens: np.ndarray | None 
 
     taken = []
     for _ in range(3):
-        state, metrics, seen = step(state, batch, reference)
-        kept = to_host((state.params, state.opt_state, state.guidance))
+        state, metrics, seen = step(state, pool, reference)
+        kept = to_host((state.params, state.opt_state, (state.guidance, state.difficulty)))
         taken.append(jax.device_get((*kept, metrics, seen.rolled)))
     assert step._cache_size() == 1
     tokens = taken[0][-1].tokens if tokens is None else tokens

@@ -174,7 +174,7 @@ def _warm_started(config: ConfigDict, model: assemble.Model, mesh: jax.sharding.
 
 def _batch(config: ConfigDict, model: assemble.Model, mesh: jax.sharding.Mesh) -> Batch:
     """The shapes of a batch, with its sharding."""
-    b, s, t = config.rl.batch_size * config.rl.candidates, config.data.prompt_len, config.data.response_len
+    b, s, t = programs.examples_of_step(config), config.data.prompt_len, config.data.response_len
     parts = len(model.book.parts)
 
     def array(*shape: int) -> jax.ShapeDtypeStruct:

@@ -1,6 +1,7 @@
 """The one jitted training step of AGRL.
 
-    1. Roll G answers to each of B prompts with the current policy.
+    1. Roll G answers to each of B prompts with the current policy. If asked to, choose the B from more examples by
+       the pass rates of their earlier groups (`difficulty`).
     2. Read them on the device and score them by components (rule-aware reward shaping). If asked to, roll
        other examples in place of groups with equal rewards (dynamic sampling, `refill`).
     3. Find the groups that fail; roll `replace` of their answers again behind a forced prefix of the
@@ -8,7 +9,7 @@
     4. Turn scores into group-relative advantages, per answer or per reasoning step.
     5. Epochs x minibatches of a clipped policy-gradient loss, each a sum over micro-batches; update. Groups that can
        teach go first, and no more micro-batches are computed than they fill.
-    6. Remember what guidance did.
+    6. Remember what guidance did, and pass rates.
 
 How this departs from "TaoSR-AGRL" (arXiv 2510.08048), whose abstract alone is known to us: the reward
 weights and the hard gate (`reward`), the trigger, level and its adaptation (`guidance`) and the
@@ -38,7 +39,8 @@ from flax import struct
 
 from agrl_jax.policy import scoring
 from agrl_jax.policy.scoring import prefill, run_groups
-from agrl_jax.rl import guidance, objective, reader, refill
+from agrl_jax.rl import difficulty, guidance, objective, reader, refill
+from agrl_jax.rl.difficulty import DifficultyConfig
 from agrl_jax.rl.guidance import GuidanceConfig, Revelation, Selection
 from agrl_jax.rl.objective import ObjectiveConfig, TokenWeights
 from agrl_jax.rl.refill import Groups
@@ -74,6 +76,7 @@ class StepConfig:
     sample_batches: int = 1  # pieces of the batch, sampled one after the other: memory for the answers of one
     candidates: int = 1  # the step is given this many times B examples, to refill groups of equal rewards from
     constrained: bool = False  # sample well-formed answers alone; all log-probabilities are among the tokens allowed
+    difficulty: DifficultyConfig | None = None  # the step is given `pool` times B examples, to choose B from
 
 
 @struct.dataclass
@@ -142,11 +145,17 @@ def _step(
     with jax.named_scope("prefill"):
         sampling, instruct = scoring.instructed(decoding[0], parts.instructions)
         decoding = sampling, instruct(decoding[1])
+    if cfg.difficulty is not None:
+        batch, outside = difficulty.choose(state.difficulty, batch, state.step, cfg.difficulty, cfg.shards)
     rounds = split(batch, cfg.candidates)
     batch = jax.tree.map(lambda x: x[0], rounds)
     prefix, rolled = _roll(parts, decoding, state, batch)
     reading, scored = _read_and_score(parts, rolled, batch)
     metrics = _rollout_metrics(batch, rolled, scored, _teaches(parts, rolled, reading, scored), parts.step_names)
+    rates = state.difficulty
+    if cfg.difficulty is not None:
+        rates = difficulty.remember(rates, batch, jnp.mean(scored.passed, axis=1), state.step)
+        metrics |= difficulty.count(rates, cfg.difficulty) | {"difficulty/outside": jnp.mean(outside)}
 
     # ----------------------------------------------------------------------------------- refill
     if cfg.candidates > 1:
@@ -175,7 +184,7 @@ def _step(
     params, opt_state, skipped, figures = _updates(parts, state, examples)
     shared = 0 if parts.instructions is None else len(parts.instructions)
     metrics |= figures | _token_counts(batch, rolled, metrics | figures, cfg, shared)
-    state = TrainState(params, opt_state, state.step + 1, state.key, remembered, skipped)
+    state = TrainState(params, opt_state, state.step + 1, state.key, remembered, skipped, rates)
     seen = Inspection(batch.row, rolled, reading, scored, jnp.mean(advantage, axis=-1, where=rolled.valid))
     return (
         state,

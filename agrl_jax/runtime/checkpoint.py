@@ -45,7 +45,7 @@ MAY_GROW = {
 # Until a later stage begins, fields that the warm start does not depend on may differ: several runs can share one.
 AHEAD = (
     "config.method", "config.rl", "config.dpo", "config.more", "config.distill", "config.reward", "config.objective",
-    "config.guidance",
+    "config.guidance", "config.difficulty",
 )  # fmt: skip
 
 

@@ -266,6 +266,11 @@ RULES: Mapping[str, Rule] = {
     "rl.warmup": _COUNT,
     "rl.weight_decay": _WEIGHT,
     "rl.max_skipped": _SIZE,
+    # Sampling by difficulty.
+    "difficulty.pool": _SIZE,
+    "difficulty.low": _SHARE,
+    "difficulty.high": _SHARE,
+    "difficulty.again": _SIZE,
     # Preferences.
     "dpo.samples": _whole(2),
     "dpo.mined": _COUNT,
@@ -393,7 +398,8 @@ def validate_together(config: ConfigDict, data_shards: int = 1) -> None:
     sizes. Raises ConfigError with all problems in one message.
     """
     checks = (_policy_problems(config), _lora_problems(config), _optim_problems(config),
-              _batch_problems(config, data_shards), _objective_problems(config))  # fmt: skip
+              _batch_problems(config, data_shards), _difficulty_problems(config),
+              _objective_problems(config))  # fmt: skip
     raise_problems([problem for check in checks for problem in check])
 
 
@@ -469,6 +475,20 @@ def _batch_problems(config: ConfigDict, data_shards: int) -> Iterator[str]:
     if per_shard and guidance.capacity * per_shard < 1 - 1e-9:
         yield (f"guidance.capacity={guidance.capacity} of {per_shard} examples per data shard is less than one "
                f"group; use at least {1 / per_shard:.4g}, or guidance.enabled=False")
+
+
+def _difficulty_problems(config: ConfigDict) -> Iterator[str]:
+    difficulty, candidates = config.difficulty, config.rl.candidates
+    if difficulty.pool == 1:
+        return
+    if candidates > 1:
+        yield (f"difficulty.pool={difficulty.pool} with rl.candidates={candidates}: examples are chosen either before "
+               "they are rolled or after; use difficulty.pool=1 or rl.candidates=1")
+    band = f"difficulty.low={difficulty.low} and difficulty.high={difficulty.high}"
+    if difficulty.low > difficulty.high:
+        yield f"{band}: no pass rate lies in this band; low should be at most high"
+    if difficulty.low == 0 and difficulty.high == 1:
+        yield f"{band}: every pass rate lies in this band; raise low or lower high, or use difficulty.pool=1"
 
 
 def _objective_problems(config: ConfigDict) -> Iterator[str]:

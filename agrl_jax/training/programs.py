@@ -17,8 +17,9 @@ from agrl_jax.data import pipeline
 from agrl_jax.policy import lora
 from agrl_jax.policy.scoring import run_instructions
 from agrl_jax.policy.transformer import build_expert_load
-from agrl_jax.rl import guidance
+from agrl_jax.rl import difficulty, guidance
 from agrl_jax.rl import step as rl_step
+from agrl_jax.rl.difficulty import DifficultyConfig
 from agrl_jax.rl.guidance import GuidanceConfig
 from agrl_jax.rl.objective import ObjectiveConfig
 from agrl_jax.rl.reward import RewardConfig
@@ -28,7 +29,7 @@ from agrl_jax.runtime.config import last_branch
 from agrl_jax.supervised import distill, dpo, sft
 from agrl_jax.training import assemble
 from agrl_jax.training.assemble import Model
-from agrl_jax.types import Batch, GuidanceState, Params, Policy, TrainState
+from agrl_jax.types import Batch, DifficultyState, GuidanceState, Params, Policy, TrainState
 
 
 class Weights(NamedTuple):
@@ -82,7 +83,13 @@ def step_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> StepConfig:
         sample_batches=config.rl.sample_batches,
         candidates=config.rl.candidates,
         constrained=config.rl.constrained,
+        difficulty=DifficultyConfig(**config.difficulty.to_dict()) if config.difficulty.pool > 1 else None,
     )
+
+
+def examples_of_step(config: ConfigDict) -> int:
+    """Examples that a step of RL is given; it learns from rl.batch_size of them."""
+    return config.rl.batch_size * config.rl.candidates * config.difficulty.pool
 
 
 def _chunk(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:
@@ -127,8 +134,8 @@ def _supervised_program(
 def rl_program(
     config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, reference: Weights, rows: int, families: int
 ) -> Program:
-    """The program of reinforcement learning from the end of the warm start; guidance remembers `rows` training pairs
-    and has levels for the `families` of queries."""
+    """The program of reinforcement learning from the end of the warm start; guidance and sampling by difficulty
+    remember `rows` training pairs, and guidance has levels for the `families` of queries."""
     base, start = _from_reference(config, reference)
     # The reference of adapters that begin here is the base alone, which has none.
     kl_reference = None if config.objective.kl == "none" else {} if start is None else start
@@ -144,7 +151,8 @@ def rl_program(
     guided = None if cfg.guidance is None else partial(
         guidance.initial_state, rows, families, cfg.guidance, cfg.response_len, len(model.book.parts)
     )
-    fresh, template = _fresh_state(config, mesh, model, "rl", tx, start, guided)
+    rated = None if cfg.difficulty is None else partial(difficulty.initial_state, rows)
+    fresh, template = _fresh_state(config, mesh, model, "rl", tx, start, guided, rated)
     step = _jit(config, mesh, model, "rl", make, template, base, kl_reference)
     return Program(step, template, (base, kl_reference), fresh)
 
@@ -208,12 +216,13 @@ def _from_reference(config: ConfigDict, reference: Weights) -> tuple[Params | No
 
 def _fresh_state(
     config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, stage: str, tx: Any, start: Params | None = None,
-    guided: Callable[[], GuidanceState] | None = None,
+    guided: Callable[[], GuidanceState] | None = None, rated: Callable[[], DifficultyState] | None = None,
 ) -> tuple[Callable[[], TrainState], TrainState]:
     """A function that makes the state at step 0 on the mesh, and the state's shapes, dtypes and shardings.
 
     Starts from a copy of `start`, since the step donates its state; without, from the weights of the
-    pretrained model, or from a random draw. `guided` makes what guidance remembers.
+    pretrained model, or from a random draw. `guided` makes what guidance remembers, `rated` what sampling by
+    difficulty does.
     """
     init, axes = assemble.trained_part(config, model, stage)
     adapters = assemble.adapters_of(config, stage)
@@ -225,7 +234,9 @@ def _fresh_state(
         elif not pretrained:
             params = jax.tree.map(jnp.copy, params)
         key = jax.random.key_data(jax.random.key(config.seed))
-        return TrainState(params, tx.init(params), jnp.int32(0), key, guided and guided(), jnp.int32(0))
+        return TrainState(
+            params, tx.init(params), jnp.int32(0), key, guided and guided(), jnp.int32(0), rated and rated()
+        )
 
     shapes = jax.eval_shape(make, start)
     shardings = sharding.state_shardings(mesh, shapes, sharding.param_shardings(mesh, axes, shapes.params))

@@ -63,6 +63,7 @@ from agrl_jax.training.programs import (
     continued_sft_program,
     distill_program,
     dpo_program,
+    examples_of_step,
     left_to,
     rl_program,
     sft_program,
@@ -228,6 +229,10 @@ def _check_batches(config: ConfigDict, data: Data) -> None:
         size = config[branch].batch_size
         if branch != "distill" and config[branch].steps and size > len(pairs):
             raise ConfigError(f"{branch}.batch_size={size} is more than the {len(pairs)} pairs that it trains on")
+        if branch == "rl" and config.rl.steps and examples_of_step(config) > len(pairs):
+            candidates, pool = config.rl.candidates, config.difficulty.pool
+            factor = f"rl.candidates={candidates}" if candidates > 1 else f"difficulty.pool={pool}"
+            raise ConfigError(f"rl.batch_size={size} x {factor} is more than the {len(pairs)} pairs that it trains on")
 
 
 def _trained_on(config: ConfigDict, stage: str) -> str:
@@ -315,7 +320,7 @@ def _reinforce(run: Run, reference: Weights) -> Weights:
             bar.print(render(done, samples))
         return validation(done, last, state, seen, bar)
 
-    batches = pipeline.batches(split, config.rl.batch_size * config.rl.candidates, config.seed, start=int(state.step))
+    batches = pipeline.batches(split, examples_of_step(config), config.seed, start=int(state.step))
     state = _run_stage(run, "rl", program, state, spent, batches, RL_FIGURES, after)
     return Weights(state.params, base)
 
