@@ -212,7 +212,7 @@ def base() -> ConfigDict:
 
     c.reward = ConfigDict()  # what an answer earns; see agrl_jax/rl/reward.py
     c.reward.composition = "gated"  # terminal, sum, gated, gated_tier
-    c.reward.tier_kind = "exact"  # or ordinal: one tier off is less wrong than three
+    c.reward.tier_kind = "exact"  # ordinal: less by each tier off; brier, rps: as probabilities, see its file
     c.reward.tier_weight = 1.0  # of the right tier
     c.reward.step_weight = 1.0  # of each step; if it is far below tier_weight, wrong steps that give the right tier pay
     c.reward.consistent_weight = 0.25  # of steps that imply the stated tier

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_step import CONFIG
 
 from agrl_jax.data.pairs import Pair
 from agrl_jax.evaluation.samples import score_answers
 from agrl_jax.policy.tokenizer import train_bpe
 from agrl_jax.rl import reader
+from agrl_jax.rl.objective import advantages
 from agrl_jax.rl.reward import RewardConfig, component_names, is_consistent, is_model_answer, score
 from agrl_jax.rulebook.automaton import compile_tables
 from agrl_jax.types import UNKNOWN, Batch, Reading, Rollout
@@ -80,10 +85,10 @@ def test_every_component_and_their_sum(small):
 
 
 @pytest.mark.parametrize("composition", ["terminal", "sum", "gated", "gated_tier"])
-@pytest.mark.parametrize("tier_kind", ["exact", "ordinal"])
+@pytest.mark.parametrize("tier_kind", ["exact", "ordinal", "brier", "rps"])
 def test_a_malformed_answer_has_not_passed_and_its_tier_earns_nothing(small, composition, tier_kind):
     cfg = dataclasses.replace(SUM, composition=composition, tier_kind=tier_kind)
-    s = scored(small, [(0, 0, 0), (0, 0, 0)], cfg, well_formed=[True, False])
+    s = scored(small, [(0, 0, 0), (0, 0, 0)], cfg, well_formed=[True, False])  # of two answers none is compared
     np.testing.assert_array_equal(s.passed[0], [True, False])
     np.testing.assert_array_equal(s.earned[0, :, TIER], [1, 0])
     steps = {"terminal": 0, "gated_tier": 0}.get(composition, 0.5)  # right steps, and consistent
@@ -136,6 +141,67 @@ def test_the_ordinal_tier_gives_less_for_each_tier_off(small):
     np.testing.assert_array_equal(s.passed[0], [True, False, False, False])  # to pass it has to be right
     s = scored(small, answers, ordinal, tier=1)
     np.testing.assert_allclose(s.raw[0, :, TIER], [0.5, 1, 0.5, 0])
+
+
+def tiers_earn(small, kind, tiers, tier=0, **more):
+    """What the tiers of one group earn, times 1 + c."""
+    s = scored(small, [(0, 0, t) for t in tiers], dataclasses.replace(SUM, tier_kind=kind), tier=tier, **more)
+    group = len(tiers)
+    return s.raw[0, :, TIER] * (1 + (group - 1) / (group - 2))
+
+
+def test_a_brier_tier_earns_more_where_others_differ(small):
+    """Four answers, c = 3/2: 1 where right, and 1/2 for each of the three others that differs."""
+    np.testing.assert_allclose(tiers_earn(small, "brier", [0, 0, 1, 2]), [1 + 1, 1 + 1, 1.5, 1.5])
+    np.testing.assert_allclose(tiers_earn(small, "brier", [0, 1, 1, 1]), [1 + 1.5, 0.5, 0.5, 0.5])
+    np.testing.assert_allclose(tiers_earn(small, "brier", [0, 0, 0, 0]), [1] * 4)
+    np.testing.assert_allclose(tiers_earn(small, "brier", [2, 2, 2, 2]), [0] * 4)
+
+
+def test_a_ranked_tier_counts_how_far_tiers_are_apart(small):
+    """Three tiers, so that one is half the way: 1 less the way to the truth, and 1/2 of that to each other answer."""
+    answers = [0, 0, 1, 2]
+    np.testing.assert_allclose(tiers_earn(small, "rps", answers), [1.75, 1.75, 0.5 + 0.75, 0 + 1.25])
+    np.testing.assert_allclose(tiers_earn(small, "rps", answers, tier=1), [0.5 + 0.75] * 2 + [1 + 0.75, 0.5 + 1.25])
+
+
+@pytest.mark.parametrize("kind", ["brier", "rps"])
+def test_answers_without_form_differ_from_all_and_guided_ones_are_compared_with_guided(small, kind):
+    formed = [True, True, False, True]  # the third would be right
+    np.testing.assert_allclose(tiers_earn(small, kind, [0, 0, 0, 0], well_formed=formed), [1.5, 1.5, 0, 1.5])
+    # c is 3/2 here too, with one other answer of the kind: the whole of it. The prefix of the last two holds fit.
+    found = tiers_earn(small, kind, [0, 2, 0, 0], forced_len=[0, 0, 1, 1])
+    np.testing.assert_allclose(found, [1 + 1.5, 1.5, 1, 1])
+
+
+@pytest.mark.parametrize(("loss", "factor"), [("dr_grpo", 0.15), ("rloo", 0.2)])
+@pytest.mark.parametrize("kind", ["brier", "rps"])
+def test_the_expected_policy_gradient_is_that_of_the_score(small, kind, loss, factor):
+    """Over all 81 groups of four answers from three tiers; 0.15 = (1 - 1/4) / 2 / (1 + 3/2), and 4/3 of it."""
+    logits, truth = jnp.array([0.3, -0.5, 0.9]), 1
+
+    def proper(logits):
+        p, hit = jax.nn.softmax(logits), jnp.arange(3) == truth
+        if kind == "brier":
+            return jnp.sum((p - hit) ** 2)
+        return jnp.sum((jnp.cumsum(p) - jnp.cumsum(hit)) ** 2) * 2 / (3 - 1)
+
+    groups = np.array(list(itertools.product(range(3), repeat=4)))
+    stated = np.stack([np.zeros_like(groups), np.zeros_like(groups), groups], axis=-1)
+    yes = np.ones((81, 4, T), bool)
+    rolled = Rollout(tokens=0 * yes, logp=0.0 * yes, sampled=yes, valid=yes, finished=yes[..., 0])
+    reading = Reading(stated, np.ones_like(stated), np.ones_like(stated), well_formed=yes[..., 0])
+    batch = small.batch([(0, 0)] * 81, tiers=[truth] * 81)
+    s = score(reading, rolled, batch, small.tables, dataclasses.replace(SUM, composition="terminal", tier_kind=kind))
+    config = dataclasses.replace(CONFIG.objective, loss=loss, credit="sequence", kl="none")
+    advantage = advantages(s, reading, ~yes[..., 0], T, config)[..., 0]
+
+    def surrogate(logits):  # the advantages are constants, as in the loss
+        logp = jax.nn.log_softmax(logits)[groups]
+        chance = jax.lax.stop_gradient(jnp.exp(jnp.sum(logp, axis=1)))
+        return jnp.sum(chance * jnp.mean(advantage * logp, axis=1))
+
+    np.testing.assert_allclose(jax.grad(surrogate)(logits), -factor * jax.grad(proper)(logits), atol=1e-6)
 
 
 def test_a_step_of_unknown_truth_is_not_counted(small):

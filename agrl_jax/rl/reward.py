@@ -13,6 +13,30 @@ The paper's exact weights and gate are not public; `composition` chooses among r
     sum        all components added up
     gated      step rewards count only in an answer that is rule-consistent (our reading)
     gated_tier step rewards count only in a well-formed answer whose tier is right
+
+What a tier y earns where t is true, by `tier_kind`. The distance d of two tiers is 1 if they differ; in `ordinal` and
+`rps` it is the number of places between them, as a share of the most that can be:
+
+    exact, ordinal  1 - d(y, t)
+    brier, rps      (1 - d(y, t) + c m) / (1 + c)      m: mean of d(y, y') over the other answers y' of the group
+                                                       c = (G - 1) / (G - 2)
+
+`exact` asks for the likeliest tier and `ordinal` for the median, however unsure the policy should be. The others ask
+for honest probabilities. The policy states tiers with probabilities P, and for two answers Y and Y' drawn apart
+(Gneiting & Raftery 2007, section 5: energy scores)
+
+    2 E d(Y, t) - E d(Y, Y')  =  sum over k of (P(k) - [k = t])^2                             the Brier score, or
+                              =  sum over k of (P(tier <= k) - [t <= k])^2 2 / (tiers - 1)    ranked probability's
+
+The expected policy gradient of `dr_grpo` and `rloo` is that of minus this score, times a constant: c makes up for the
+mean of the group, which holds the answer's own part in m of the others. Losses that divide by the spread of a group
+change the length of its gradient, so of two outcomes `brier` then tells no more than `exact`.
+
+P is that of whole answers, steps and tier, as they are sampled. The scorecard's tier probabilities come from the steps
+of one answer through the decision table, as if steps were independent. Their score would be no reward of that answer:
+the probabilities of a step's values do not depend on which of them was sampled. Answers behind a forced prefix are
+drawn from another distribution, so they are compared with one another, and the rest with the rest. An answer that is
+not well-formed differs from every tier, and earns nothing.
 """
 
 from __future__ import annotations
@@ -25,13 +49,15 @@ from flax import struct
 
 from agrl_jax.types import UNKNOWN, Array, Batch, Reading, Rollout, RuleTables
 
+PROPER = ("brier", "rps")  # kinds of tier reward that compare the answers of a group
+
 
 @dataclass(frozen=True)
 class RewardConfig:
     """Weights are non-negative; `step_weight` is that of each single step."""
 
     composition: str  # terminal, sum, gated, gated_tier
-    tier_kind: str  # exact: 1 if right; ordinal: less by each tier off
+    tier_kind: str  # exact, ordinal, brier, rps
     tier_weight: float
     step_weight: float
     consistent_weight: float
@@ -75,7 +101,8 @@ def score(reading: Reading, rolled: Rollout, batch: Batch, tables: RuleTables, c
 
     step_right = (steps == truth) & (truth != UNKNOWN)
     tier_right = (tier == batch.tier[:, None]) & reading.well_formed
-    tier_score = _tier_score(tier, batch.tier[:, None], tables.num_tiers, cfg.tier_kind) * reading.well_formed
+    stated = jnp.where(reading.well_formed, tier, UNKNOWN)
+    tier_score = _tier_score(stated, batch.tier, forced_len > 0, tables.num_tiers, cfg.tier_kind)
     consistent = is_consistent(steps, tier, tables)
     length = jnp.sum(rolled.valid, axis=-1)
     span = max(rolled.tokens.shape[-1] - cfg.overlong_from, 1)
@@ -127,9 +154,25 @@ def is_consistent(steps: Array, tier: Array, tables: RuleTables) -> Array:
     return (tier != UNKNOWN) & jnp.all(steps != UNKNOWN, axis=-1) & (jnp.asarray(tables.tier_of)[code] == tier)
 
 
-def _tier_score(stated: Array, truth: Array, num_tiers: int, kind: str) -> Array:
-    """[B, G] float32: 1 where right; `ordinal` gives 1 - distance / (tiers - 1); 0 where none is stated."""
-    if kind == "exact":
-        return (stated == truth).astype(jnp.float32)
-    distance = jnp.abs(stated - truth) / (num_tiers - 1)
-    return jnp.where(stated == UNKNOWN, 0.0, 1.0 - distance)
+def _tier_score(stated: Array, truth: Array, guided: Array, num_tiers: int, kind: str) -> Array:
+    """[B, G] float32 in [0, 1]: what the tiers `stated` [B, G] earn where `truth` [B] is; see the module's docstring.
+
+    A tier that is UNKNOWN earns 0. `guided` [B, G] marks the answers with a forced prefix.
+    """
+    by_place = kind in ("ordinal", "rps")
+    there = stated != UNKNOWN
+    earned = 1.0 - _distance(stated, truth[:, None], num_tiers, by_place)
+    if kind in PROPER:
+        apart = _distance(stated[:, :, None], stated[:, None, :], num_tiers, by_place)  # [B, G, G]
+        apart = jnp.where(there[:, None, :], apart, 1.0)
+        others = (guided[:, :, None] == guided[:, None, :]) & ~np.eye(stated.shape[1], dtype=bool)
+        mean = jnp.sum(apart * others, axis=-1) / jnp.maximum(jnp.sum(others, axis=-1), 1)
+        group = stated.shape[1]
+        share = (group - 1) / (group - 2) if group > 2 else 0.0  # of two answers each tells the other's, and no more
+        earned = (earned + share * mean) / (1 + share)
+    return jnp.where(there, earned, 0.0)
+
+
+def _distance(a: Array, b: Array, num_tiers: int, by_place: bool) -> Array:
+    """[...] float32 in [0, 1]: 1 where tiers differ, or how far apart they stand as a share of the farthest."""
+    return jnp.abs(a - b) / (num_tiers - 1) if by_place else (a != b).astype(jnp.float32)

@@ -303,7 +303,7 @@ RULES: Mapping[str, Rule] = {
     "distill.step_weight": _POSITIVE,
     # Reward.
     "reward.composition": _one_of("terminal", "sum", "gated", "gated_tier"),
-    "reward.tier_kind": _one_of("exact", "ordinal"),
+    "reward.tier_kind": _one_of("exact", "ordinal", "brier", "rps"),
     "reward.tier_weight": _WEIGHT,
     "reward.step_weight": _WEIGHT,
     "reward.consistent_weight": _WEIGHT,
@@ -499,7 +499,19 @@ def _objective_problems(config: ConfigDict) -> Iterator[str]:
     if reward.overlong_weight > 0 and reward.overlong_from >= config.data.response_len:
         yield (f"reward.overlong_from={reward.overlong_from} must be below "
                f"data.response_len={config.data.response_len}, or reward.overlong_weight 0")
+    if reward.tier_kind in ("brier", "rps"):
+        yield from _comparison_problems(config)
     yield from _source_problems(config)
+
+
+def _comparison_problems(config: ConfigDict) -> Iterator[str]:
+    """Of rewards that compare an answer with the others of its group."""
+    kind, group, guidance = f"reward.tier_kind={config.reward.tier_kind}", config.rl.group_size, config.guidance
+    if group < 3:
+        yield f"{kind} with rl.group_size={group}: each answer is compared with at least two others; use at least 3"
+    elif guidance.enabled and 1 in (guidance.replace, group - guidance.replace):
+        yield (f"{kind} with guidance.replace={guidance.replace} of rl.group_size={group}: guided answers are compared "
+               "with guided ones, and one alone with none; leave at least two of each")
 
 
 _AT_PATH = {"pairs": "a CSV, TSV, JSON lines or Parquet file", "hf": "a dataset's folder or file"}
