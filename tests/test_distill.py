@@ -271,6 +271,7 @@ def test_unlabelled_pairs_of_ones_own_are_learnt_from(teacher, tmp_path, data_di
         (["--config.distil.steps=3"], "unknown field distil.steps; did you mean 'distill.steps'"),
         (["--config.distill.steps=few"], "distill.steps is 'few', expected a whole number such as 1000"),
         (["--config.rulebook.order=think_then_respond"], "a student states the tier first"),
+        (["--pairs=mine.csv", "--number=5"], "draws from the teacher's own pairs, not from --pairs"),
     ],
 )
 def test_bad_input_is_refused_in_a_line(teacher, tmp_path, data_dir, capfd, arguments, message):

@@ -57,6 +57,8 @@ def distill(
     Raises:
       TrainedError, ConfigError, ...: see `USER_ERRORS`.
     """
+    if pairs and number:
+        raise TrainedError(f"--number={number} draws from the teacher's own pairs, not from --pairs: give one of them")
     folder = epath.Path(workdir)
     config = student_config(checkpoint, folder, changes or {})
     mesh = sharding.make_mesh(*(config.mesh[axis] for axis in sharding.AXES))
