@@ -91,6 +91,11 @@ def test_so_does_decoding_as_a_platform_does_it(platform):
     assert "compared: 2x2x2 1x2x4; flipped tokens: 0" in run_on_eight("compare_as_on", platform, "2x2x2", "1x2x4")
 
 
+@pytest.mark.slow
+def test_so_do_answers_sampled_under_the_grammar():
+    assert "compared: 2x2x2; flipped tokens: 0" in run_on_eight("compare_constrained", "2x2x2")
+
+
 RATE = 0.5  # of plain gradient descent
 EXAMPLES, GROUP = 8, 4
 INSTRUCTIONS = np.array([1, 4, 8, 2, 9], np.int32)  # before all prompts
@@ -190,6 +195,14 @@ def compare(*meshes: str, **shape: int) -> None:
 
 def compare_experts(*meshes: str) -> None:
     compare(*meshes, experts=4, experts_per_token=2)
+
+
+def compare_constrained(*meshes: str) -> None:
+    import test_step
+
+    guide = dataclasses.replace(test_step.CONFIG.guidance, threshold=0.25)
+    test_step.CONFIG = dataclasses.replace(test_step.CONFIG, constrained=True, guidance=guide)
+    compare(*meshes)
 
 
 def compare_as_on(platform: str, *meshes: str) -> None:
