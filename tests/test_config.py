@@ -14,6 +14,7 @@ from agrl_jax import recipes
 from agrl_jax import types as schema
 from agrl_jax.runtime import config as cfg
 from agrl_jax.runtime.config import ConfigError, Rule
+from configs import dyknow_rag
 
 # ------------------------------------------------------------------------- the argument of a config file
 
@@ -245,6 +246,19 @@ def test_a_method_that_is_not_that_of_the_fields_is_refused(fields, message):
     assert message in str(error.value)
 
 
+def test_the_preset_of_dyknow_rag_changes_what_was_published_and_the_batch_alone():
+    config = dyknow_rag.get_config()
+    cfg.validate(config)
+    cfg.validate_together(config)
+    recipes.check(config)
+    grpo, fields = cfg.flatten(recipes.with_method(recipes.base(), "grpo")), cfg.flatten(config)
+    assert {name: value for name, value in fields.items() if value != grpo[name]} == {
+        "rl.group_size": 16, "rl.temperature": 0.99, "objective.kl": "k3", "objective.kl_weight": 0.02,
+        "objective.clamp": 2.0, "difficulty.pool": 2, "difficulty.high": 0.9, "rl.batch_size": 16,
+    }
+    assert config.difficulty.low == 0.01
+
+
 def test_what_a_method_leaves_open_can_be_chosen():
     recipes.check(changed(reward__composition="sum"))  # AGRL without the gate
     plain = {"guidance__enabled": False, "reward__composition": "terminal"}
@@ -257,6 +271,7 @@ def test_what_a_method_leaves_open_can_be_chosen():
     ("fields", "message"),
     [
         ({"data__path": "a.csv"}, "data.path=a.csv has no effect with data.source=benchmark"),
+        ({"difficulty__high": 0.9}, "difficulty.high=0.9 has no effect with difficulty.pool=1"),
         ({"data__labels": "{E: 4}"}, "data.labels={E: 4} has no effect without a file of pairs"),
         ({"data__on_bad_rows": "skip", "data__source": "esci", "data__path": "e"}, "data.on_bad_rows=skip has no eff"),
         ({"data__test_path": "t.csv", "data__source": "wands", "data__path": "w"}, "data.test_path=t.csv has no effec"),
