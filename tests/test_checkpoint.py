@@ -67,6 +67,14 @@ def test_a_state_comes_back_exactly(tmp_path, guided):
     assert_same(found.state, state)
 
 
+def test_a_state_of_a_version_without_memory_of_difficulty_comes_back(tmp_path):
+    state = make_state(3)
+    older = {field: value for field, value in vars(state).items() if field != "difficulty"}
+    with Checkpointer(tmp_path, identity=IDENTITY) as checkpoints:
+        checkpoints.save("rl", 7, older)
+        assert_same(checkpoints.restore(state).state, state)
+
+
 def test_the_state_may_be_donated_once_save_returns(tmp_path):
     state = {"w": jnp.zeros((512, 512))}
     step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)

@@ -26,6 +26,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from agrl_jax.runtime.config import diff, flatten, matches
 from agrl_jax.runtime.files import is_remote
+from agrl_jax.types import TrainState
 
 STAGES = ("sft", "rl")  # in the order in which a run goes through them
 SFT_END = "sft_end"
@@ -143,7 +144,7 @@ class Checkpointer:
             return
         record = {"stage": stage, "step": step, "data_position": data_position, "spent": spent}
         record["identity"] = self._identity
-        items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(_plain(record)))
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(_kept(state)), record=ocp.args.JsonSave(_plain(record)))
         score = float((metrics or {}).get(self._best, math.nan))
         self.wait()
         self._writing = (stage, step)
@@ -259,9 +260,11 @@ class Checkpointer:
         return self._state(stage, step, {"params": template}, partial=True)["params"]
 
     def _state(self, name: str, step: int, template: Any, partial: bool = False) -> Any:
-        restore_args = ocp.checkpoint_utils.construct_restore_args(template)
-        args = ocp.args.PyTreeRestore(item=template, restore_args=restore_args, partial_restore=partial)
-        return self._restore(name, step, state=args).state
+        kept = _kept(template)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(kept)
+        args = ocp.args.PyTreeRestore(item=kept, restore_args=restore_args, partial_restore=partial)
+        restored = self._restore(name, step, state=args).state
+        return restored if kept is template else template.replace(**restored)
 
     def _restore(self, name: str, step: int, **args: Any) -> Any:
         self.wait()
@@ -315,6 +318,13 @@ class Checkpointer:
         if differences:
             belongs = f"the checkpoints in {self.directory} belong to another run; use a new workdir, or undo:"
             raise CheckpointMismatch("\n  ".join([belongs, *(line.removeprefix("config.") for line in differences)]))
+
+
+def _kept(state: Any) -> Any:
+    """The state as checkpoints hold it: without memory of difficulty where a run has none, as in versions before it."""
+    if not isinstance(state, TrainState) or state.difficulty is not None:
+        return state
+    return {field: value for field, value in vars(state).items() if field != "difficulty"}
 
 
 def _quiet(record: logging.LogRecord) -> bool:
