@@ -42,6 +42,12 @@ CASES: dict[str, dict[str, Any]] = {
         "no_rope_layers": [1, 0], "pad_token_id": None, "bos_token_id": None, "eos_token_id": 0,
     },
     "olmo2": {"model_type": "olmo2", "tie_word_embeddings": False, "rope_theta": 5e5, "eos_token_id": 0},
+    "gemma3": {
+        "model_type": "gemma3_text", "tie_word_embeddings": True, "head_dim": 16, "query_pre_attn_scalar": 12,
+        "sliding_window": 5, "sliding_window_pattern": 2, "rope_theta": 1e5, "rope_local_base_freq": 100.0,
+        "hidden_activation": "gelu_pytorch_tanh", "eos_token_id": 0, "pad_token_id": 0, "bos_token_id": None,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_theta": 1e6},
     "qwen2_yarn": {
         "model_type": "qwen2", "tie_word_embeddings": False, "rope_theta": 1e4,
@@ -100,7 +106,9 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             del inner["input_layernorm.weight"]
             inner |= {"post_feedforward_layernorm.weight": (d,)}
             inner |= {"self_attn.q_norm.weight": (heads * f,), "self_attn.k_norm.weight": (kv * f,)}
-        if family.startswith("qwen3"):
+        if family == "gemma3_text":
+            inner |= {"pre_feedforward_layernorm.weight": (d,), "post_feedforward_layernorm.weight": (d,)}
+        if family.startswith(("qwen3", "gemma3")):
             inner |= {"self_attn.q_norm.weight": (f,), "self_attn.k_norm.weight": (f,)}
         experts = [f"experts.{e}." for e in range(config["num_experts"])] if family == "qwen3_moe" else [""]
         m = config["moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"]

@@ -149,8 +149,9 @@ def test_an_export_keeps_all_end_tokens(tmp_path):
     ("shape", "message"),
     [
         ({"bias": True, "qk_norm": True}, "both attention biases and query/key norms"),
-        ({"norms": "after"}, "other than OLMo 2, which has both"),
-        ({"norms": "after", "qk_norm_whole": True, "bias": True}, "OLMo 2, which has both and no biases"),
+        ({"norms": "after"}, "norms='after', qk_norm_whole=False, .* together"),
+        ({"norms": "after", "qk_norm_whole": True, "bias": True}, "Olmo2ForCausalLM, .* has no biases"),
+        ({"window": 4}, "window or query_dim, other than Gemma 3"),
         ({"unrotated_every": 2, "qk_norm": True}, "unrotated layers with attention biases or norms"),
         ({"experts": 4, "experts_per_token": 2}, "experts without query/key norms"),
         ({"width": 30}, "heads=4 to divide width=30"),

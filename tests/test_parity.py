@@ -118,7 +118,7 @@ def test_exported_models_give_transformers_our_logits(case, tmp_path):
         near(theirs[KEPT], goldens[case])
 
 
-@pytest.mark.parametrize("case", ["llama", "smollm3", "olmo2", "qwen2_yarn", "qwen3_moe"])
+@pytest.mark.parametrize("case", ["llama", "smollm3", "olmo2", "gemma3", "qwen2_yarn", "qwen3_moe"])
 def test_padded_prompts_and_shared_prefixes_give_the_logits_of_whole_sequences(case, tmp_path):
     """Prompts of 3 lengths, two responses to each; for `transformers` each is one sequence, padded left or right."""
     cfg, params, _ = loaded(case)

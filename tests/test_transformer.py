@@ -27,6 +27,10 @@ VARIANTS = {
         "qk_norm": True, "layers": 2, "rope_scaling": RopeScaling("llama3", 4.0, original=4)
     },
     "norms after, norms over all heads": {"norms": "after", "qk_norm_whole": True, "tied": False},
+    "window, norms on both sides": {
+        "norms": "both", "norm_offset": 1.0, "qk_norm": True, "activation": "gelu_tanh", "scaled_embedding": True,
+        "query_dim": 5, "window": 3, "global_every": 2, "local_rope_theta": 10.0,
+    },
     "experts, untied, one kv head": {"experts": 3, "experts_per_token": 2, "tied": False, "kv_heads": 1},
 }
 variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
@@ -214,7 +218,7 @@ def test_query_and_key_norms_forget_the_scale_of_their_projections():
 
 def test_queries_in_bfloat16_are_scaled_in_float32():
     q = np.random.default_rng(0).normal(size=(100, 48)).astype(jnp.bfloat16)
-    np.testing.assert_array_equal(scaled(q), (q.astype(np.float32) / np.float32(48**0.5)).astype(jnp.bfloat16))
+    np.testing.assert_array_equal(scaled(q, 48), (q.astype(np.float32) / np.float32(48**0.5)).astype(jnp.bfloat16))
 
 
 def test_rotary_positions_see_distances_alone():

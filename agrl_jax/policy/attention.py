@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from agrl_jax.policy import decode_attention
-from agrl_jax.policy.layers import KEYS, PolicyConfig, cast, einsum, linear, ones, param, rms_norm
+from agrl_jax.policy.layers import KEYS, PolicyConfig, cast, einsum, linear, norm_weight, param, rms_norm
 from agrl_jax.types import Array, Instructions, Placement
 
 _MASKED = -1e30  # finite, so that a query which may see nothing yields a mean, never a NaN
@@ -48,7 +49,7 @@ def rope_frequencies(cfg: PolicyConfig) -> tuple[np.ndarray, float]:
     return (divided * (1 - keep) + frequency * keep).astype(np.float32), scaling.attention
 
 
-def rotate(x: Array, positions: Array, frequency: np.ndarray, scale: float = 1.0) -> Array:
+def rotate(x: Array, positions: Array, frequency: np.ndarray | Array, scale: float = 1.0) -> Array:
     """Rotary position embedding (arXiv 2104.09864), halves paired as in Llama.
 
     `x` is [B, G, n, heads, head_dim], `positions` [B, 1 or G, n], `frequency` [head_dim / 2].
@@ -59,9 +60,9 @@ def rotate(x: Array, positions: Array, frequency: np.ndarray, scale: float = 1.0
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
 
 
-def scaled(q: Array) -> Array:
-    """Queries [..., head_dim] over the root of head_dim, rounded once: a factor in bfloat16 would be off by 1e-3."""
-    return (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+def scaled(q: Array, dim: int) -> Array:
+    """Queries over the root of `dim`, rounded once: a factor in bfloat16 would be off by 1e-3."""
+    return (q.astype(jnp.float32) * dim**-0.5).astype(q.dtype)
 
 
 class Attention(nnx.Module):
@@ -80,14 +81,15 @@ class Attention(nnx.Module):
             self.k_bias = nnx.Param(jnp.zeros((k, f), dtype), axes=("kv_heads", "head_dim"))
             self.v_bias = nnx.Param(jnp.zeros((k, f), dtype), axes=("kv_heads", "head_dim"))
         if cfg.qk_norm:
-            self.q_norm = ones((f,), ("head_dim",), dtype)
-            self.k_norm = ones((f,), ("head_dim",), dtype)
+            self.q_norm = norm_weight(cfg, (f,), ("head_dim",))
+            self.k_norm = norm_weight(cfg, (f,), ("head_dim",))
         elif cfg.qk_norm_whole:
-            self.q_norm = ones((h, f), ("heads", "head_dim"), dtype)
-            self.k_norm = ones((k, f), ("kv_heads", "head_dim"), dtype)
+            self.q_norm = norm_weight(cfg, (h, f), ("heads", "head_dim"))
+            self.k_norm = norm_weight(cfg, (k, f), ("kv_heads", "head_dim"))
 
-    def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
-        """Queries [B, G, n, H, head_dim], keys and values [B, G, K, n, head_dim], rotated.
+    def project(self, x: Array, positions: Array, is_global: Array | bool) -> tuple[Array, Array, Array]:
+        """Queries [B, G, n, H, head_dim], keys and values [B, G, K, n, head_dim], rotated as in a global layer or in a
+        local one.
 
         Keys and values stand as attention reads them, so that no step of decoding transposes the cache.
         """
@@ -99,29 +101,35 @@ class Attention(nnx.Module):
                 for y, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias))
             )
         if cfg.qk_norm or cfg.qk_norm_whole:
-            q, k = rms_norm(q, self.q_norm[...], cfg.norm_eps), rms_norm(k, self.k_norm[...], cfg.norm_eps)
+            q, k = rms_norm(cfg, q, self.q_norm[...]), rms_norm(cfg, k, self.k_norm[...])
         rope = rope_frequencies(cfg)
+        if cfg.window:  # neither kind of frequency scales queries and keys
+            local = dataclasses.replace(cfg, rope_theta=cfg.local_rope_theta, rope_scaling=None)
+            rope = jnp.where(is_global, rope[0], rope_frequencies(local)[0]), 1.0
         return rotate(q, positions, *rope), rotate(k, positions, *rope).swapaxes(2, 3), v.swapaxes(2, 3)
 
     def attend(
         self, q: Array, k: Array, v: Array, offset: Array | None, prefix: LayerPrefix | None,
-        instructions: Instructions | None, placement: Placement,
+        instructions: Instructions | None, placement: Placement, reach: Array | None = None,
     ) -> Array:
         """Attends from n queries at slots offset + i to keys k [B, G, K, t, head_dim] at slots j <= offset + i, to
         every valid key of the prompt and to every one of the instructions (of this layer). Returns values
-        [B, G, n, H, head_dim]. `offset` is None where k are the n tokens' own."""
+        [B, G, n, H, head_dim]. `offset` is None where k are the n tokens' own. Of all these keys, a query sees those
+        less than `reach` tokens before it."""
         cfg = self.cfg
         b, g, n, _, f = q.shape
-        q = scaled(q).reshape(b, g, n, cfg.kv_heads, cfg.heads // cfg.kv_heads, f).transpose(0, 1, 3, 4, 2, 5)
-        if n == 1 and offset is not None and prefix is not None and decode_attention.supports(v.dtype, f):
+        q = scaled(q, cfg.query_dim or f).reshape(b, g, n, cfg.kv_heads, cfg.heads // cfg.kv_heads, f)
+        q = q.transpose(0, 1, 3, 4, 2, 5)
+        by_kernel = reach is None and decode_attention.supports(v.dtype, f)
+        if n == 1 and offset is not None and prefix is not None and by_kernel:
             mixed = _attend_once(q[:, :, :, :, 0], k, v, offset, prefix, instructions, placement)[:, :, :, :, None]
         else:
-            mixed = _attend(q, k, v, 0 if offset is None else offset, prefix, instructions)
+            mixed = _attend(q, k, v, 0 if offset is None else offset, prefix, instructions, reach)
         return jnp.moveaxis(mixed, 4, 2).astype(v.dtype).reshape(b, g, n, cfg.heads, f)
 
     def attend_groups(
         self, q: Array, k: Array, v: Array, prompt_len: Array, size: tuple[int, int],
-        instructions: Instructions | None, placement: Placement,
+        instructions: Instructions | None, placement: Placement, reach: Array | None = None,
     ) -> Array:
         """`attend` of prompts and of their answers at once: rows [B, 1, S + G * n, ...], S of the prompt and then those
         of each answer. `size` is (S, G)."""
@@ -134,8 +142,8 @@ class Attention(nnx.Module):
         (prompt_k, own_k), (prompt_v, own_v) = ((x[:, :, :, :length], of_answers(x)) for x in (k, v))
         prefix = LayerPrefix(prompt_k[:, 0], prompt_v[:, 0], prompt_len)
         own_q = q[:, 0, length:].reshape(b, group, -1, heads, f)
-        prompt = self.attend(q[:, :, :length], prompt_k, prompt_v, None, None, instructions, placement)
-        answers = self.attend(own_q, own_k, own_v, None, prefix, instructions, placement)
+        prompt = self.attend(q[:, :, :length], prompt_k, prompt_v, None, None, instructions, placement, reach)
+        answers = self.attend(own_q, own_k, own_v, None, prefix, instructions, placement, reach)
         return jnp.concatenate([prompt, answers.reshape(b, 1, rows - length, heads, f)], axis=2)
 
     def output(self, mixed: Array) -> Array:
@@ -167,7 +175,7 @@ def _turned(x: Array, source: str, target: str) -> Array:
 
 def _attend(
     q: Array, k: Array, v: Array, offset: Array | int, prefix: LayerPrefix | None,
-    instructions: Instructions | None = None,
+    instructions: Instructions | None = None, reach: Array | None = None,
 ) -> Array:
     """Attention of scaled queries [B, G, K, Q, n, head_dim], in that shape, in float32; as `Attention` has it.
 
@@ -175,13 +183,21 @@ def _attend(
     are divided by at last. A fifth less time outside of the products than with concatenated scores, on a CPU.
     Every product leaves its result as the next one takes it: only queries and answers, which are small, are transposed.
     """
-    before = jnp.arange(k.shape[3])[None, :] <= offset + jnp.arange(q.shape[4])[:, None]
-    segments = [_Segment("bgk", k, v, before)]
+    slot = offset + jnp.arange(q.shape[4])[:, None]  # [n, 1]
+    own = jnp.arange(k.shape[3])
+    before = own <= slot
+    segments = [_Segment("bgk", k, v, before if reach is None else before & (slot - own < reach))]
+    start = jnp.zeros(1, jnp.int32) if prefix is None else prefix.length
+    place = start[:, None, None] + slot  # [B or 1, n, 1] of the queries, after the instructions
     if prefix is not None:
-        valid = jnp.arange(prefix.k.shape[2]) < prefix.length[:, None]
-        segments.append(_Segment("bk", prefix.k, prefix.v, valid[:, None, None, None, None, :]))
+        theirs = jnp.arange(prefix.k.shape[2])
+        valid = theirs < prefix.length[:, None, None]
+        valid = valid if reach is None else valid & (place - theirs < reach)
+        segments.append(_Segment("bk", prefix.k, prefix.v, valid[:, None, None, None]))
     if instructions is not None:
-        segments.append(_Segment("k", instructions.k, instructions.v, None))
+        number = instructions.k.shape[1]
+        near = None if reach is None else (number + place - jnp.arange(number) < reach)[None, :, None, None]
+        segments.append(_Segment("k", instructions.k, instructions.v, near))
 
     scores = []
     for s in segments:

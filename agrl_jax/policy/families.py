@@ -18,6 +18,7 @@ CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
@@ -62,9 +63,12 @@ _PLAIN = {
     ("blocks", "mlp", "up"): _Tensor(_LAYER + "mlp.up_proj.weight", 1),
     ("blocks", "mlp", "down"): _Tensor(_LAYER + "mlp.down_proj.weight", 1),
 }
-_OLMO2 = _PLAIN | {
-    ("blocks", "attention_norm"): _Tensor(_LAYER + "post_attention_layernorm.weight", -1),
-    ("blocks", "mlp_norm"): _Tensor(_LAYER + "post_feedforward_layernorm.weight", -1),
+_GEMMA3 = _PLAIN | {
+    ("blocks", "attention_post_norm"): _Tensor(_LAYER + "post_attention_layernorm.weight", -1),
+    ("blocks", "mlp_norm"): _Tensor(_LAYER + "pre_feedforward_layernorm.weight", -1),
+    ("blocks", "mlp_post_norm"): _Tensor(_LAYER + "post_feedforward_layernorm.weight", -1),
+}
+_OLMO2 = _GEMMA3 | {
     ("blocks", "attention", "q_norm"): _Tensor(_LAYER + "self_attn.q_norm.weight", 0),
     ("blocks", "attention", "k_norm"): _Tensor(_LAYER + "self_attn.k_norm.weight", 0),
 }
@@ -74,6 +78,15 @@ _MIXTURE = _PLAIN | {
     ("blocks", "mlp", "gate"): _Tensor(_EXPERT + "gate_proj.weight", 1),
     ("blocks", "mlp", "up"): _Tensor(_EXPERT + "up_proj.weight", 1),
     ("blocks", "mlp", "down"): _Tensor(_EXPERT + "down_proj.weight", 1),
+}
+
+
+# What sets apart families that are not Llama with biases, norms of queries and keys, or experts.
+_SWITCHES = ("norms", "qk_norm_whole", "norm_offset", "activation", "scaled_embedding")
+_SWITCHED = {
+    ("before", False, 0.0, "silu", False): None,
+    ("after", True, 0.0, "silu", False): "olmo2",
+    ("both", False, 1.0, "gelu_tanh", True): "gemma3_text",
 }
 
 
@@ -90,7 +103,8 @@ class Leaf(NamedTuple):
 def leaves_of(cfg: PolicyConfig) -> list[Leaf]:
     """All parameters of a shape."""
     _, init, _ = build(cfg)
-    table = _MIXTURE if cfg.experts else _OLMO2 if cfg.norms == "after" else _PLAIN
+    by_norms = {"before": _PLAIN, "after": _OLMO2, "both": _GEMMA3}[cfg.norms]
+    table = _MIXTURE if cfg.experts else by_norms
     leaves = []
     for keys, abstract in jax.tree_util.tree_leaves_with_path(jax.eval_shape(init, jax.random.key(0))):
         path = tuple(key.key for key in keys)
@@ -116,12 +130,16 @@ class Entry(NamedTuple):
 
 def family_of(cfg: PolicyConfig) -> str:
     """The family whose layers these are; Mistral's are Llama's."""
-    if (cfg.norms == "after") != cfg.qk_norm_whole or (
-        cfg.qk_norm_whole and (cfg.bias or cfg.qk_norm or cfg.experts or cfg.unrotated_every)
-    ):
+    if (switches := tuple(getattr(cfg, name) for name in _SWITCHES)) not in _SWITCHED:
+        asked = ", ".join(f"{name}={value!r}" for name, value in zip(_SWITCHES, switches, strict=True))
+        raise LoadingError(f"no family that can be exported has {asked} together")
+    family = _SWITCHED[switches]
+    if family != "gemma3_text" and (cfg.window or cfg.query_dim):
+        raise LoadingError("no family that can be exported has a window or query_dim, other than Gemma 3")
+    if family and (cfg.bias or cfg.experts or cfg.unrotated_every or cfg.qk_norm != (family == "gemma3_text")):
         raise LoadingError(
-            "no family that can be exported has norms after its sub-layers, or over all heads' queries and keys, "
-            "other than OLMo 2, which has both and no biases, experts or unrotated layers"
+            f"{CLASSES[family]}, the family of this shape, has no biases, experts or unrotated layers, and norms of "
+            f"each head's queries and keys only if Gemma 3"
         )
     if cfg.bias and cfg.qk_norm:
         raise LoadingError("no family that can be exported has both attention biases and query/key norms")
@@ -129,12 +147,12 @@ def family_of(cfg: PolicyConfig) -> str:
         raise LoadingError("no family that can be exported has unrotated layers with attention biases or norms")
     if cfg.experts and not cfg.qk_norm:
         raise LoadingError("no family that can be exported has experts without query/key norms")
-    if cfg.qk_norm:
+    if cfg.qk_norm and not family:
         return "qwen3_moe" if cfg.experts else "qwen3"
     if not cfg.bias and cfg.width % cfg.heads:
         raise LoadingError(f"Llama or OLMo 2, whose shape this is, wants heads={cfg.heads} to divide width={cfg.width}")
+    if family:
+        return family
     if cfg.unrotated_every:
         return "smollm3"
-    if cfg.qk_norm_whole:
-        return "olmo2"
     return "qwen2" if cfg.bias else "llama"

@@ -29,6 +29,11 @@ from agrl_jax.types import Params
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "olmo2": {"rms_norm_eps": 1e-5, "tie_word_embeddings": False},
+    "gemma3_text": {
+        "head_dim": 256, "num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4, "query_pre_attn_scalar": 256, "sliding_window": 4096,
+        "sliding_window_pattern": 6, "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 131_072,
+    },
     "qwen3": {"head_dim": 128},
     "smollm3": {
         "num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 2e6, "no_rope_layer_interval": 4,
@@ -50,7 +55,7 @@ def hf_config(file: Path, param_dtype: str, compute_dtype: str) -> PolicyConfig:
         raise LoadingError(f"{file}: model_type is {family!r}; known are: {', '.join(CLASSES)}")
     raw = _DEFAULTS.get(family, {}) | raw
     _refuse_unknown_layers(file, family, raw)
-    mixture = family == "qwen3_moe"
+    mixture, gemma = family == "qwen3_moe", family == "gemma3_text"
     try:
         width, heads = int(raw["hidden_size"]), int(raw["num_attention_heads"])
         return PolicyConfig(
@@ -62,8 +67,8 @@ def hf_config(file: Path, param_dtype: str, compute_dtype: str) -> PolicyConfig:
             head_dim=int(raw.get("head_dim") or width // heads),
             mlp=int(raw["moe_intermediate_size" if mixture else "intermediate_size"]),
             tied=bool(raw.get("tie_word_embeddings", False)),
-            norms="after" if family == "olmo2" else "before",
-            qk_norm=family in ("qwen3", "qwen3_moe"),
+            norms={"olmo2": "after", "gemma3_text": "both"}.get(family, "before"),
+            qk_norm=family in ("qwen3", "qwen3_moe", "gemma3_text"),
             qk_norm_whole=family == "olmo2",
             bias=family == "qwen2",
             norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
@@ -74,7 +79,7 @@ def hf_config(file: Path, param_dtype: str, compute_dtype: str) -> PolicyConfig:
             experts_per_token=int(raw["num_experts_per_tok"]) if mixture else 0,
             renormalise_experts=bool(raw.get("norm_topk_prob", False)) if mixture else True,
             unrotated_every=_unrotated_every(raw) if family == "smollm3" else 0,
-            **hf_rope(raw),
+            **(_gemma3(raw) if gemma else hf_rope(raw)),
         )
     except KeyError as error:
         raise LoadingError(f"{file}: {error.args[0]} is missing") from error
@@ -84,13 +89,18 @@ def hf_config(file: Path, param_dtype: str, compute_dtype: str) -> PolicyConfig:
 
 def _refuse_unknown_layers(file: Path, family: str, raw: Mapping[str, Any]) -> None:
     """Refuses settings under which the family's layers are others than those of this transformer."""
+    gemma = family == "gemma3_text"
     fixed = {
-        "hidden_act": "silu", "mlp_bias": False, "quantization_config": None, "partial_rotary_factor": 1.0,
+        "hidden_activation" if gemma else "hidden_act": "gelu_pytorch_tanh" if gemma else "silu",
+        "final_logit_softcapping": None, "attn_logit_softcapping": None, "use_bidirectional_attention": False,
+        "mlp_bias": False, "quantization_config": None, "partial_rotary_factor": 1.0,
         "decoder_sparse_step": 1, "mlp_only_layers": [],
     } | ({} if family == "qwen2" else {"attention_bias": False})  # fmt: skip
     for key, right in fixed.items():
         if raw.get(key) not in (None, right):
             raise LoadingError(f"{file}: {key}={raw[key]!r} is not supported, only {right!r}")
+    if gemma:
+        return
     window = raw.get("sliding_window") if family == "mistral" else None
     if any(kind != "full_attention" for kind in raw.get("layer_types") or ()) or (
         raw.get("use_sliding_window") and raw.get("max_window_layers", 0) < raw.get("num_hidden_layers", 0)
@@ -109,6 +119,36 @@ def _unrotated_every(raw: Mapping[str, Any]) -> int:
     if rotated != [int((layer + 1) % every != 0) for layer in range(len(rotated))]:
         raise ValueError(f"no_rope_layers={rotated!r} is not supported, only a 0 at regular intervals")
     return every
+
+
+def _gemma3(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Gemma 3's own fields of a PolicyConfig, from either generation of config.json."""
+    layers = int(raw["num_hidden_layers"])
+    every = int(raw["sliding_window_pattern"])
+    kinds = raw.get("layer_types") or _layer_types(layers, every)
+    every = kinds.index("full_attention") + 1 if "full_attention" in kinds else 0
+    alone = set(kinds) == {"full_attention"}
+    if not alone and kinds != _layer_types(layers, every):
+        raise ValueError(f"layer_types={kinds!r} is not supported, only full_attention at regular intervals")
+    ropes = raw.get("rope_parameters") or {}
+    local = ropes.get("sliding_attention") or {}
+    if local.get("rope_type", "default") != "default":
+        raise ValueError(f"rope_type={local['rope_type']!r} of layers with a sliding window is not supported")
+    return {
+        "norm_offset": 1.0,
+        "activation": "gelu_tanh",
+        "scaled_embedding": True,
+        "query_dim": int(raw["query_pre_attn_scalar"]),
+        "window": 0 if alone else int(raw["sliding_window"]),
+        "global_every": 0 if alone else every,
+        "local_rope_theta": float(local.get("rope_theta") or raw["rope_local_base_freq"]),
+        **hf_rope({**raw, "rope_parameters": ropes.get("full_attention")}),
+    }
+
+
+def _layer_types(layers: int, every: int) -> list[str]:
+    """The kind of each layer, of which every so many sees all; with 0, none does."""
+    return ["full_attention" if every and (i + 1) % every == 0 else "sliding_attention" for i in range(layers)]
 
 
 def hf_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -273,6 +313,17 @@ def _describe(cfg: PolicyConfig) -> dict[str, Any]:
         "rope_scaling": None,
         "use_cache": True,
     }
+    if family == "gemma3_text":
+        every = cfg.global_every if cfg.window else 1
+        config |= {
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": cfg.query_dim or cfg.head_dim,
+            "sliding_window": cfg.window or cfg.max_positions,
+            "layer_types": _layer_types(cfg.layers, every),
+            "sliding_window_pattern": every or cfg.layers + 1,
+            "rope_local_base_freq": cfg.local_rope_theta,
+        }
+        del config["hidden_act"]
     if every := cfg.unrotated_every:
         config |= {
             "no_rope_layer_interval": every,

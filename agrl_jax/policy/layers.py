@@ -65,10 +65,17 @@ class PolicyConfig:
     head_dim: int
     mlp: int
     tied: bool = True
-    norms: str = "before"  # each sub-layer: before it, or after it, of what it adds to the residual
+    norms: str = "before"  # each sub-layer: before it; after it, of what it adds to the residual; or both
+    norm_offset: float = 0.0  # added to the weights of norms
     qk_norm: bool = False  # of each head's queries and keys
     qk_norm_whole: bool = False  # or of all heads' together
     bias: bool = False
+    activation: str = "silu"  # of the feed-forward's gate; or gelu_tanh
+    scaled_embedding: bool = False  # tokens enter the first layer times the root of `width`
+    query_dim: int = 0  # scores are divided by its root; 0: head_dim
+    window: int = 0  # a token of a local layer sees so many, itself among them; 0: no layer is local
+    global_every: int = 0  # of layers with a window, those whose number, from 1, this divides see all; 0: none does
+    local_rope_theta: float = 10_000.0  # of local layers, whose frequencies are not scaled
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     param_dtype: str = "float32"
@@ -84,8 +91,12 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
             raise ValueError(f"policy.kv_heads={self.kv_heads} must divide policy.heads={self.heads}")
-        if self.norms not in ("before", "after"):
-            raise ValueError(f"policy.norms={self.norms!r} is not one of before, after")
+        if self.norms not in ("before", "after", "both"):
+            raise ValueError(f"policy.norms={self.norms!r} is not one of before, after, both")
+        if self.activation not in ("silu", "gelu_tanh"):
+            raise ValueError(f"policy.activation={self.activation!r} is not one of silu, gelu_tanh")
+        if self.window and self.rope_scaling is not None and self.rope_scaling.attention != 1:
+            raise ValueError("policy.window goes with no rope_scaling that scales queries and keys")
         if self.head_dim % 2:
             raise ValueError(f"policy.head_dim={self.head_dim} must be even: rotary positions turn pairs")
         if self.unrotated_every and self.rope_scaling is not None and self.rope_scaling.attention != 1:
@@ -99,16 +110,18 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], scale: 
     return nnx.Param((scale * jax.random.normal(rngs.params(), shape)).astype(dtype), axes=axes)
 
 
-def ones(shape: tuple[int, ...], axes: tuple[str, ...], dtype: str) -> nnx.Param:
-    return nnx.Param(jnp.ones(shape, dtype), axes=axes)
+def norm_weight(cfg: PolicyConfig, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    """The weight of a norm that multiplies by one."""
+    return nnx.Param(jnp.full(shape, 1 - cfg.norm_offset, cfg.param_dtype), axes=axes)
 
 
-def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """x / rms(x) * weight over the axes of `weight`, the last ones, in float32, returned in the dtype of `x`."""
+def rms_norm(cfg: PolicyConfig, x: Array, weight: Array) -> Array:
+    """x / rms(x) * (norm_offset + weight), over the axes of `weight`, the last ones, in float32; in the dtype of `x`.
+    """
     x32 = x.astype(jnp.float32)
     axes = tuple(range(-weight.ndim, 0))
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axes, keepdims=True) + eps)
-    return (x32 * weight.astype(jnp.float32)).astype(x.dtype)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axes, keepdims=True) + cfg.norm_eps)
+    return (x32 * (cfg.norm_offset + weight.astype(jnp.float32))).astype(x.dtype)
 
 
 def linear(x: Array, weight: Array | OutputsFirst | Adapted, inputs: int = 1) -> Array:
@@ -170,9 +183,10 @@ def cast(param: nnx.Param, dtype: Any) -> Any:
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU: (silu(x W_gate) * x W_up) W_down."""
+    """SwiGLU: (silu(x W_gate) * x W_up) W_down; or with GELU (arXiv 2002.05202)."""
 
     def __init__(self, cfg: PolicyConfig, rngs: nnx.Rngs):
+        self.activation = cfg.activation
         d, m, dtype = cfg.width, cfg.mlp, cfg.param_dtype
         self.gate = param(rngs, (d, m), ("embed", "mlp"), d**-0.5, dtype)
         self.up = param(rngs, (d, m), ("embed", "mlp"), d**-0.5, dtype)
@@ -180,4 +194,5 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Array, placement: Placement) -> Array:
         gate, up, down = (cast(weight, x.dtype) for weight in (self.gate, self.up, self.down))
-        return linear(jax.nn.silu(linear(x, gate)) * linear(x, up), down)
+        act = jax.nn.silu if self.activation == "silu" else partial(jax.nn.gelu, approximate=True)
+        return linear(act(linear(x, gate)) * linear(x, up), down)

@@ -44,7 +44,7 @@ def load_pretrained(
     compute_dtype: str = "float32",
     shardings: Callable[[Any, Any], Any] | None = None,
 ) -> tuple[PolicyConfig, Params, Tokenizer]:
-    """Reads a model of the Llama, Mistral, SmolLM3, OLMo 2, Qwen2, Qwen3 or Qwen3-MoE family, tensor by tensor.
+    """Reads a model of the Llama, Mistral, SmolLM3, OLMo 2, Gemma 3 (text), Qwen2, Qwen3 or Qwen3-MoE family.
 
     Args:
       path: a Hugging Face folder (config.json, model.safetensors or its shards, tokenizer.json), a GGUF file of any

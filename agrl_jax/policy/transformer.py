@@ -1,10 +1,10 @@
 """The policy: a decoder-only transformer in Flax NNX, used through a pure `apply`.
 
-RMSNorm before each sub-layer or after it, rotary positions, grouped-query attention, SwiGLU; tied or untied
+RMSNorm before each sub-layer, after it or both, rotary positions, grouped-query attention, SwiGLU; tied or untied
 embeddings, attention biases, query/key norms, scaled rotary frequencies and a mixture of experts by
-config, so that Llama, Mistral, SmolLM3, OLMo 2, Qwen2, Qwen3 and Qwen3-MoE shapes are the same code. Layers are
-stacked on a leading axis and scanned, so that compile time does not grow with depth; for decoding they are taken
-apart where that is faster (`for_decoding`).
+config, so that Llama, Mistral, SmolLM3, OLMo 2, Gemma 3, Qwen2, Qwen3 and Qwen3-MoE shapes are the same code.
+Layers are stacked on a leading axis and scanned, so that compile time does not grow with depth; for decoding
+they are taken apart where that is faster (`for_decoding`).
 
 The modules are split once into a graph definition and parameters (`build`); from there on only pure
 functions of the parameters are used. Responses attend to three segments: the keys and values of the
@@ -24,20 +24,32 @@ from flax import nnx
 
 from agrl_jax.policy.attention import Attention, LayerPrefix
 from agrl_jax.policy.experts import MixtureOfExperts
-from agrl_jax.policy.layers import HIDDEN, KEYS, QUERIES, FeedForward, PolicyConfig, einsum, ones, param, rms_norm
+from agrl_jax.policy.layers import (
+    HIDDEN,
+    KEYS,
+    QUERIES,
+    FeedForward,
+    PolicyConfig,
+    einsum,
+    norm_weight,
+    param,
+    rms_norm,
+)
 from agrl_jax.types import ANYWHERE, Array, Axes, Cache, Instructions, Params, Placement, Policy, Prefix
 
 _UNROLLED = 8  # stacks up to this deep are unrolled: a quarter off the gradient's time on a CPU, for more to compile
 
 
 class Block(nnx.Module):
-    """One layer: attention and feed-forward, each added to the residual, with a norm before or after it."""
+    """One layer: attention and feed-forward, each added to the residual, with a norm before it, after it, or both."""
 
     def __init__(self, cfg: PolicyConfig, rngs: nnx.Rngs):
         self.cfg = cfg
-        self.attention_norm = ones((cfg.width,), ("embed",), cfg.param_dtype)
+        for name in ("attention_norm", "mlp_norm") if cfg.norms != "after" else ():
+            setattr(self, name, norm_weight(cfg, (cfg.width,), ("embed",)))
+        for name in ("attention_post_norm", "mlp_post_norm") if cfg.norms != "before" else ():
+            setattr(self, name, norm_weight(cfg, (cfg.width,), ("embed",)))
         self.attention = Attention(cfg, rngs)
-        self.mlp_norm = ones((cfg.width,), ("embed",), cfg.param_dtype)
         self.mlp = (MixtureOfExperts if cfg.experts else FeedForward)(cfg, rngs)
 
 
@@ -50,7 +62,7 @@ class Transformer(nnx.Module):
         self.embedding = param(rngs, (cfg.vocab_size, cfg.width), ("vocab", "embed"), scale, cfg.param_dtype)
         make_block = nnx.vmap(lambda key: Block(cfg, nnx.Rngs(params=key)), in_axes=0, out_axes=0)
         self.blocks = make_block(jax.random.split(rngs.params(), cfg.layers))
-        self.final_norm = ones((cfg.width,), ("embed",), cfg.param_dtype)
+        self.final_norm = norm_weight(cfg, (cfg.width,), ("embed",))
         if not cfg.tied:
             shape, scale = (cfg.width, cfg.vocab_size), cfg.width**-0.5
             self.head = param(rngs, shape, ("embed", "vocab"), scale, cfg.param_dtype)
@@ -59,8 +71,8 @@ class Transformer(nnx.Module):
 Observe = Callable[[Any, Array], Any]
 # Stores the new keys and values and returns those to attend to.
 Remember = Callable[[Array, Array], tuple[Array, Array]]
-# (attention, queries, keys, values, prefix, instructions, remember) -> values [B, G, n, H, head_dim]
-Attend = Callable[[Attention, Array, Array, Array, LayerPrefix | None, Instructions | None, Remember], Array]
+# (attention, queries, keys, values, prefix, instructions, remember, reach) -> values [B, G, n, H, head_dim]
+Attend = Callable[..., Array]
 
 
 def _run_block(
@@ -69,18 +81,22 @@ def _run_block(
     observe: Observe = lambda mlp, x: None,
 ) -> tuple[Array, Any]:
     """The layer of number `index`. Also returns what `observe` makes of the feed-forward and its input."""
+    cfg, reach, is_global = block.cfg, None, True
 
-    def norm(x: Array, weight: nnx.Param, where: str) -> Array:
-        return rms_norm(x, weight[...], block.cfg.norm_eps) if block.cfg.norms == where else x
+    def norm(name: str, x: Array) -> Array:
+        return rms_norm(cfg, x, getattr(block, name)[...]) if hasattr(block, name) else x
 
-    if every := block.cfg.unrotated_every:
+    if cfg.window:
+        is_global = jnp.bool_(cfg.global_every) & ((index + 1) % max(cfg.global_every, 1) == 0)
+        reach = jnp.where(is_global, jnp.iinfo(jnp.int32).max, cfg.window)
+    if every := cfg.unrotated_every:
         positions = jnp.where((index + 1) % every == 0, 0, positions)  # which turns by no angle
-    q, k, v = block.attention.project(norm(x, block.attention_norm, "before"), positions)
+    q, k, v = block.attention.project(norm("attention_norm", x), positions, is_global)
     q, k, v = placement.place(q, QUERIES), placement.place(k, KEYS), placement.place(v, KEYS)
-    mixed = attend(block.attention, q, k, v, prefix, instructions, remember)
-    x = placement.place(x + norm(block.attention.output(mixed), block.attention_norm, "after"), HIDDEN)
-    y = norm(x, block.mlp_norm, "before")
-    added = norm(block.mlp(y, placement), block.mlp_norm, "after")
+    mixed = attend(block.attention, q, k, v, prefix, instructions, remember, reach)
+    x = placement.place(x + norm("attention_post_norm", block.attention.output(mixed)), HIDDEN)
+    y = norm("mlp_norm", x)
+    added = norm("mlp_post_norm", block.mlp(y, placement))
     return placement.place(x + added, HIDDEN), observe(block.mlp, y)
 
 
@@ -96,8 +112,11 @@ def _forward(
         start += instructions.number
     positions = start + offset + jnp.broadcast_to(jnp.arange(tokens.shape[2]), (tokens.shape[0], 1, tokens.shape[2]))
 
-    def attend(attention: Attention, q: Array, k: Array, v: Array, prefix: Any, shared: Any, remember: Any) -> Array:
-        return attention.attend(q, *remember(k, v), None if cache is None else offset, prefix, shared, placement)
+    def attend(
+        attention: Attention, q: Array, k: Array, v: Array, prefix: Any, shared: Any, remember: Any, reach: Any
+    ) -> Array:
+        start = None if cache is None else offset
+        return attention.attend(q, *remember(k, v), start, prefix, shared, placement, reach)
 
     x = _embed(cfg, model, tokens, placement)
     run = partial(_run_block, positions=positions, attend=attend, placement=placement, observe=observe)
@@ -106,7 +125,7 @@ def _forward(
         x, cache, seen = _loop(blocks, x, offset, prefix, cache, instructions, run)
     else:
         x, cache, seen = _scan(cfg, model.blocks, x, offset, prefix, cache, instructions, run)
-    return rms_norm(x, model.final_norm[...], cfg.norm_eps), cache, seen
+    return rms_norm(cfg, x, model.final_norm[...]), cache, seen
 
 
 def _forward_groups(
@@ -122,23 +141,31 @@ def _forward_groups(
     if instructions is not None:
         positions += instructions.number
 
-    def attend(attention: Attention, q: Array, k: Array, v: Array, prefix: None, shared: Any, remember: Any) -> Array:
-        return attention.attend_groups(q, k, v, prompt_len, (length, group), shared, placement)
+    def attend(
+        attention: Attention, q: Array, k: Array, v: Array, prefix: None, shared: Any, remember: Any, reach: Any
+    ) -> Array:
+        return attention.attend_groups(q, k, v, prompt_len, (length, group), shared, placement, reach)
 
     # Each device looks up its part of D of all rows, and then hands the rows over: the table is not gathered, nor is
     # its gradient, which is as large, summed over all devices.
     looked_up = placement.place(model.embedding[...][rows], ("data_batch", None, None, "embed"))
-    x = placement.place(looked_up.astype(jnp.dtype(cfg.compute_dtype)), HIDDEN)
+    x = placement.place(_enter(cfg, looked_up), HIDDEN)
     run = partial(_run_block, positions=positions, attend=attend)
     x = _scan(cfg, model.blocks, x, 0, None, None, instructions, partial(run, placement=placement))[0]
-    hidden = rms_norm(x[:, 0], model.final_norm[...], cfg.norm_eps)
+    hidden = rms_norm(cfg, x[:, 0], model.final_norm[...])
     return hidden[:, :length], hidden[:, length:].reshape(b, group, n, -1)
+
+
+def _enter(cfg: PolicyConfig, rows: Array) -> Array:
+    """Rows of the embedding as the first layer takes them."""
+    rows = rows.astype(jnp.dtype(cfg.compute_dtype))
+    return rows * jnp.asarray(cfg.width**0.5, rows.dtype) if cfg.scaled_embedding else rows
 
 
 def _embed(cfg: PolicyConfig, model: Transformer, tokens: Array, placement: Placement) -> Array:
     """[B, G, n, D] of tokens [B, G, n]."""
     table = placement.place(model.embedding[...], ("vocab", None))  # split along D, every device would look up all rows
-    return placement.place(table[tokens].astype(jnp.dtype(cfg.compute_dtype)), HIDDEN)
+    return placement.place(_enter(cfg, table[tokens]), HIDDEN)
 
 
 def _scan(
