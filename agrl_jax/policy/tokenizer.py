@@ -1,4 +1,5 @@
-"""Text to tokens and back, by byte-level BPE: trained here, or read from a Hugging Face folder.
+"""Text to tokens and back, by byte-level BPE, trained here or read from a Hugging Face folder; or by SentencePiece's
+BPE as Gemma has it, where bytes stand for what no token spells, and nothing is put before a text.
 
 Tokens stand for bytes, so that the rule book's phrases can be read from them exactly (`token_bytes`). Text is
 only ever text: a title that contains "<|end|>" does not become the end token.
@@ -43,6 +44,7 @@ QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+_SPACE = "\u2581"  # how SentencePiece writes a space
 SENTENCEPIECE = "a SentencePiece vocabulary, as Llama 2, TinyLlama and Mistral 7B have it"  # which cannot be used
 
 
@@ -51,7 +53,7 @@ class TokenizerError(ValueError):
 
 
 class Tokenizer:
-    """A byte-level BPE vocabulary.
+    """A BPE vocabulary whose tokens stand for bytes.
 
     Attributes:
       vocab_size: number of tokens; ids are 0 to vocab_size - 1.
@@ -116,7 +118,13 @@ class Tokenizer:
 
     @functools.cached_property
     def _bytes(self) -> tuple[bytes | None, ...]:
-        special = self._text.get_added_tokens_decoder()
+        sentencepiece = _is_sentencepiece(self._core)
+        spell = _sentencepiece_bytes if sentencepiece else _byte_level_bytes
+        # SentencePiece may merge text into an added token that is white space, such as a run of line breaks.
+        special = {
+            i for i, token in self._core.get_added_tokens_decoder().items()
+            if token.special or not sentencepiece or token.content.replace(_SPACE, " ").strip()
+        }  # fmt: skip
         pieces: list[bytes | None] = []
         for token in range(self.vocab_size):
             spelling = self._text.id_to_token(token)
@@ -124,7 +132,7 @@ class Tokenizer:
                 pieces.append(None)
                 continue
             try:
-                pieces.append(bytes(_BYTE_OF[character] for character in spelling))
+                pieces.append(spell(spelling))
             except KeyError as error:
                 raise TokenizerError(f"token {token}, {spelling!r}, is not spelt in the byte-level alphabet") from error
         return tuple(pieces)
@@ -150,6 +158,7 @@ class Tokenizer:
         return frozenset(
             i for i, token in self._core.get_added_tokens_decoder().items()
             if token.content not in named
+            and self._bytes[i] is None
             and (_THOUGHT.fullmatch(token.content) or not (token.special or token.content in extra))
         )  # fmt: skip
 
@@ -280,7 +289,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load(path: epath.PathLike) -> Tokenizer:
-    """Reads what `save` wrote, or a Hugging Face folder with a byte-level BPE `tokenizer.json`.
+    """Reads what `save` wrote, or a Hugging Face folder with a `tokenizer.json` of byte-level BPE or of Gemma's.
 
     Raises:
       TokenizerError: a file is missing or unreadable, or no end token is named.
@@ -307,8 +316,30 @@ def load(path: epath.PathLike) -> Tokenizer:
         tokenizer.token_bytes()
     except TokenizerError as error:
         kind = f" ({SENTENCEPIECE})" if getattr(core.model, "byte_fallback", False) else ""
-        raise TokenizerError(f"{folder / _FILE}: {error}{kind}; only byte-level vocabularies can be used") from error
+        right = "only byte-level vocabularies, and Gemma's, can be used"
+        raise TokenizerError(f"{folder / _FILE}: {error}{kind}; {right}") from error
     return tokenizer
+
+
+def _is_sentencepiece(core: tokenizers.Tokenizer) -> bool:
+    """Whether text is cut as Gemma's SentencePiece model does: a space is written as U+2581 and nothing is put before,
+    and there is a token for every byte. Llama 2 puts a space before every text, which no part of one can be read by."""
+    if not getattr(core.model, "byte_fallback", False):
+        return False
+    normalizer = json.loads(core.to_str())["normalizer"] or {}
+    return (
+        normalizer == {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+        and all(core.token_to_id(f"<0x{byte:02X}>") is not None for byte in range(256))
+    )
+
+
+def _sentencepiece_bytes(spelling: str) -> bytes:
+    byte = re.fullmatch("<0x([0-9A-F]{2})>", spelling)
+    return bytes([int(byte[1], 16)]) if byte else spelling.replace(_SPACE, " ").encode()
+
+
+def _byte_level_bytes(spelling: str) -> bytes:
+    return bytes(_BYTE_OF[character] for character in spelling)
 
 
 def byte_level(model: models.Model, words: Sequence[str]) -> tokenizers.Tokenizer:
