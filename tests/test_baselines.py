@@ -73,6 +73,7 @@ def command(tmp_path: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, cwd=ROOT, text=True, capture_output=True)
 
 
+@pytest.mark.slow
 def test_the_command_writes_figures_and_a_table_and_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     rows = [f"{pair.query},{pair.title},{4 - pair.tier}" for pair in pairs("q", 120)]
     (tmp_path / "mine.csv").write_text("\n".join(["query,title,label", *rows]) + "\n")

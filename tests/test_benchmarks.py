@@ -34,6 +34,7 @@ def load(model: tuple) -> workload.Workload:
     return workload.build(model, TINY, workload.step_config(TINY))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [0, 7])
 def test_our_contender_makes_whole_steps_of_the_work(
     model: tuple, tmp_path: Path, capsys: pytest.CaptureFixture, shared: int
@@ -134,6 +135,7 @@ def test_a_peer_is_set_over_ours() -> None:
     assert "reached 2 to 3 GFLOP/s" in rows[5]
 
 
+@pytest.mark.slow
 def test_judges_are_given_the_same_tokens_and_set_over_ours(
     model: tuple, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,6 +137,7 @@ def step(small):
     return jitted(small, WITH)
 
 
+@pytest.mark.slow
 def test_a_step_learns_from_what_was_chosen_as_if_it_alone_were_given(small, step, close):
     after, metrics, seen = step(start(small), pool(small), None)
     assert seen.row.tolist() == list(range(B, 2 * B))
@@ -159,6 +160,7 @@ def test_a_step_learns_from_what_was_chosen_as_if_it_alone_were_given(small, ste
     assert sum(counted) == N and counted[-1] == N - 2 * B and counted[2] >= B
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_chooses_and_learns_the_same(small, step, tmp_path):
     states, rows = [start(small)], []
     for first in (0, 8, 0, 8, 0, 8):

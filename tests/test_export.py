@@ -49,6 +49,7 @@ def exported(workdir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_export_judges_as_the_workdir_does(workdir: Path, exported: Path) -> None:
     ours = Judge.from_checkpoint(str(workdir), batch_size=2)
     theirs = Judge.from_checkpoint(str(exported), batch_size=2)

@@ -72,6 +72,7 @@ def tier_first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_workdir(tmp_path_factory.mktemp("tier_first"), order="respond_then_think")
 
 
+@pytest.mark.slow
 def test_the_tier_alone_is_the_tier_of_the_whole_answer(tier_first: Path, tmp_path: Path) -> None:
     whole = Judge.from_checkpoint(str(tier_first), batch_size=BATCH, settings=SHORT)
     alone = Judge.from_checkpoint(str(tier_first), batch_size=BATCH, settings=SHORT, steps=False)
@@ -126,6 +127,7 @@ def test_an_untrained_policy_answers_in_form(judge: Judge) -> None:
     assert len({one.response for one in judged}) > 1  # the policy is not so small that all is one
 
 
+@pytest.mark.slow
 def test_free_text_is_ended_in_time(tmp_path: Path) -> None:
     text = book.file_of("four_tier").read_text().replace("free_text: none", "free_text: between")
     (tmp_path / "free.yaml").write_text(text)

@@ -167,6 +167,7 @@ def test_answers_without_a_decoding_loop_are_those_of_the_sampler(small, batch):
         np.testing.assert_allclose(parts[row, 1], [*expected, -np.inf], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_reasoning_that_was_written_stays_in_front(small, batch):
     """x F:yes y x ,B:off y ,T:fair: brand is scored after `x F:yes y x`, fit after `x`. The tier is not asked."""
     own = np.full((6, 1, 9), END, np.int32)

@@ -223,6 +223,7 @@ def test_epochs_minibatches_and_micro_batches_are_updates_one_after_the_other(sm
     assert metrics["policy/sampler_gap"] <= 1e-5  # that of the policy which sampled
 
 
+@pytest.mark.slow
 def test_answers_sampled_under_the_grammar_are_whole_and_learnt_from_by_the_same_choices(
     small, truths, reference, close
 ):
