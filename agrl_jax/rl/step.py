@@ -20,7 +20,7 @@ there is no KL term unless one is asked for.
 
 What a step costs is counted in forward-equivalent tokens, `budget/tokens`: a token sampled, forced or scored is one, a
 token trained on is three, the prompt of a group counts once in each pass, and the instructions once each time they run.
-Of micro-batches that are not computed nothing is trained on.
+Micro-batches that are not computed count nothing.
 
 The step is a pure function of (state, batch, reference) and is compiled once for a whole run. Its parts stand in named
 scopes (PHASES), by which profiles and `preflight` tell them apart.

@@ -58,7 +58,7 @@ def distill_loss(
     policy: Policy, params: Params, batch: Lessons, texts: PartTexts, step_weight: float, chunk: int = 0,
     of: Lessons | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """The loss [nats], a mean over pairs, and figures; of a piece of the batch `of`, its part in the batch's.
+    """The loss [nats], a mean over pairs, and figures. If `batch` is a piece of the batch `of`, means are over `of`.
 
     `texts` are those of the student's parts, the tier's first. `distill/kl` is that of the judge's tier probabilities
     from the student's, `distill/agreement` how often both find the same tier likeliest.

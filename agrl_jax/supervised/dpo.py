@@ -92,7 +92,7 @@ def preference_loss(
     policy: Policy, params: Params, batch: Preferences, beta: float, temperature: float = 1.0, chunk: int = 0,
     of: Preferences | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """The mean loss of preference pairs, and figures; of a piece of the batch `of`, its part in the batch's."""
+    """The mean loss of preference pairs, and figures. If `batch` is a piece of the batch `of`, means are over `of`."""
     of = batch if of is None else of
     _, hidden = run_groups(policy, params, batch.prompt, batch.prompt_len, batch.tokens)
     logp, entropy = token_logprobs(partial(policy.unembed, params), hidden, batch.tokens, temperature, chunk)

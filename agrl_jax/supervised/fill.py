@@ -1,8 +1,8 @@
 """Pairs with unknown steps: the policy fills them in itself, and is not taught what it filled in.
 
-Parts are taken in the order of the response. A part that is known gets its canonical text, after its reason where there
-is one; for one that is not known, the policy's own likeliest value is taken, among those that the table still allows
-with the tier and the steps known.
+Parts are taken in the order of the response. A known part gets its canonical text, after its reason where there is one.
+An unknown part gets the value that the policy finds likeliest, among those that the table still allows with the tier and
+the known steps.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def possible_steps(tables: RuleTables, batch: Batch) -> Array:
 
 
 def _one_value(value: Array, part: int, tables: RuleTables) -> Array:
-    """Of `value` [B] of a step: all combinations with it, or all where it is UNKNOWN; ready to broadcast."""
+    """The combinations that have `value` [B] of a step, all where it is UNKNOWN; bool, ready to broadcast."""
     size = tables.num_values[part]
     mask = (jnp.arange(size) == value[:, None]) | (value == UNKNOWN)[:, None]
     return mask.reshape(-1, *(size if axis == part else 1 for axis in range(tables.num_steps)))

@@ -5,8 +5,8 @@ table, summed over all combinations that agree with the label, turns these into 
 
     P(tier, known steps) = sum over combinations of prod P(value), where the table gives the tier
 
-and its logarithm is what training raises. What stands before a step in the response is what the policy itself finds
-likeliest among that which the label allows (`fill`).
+Training raises its logarithm. Before a step, the response states what the policy finds likeliest among what the label
+allows (`fill`).
 """
 
 from __future__ import annotations

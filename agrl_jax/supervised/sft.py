@@ -29,11 +29,11 @@ def gold_loss(
 ) -> tuple[Array, dict[str, Array]]:
     """Cross-entropy of the gold responses, mean over their tokens (end token included) [nats].
 
-    Of a piece of a batch, `of` is that batch, whose means are then asked for: losses and figures of its pieces add up.
+    If `batch` is a piece of the batch `of`, means are over `of`, so that losses and figures of the pieces add up.
 
-    Where steps are unknown, the gold response ends before the first of them and the loss with it; with
-    `blanks` the policy fills them in, and the loss falls on all that is known (`fill`). With its `forks`, the steps of
-    such pairs are left out, and minus the log-probability of their labels through the rule book takes their place
+    Where steps are unknown, the gold response ends before the first of them and the loss with it. With
+    `blanks` the policy fills them in, and the loss falls on all that is known (`fill`). If `blanks` has `forks`, the
+    loss leaves out the steps of such pairs, and adds minus the log-probability of their labels through the rule book
     (`marginal`).
     `prompt_weight` times the mean cross-entropy of the prompts' own tokens is added: a policy trained from
     scratch has to learn its language here too, and predicting the item from the query makes it compare
