@@ -1,8 +1,8 @@
 """Pairs with unknown steps: the policy fills them in itself, and is not taught what it filled in.
 
 Parts are taken in the order of the response. A known part gets its canonical text, after its reason where there is one.
-An unknown part gets the value that the policy finds likeliest, among those that the table still allows with the tier and
-the known steps.
+An unknown part gets the value that the policy finds likeliest, among those that the table still allows with the tier
+and the known steps.
 """
 
 from __future__ import annotations
