@@ -26,6 +26,7 @@ from agrl_jax.data.pipeline import PartTexts
 from agrl_jax.judging import distillation, trained
 from agrl_jax.judging.engine import Judge
 from agrl_jax.judging.export import export
+from agrl_jax.policy import smollm2
 from agrl_jax.rulebook import book
 from agrl_jax.runtime.config import validate, validate_together
 from agrl_jax.runtime.logs import read_jsonl
@@ -283,6 +284,10 @@ def test_bad_input_is_refused_in_a_line(teacher, tmp_path, data_dir, capfd, argu
 
 def test_the_judge_in_the_box_can_teach():
     """Its config as a student's is in order, where there are pairs for validation and scorecard."""
+    try:
+        smollm2.find_smollm2()
+    except smollm2.NotInstalledError as error:
+        pytest.skip(str(error))
     name = "smollm2-four-tier"
     config = distillation.student_config(name, epath.Path("student"), {"data.path": "mine.csv"})
     validate(config)
