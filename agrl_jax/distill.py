@@ -50,22 +50,15 @@ def main(argv: list[str]) -> None:
     from agrl_jax.training import run
 
     try:
-        processes.require_one("distills")
-        distillation.distill(
-            values.checkpoint, values.workdir, stage=values.stage, pairs=values.pairs, number=values.number,
-            batch_size=values.batch_size, changes=config_flags.get_override_values(values["config"]),
-        )  # fmt: skip
+        with run.exit_codes(distillation.USER_ERRORS):
+            processes.require_one("distills")
+            distillation.distill(
+                values.checkpoint, values.workdir, stage=values.stage, pairs=values.pairs, number=values.number,
+                batch_size=values.batch_size, changes=config_flags.get_override_values(values["config"]),
+            )  # fmt: skip
     except KeyboardInterrupt:
         print("stopped; the same command goes on from there", file=sys.stderr)
         raise SystemExit(130) from None
-    except run.Interrupted as stop:
-        print(stop, file=sys.stderr)
-        raise SystemExit(128 + stop.signum) from None
-    except run.Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(processes.DIVERGED) from None
-    except distillation.USER_ERRORS as error:
-        exit_with(error)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from agrl_jax.runtime.config import define_distributed_flag, exit_with, parse_flags
+from agrl_jax.runtime.config import define_distributed_flag, parse_flags
 from agrl_jax.runtime.memory import with_huge_pages
 
 config_flags.DEFINE_config_file("config", None, "A config file, such as configs/quickstart.py:grpo.")
@@ -34,16 +34,9 @@ def main(argv: list[str]) -> None:
     from agrl_jax.training import run  # after the flags: a typo is answered at once, not after JAX has started
 
     try:
-        processes.connect(flags.FLAGS.distributed)
-        run.train(flags.FLAGS.config, flags.FLAGS.workdir)
-    except run.Interrupted as stop:
-        print(stop, file=sys.stderr)
-        raise SystemExit(128 + stop.signum) from None
-    except run.Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(processes.DIVERGED) from None
-    except run.USER_ERRORS as error:
-        exit_with(error)
+        with run.exit_codes():
+            processes.connect(flags.FLAGS.distributed)
+            run.train(flags.FLAGS.config, flags.FLAGS.workdir)
     except Exception as error:
         processes.leave(error)
 

@@ -31,7 +31,7 @@ def write(path: epath.PathLike, cards: Mapping[str, Mapping[str, Scores]]) -> No
       ScorecardError: the file exists and is not a scorecard.
     """
     path = epath.Path(path)
-    merged = read(path) if path.exists() else {}
+    merged = kept(path)
     for stage, card in cards.items():
         steps = {_step(scores) for scores in card.values()}
         same = {split: scores for split, scores in merged.get(stage, {}).items() if {_step(scores)} == steps}
@@ -53,6 +53,11 @@ def read(path: epath.PathLike) -> Scorecards:
     if not all(isinstance(card, dict) for card in cards.values()):
         raise ScorecardError(f"{path}: not a scorecard, which is {{stage: {{split: {{metric: ...}}}}}}")
     return cards
+
+
+def kept(path: epath.Path) -> Scorecards:
+    """The scorecards of a file, as `read` gives them; none if there is no file."""
+    return read(path) if path.exists() else {}
 
 
 _SECTIONS = (  # of the table; a name that ends in / or @ stands for all names that begin with it

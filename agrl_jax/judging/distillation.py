@@ -174,7 +174,7 @@ def _teach(judge: Judge, source: str, config: ConfigDict, folder: epath.Path) ->
 def _score(judge: Judge, config: ConfigDict, folder: epath.Path) -> None:
     """Scores the teacher, as it judges, on the pairs of the student's scorecard."""
     path, settings = folder / "scorecard.json", assemble.card_settings(config, 0)
-    written = tables.read(path).get(run.TEACHER, {}) if path.exists() else {}
+    written = tables.kept(path).get(run.TEACHER, {})
     if written and all(scores["settings"] == settings for scores in written.values()):
         return
     rules = assemble.load_rules(config)

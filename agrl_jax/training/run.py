@@ -7,9 +7,11 @@ before the checkpoint of its step, and rows past the checkpoint are cut on resum
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -44,6 +46,7 @@ from agrl_jax.runtime.config import (
     ConfigError,
     check_constrained,
     check_guidance,
+    exit_with,
     resolve,
     validate,
     validate_together,
@@ -109,6 +112,24 @@ class Diverged(RuntimeError):
     """Too many updates in a row were not finite."""
 
 
+@contextlib.contextmanager
+def exit_codes(errors: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[None]:
+    """Ends the process with one message where a run ends early.
+
+    Its exit code is 2 for one of the `errors`, 3 for a run that diverged, 128 + signal for one that was stopped.
+    """
+    try:
+        yield
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        raise SystemExit(128 + stop.signum) from None
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(processes.DIVERGED) from None
+    except errors as error:
+        exit_with(error)
+
+
 @dataclass
 class Run:
     """What the stages of one run share."""
@@ -158,7 +179,8 @@ def _train(
         # -------------------------------------------------------------------------------- warm start
         reference = _timed(run, "warm start", lambda: _warm_start(run))
         if config.distill.teacher:  # whose weights have not learnt yet to state the tier first
-            cards = _kept_card(run, TEACHER)
+            kept = tables.kept(workdir / "scorecard.json")
+            cards = {TEACHER: kept[TEACHER]} if TEACHER in kept else {}
         else:
             cards = {"sft": _timed(run, "evaluate sft", lambda: _scorecard(run, "sft", "sft", reference))}
 
@@ -541,12 +563,6 @@ def _check_divergence(
 # ------------------------------------------------------------------------------------------- scorecard
 
 
-def _kept_card(run: Run, name: str) -> dict[str, Any]:
-    """The scorecard of a name, as a command has left it in the workdir; empty where there is none."""
-    path = run.workdir / "scorecard.json"
-    return {stage: card for stage, card in tables.read(path).items() if stage == name} if path.exists() else {}
-
-
 def _scorecard(run: Run, name: str, stage: str, weights: Weights) -> dict[str, Any]:
     """Scores of a stage on each evaluation split, kept by `name` in scorecard.json.
 
@@ -555,7 +571,7 @@ def _scorecard(run: Run, name: str, stage: str, weights: Weights) -> dict[str, A
     path, names = run.workdir / "scorecard.json", run.data.eval_splits
     step = run.config.sft.steps if stage == "sft" else run.checkpoints.latest_step(stage)
     settings = assemble.card_settings(run.config, step)
-    written = tables.read(path).get(name, {}) if path.exists() else {}
+    written = tables.kept(path).get(name, {})
     there = {part: scores.get("settings") for part, scores in written.items()}
     if not processes.greatest(there != dict.fromkeys(names, settings)):
         return written
