@@ -64,6 +64,7 @@ def test_values_and_gradients_are_those_of_whole_prompts(variant, close):
         close(run(params, *instructed(policy, SHARED), together, PROMPT, PROMPT_LEN), whole)
 
 
+@pytest.mark.slow
 @variants
 def test_decoding_goes_on_from_them(variant):
     policy, params, _ = drawn(dataclasses.replace(BASE, **variant))
@@ -111,6 +112,7 @@ def adapted(small):
     return lora.over(small.params, small.policy, cfg), jax.tree.map(lambda x: x + 0.1, adapters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["all known", "filled in", "adapters"])
 def test_a_supervised_step_is_that_of_whole_prompts(small, close, case):
     policy, params = adapted(small) if case == "adapters" else (small.policy, small.params)

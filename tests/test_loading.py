@@ -613,6 +613,7 @@ print((memory("VmHWM") - before) / (count_parameters(params) * params["embedding
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("stored", ["safetensors", "gguf"])
 def test_loading_takes_little_more_memory_than_the_parameters(stored, tmp_path):

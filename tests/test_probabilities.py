@@ -143,6 +143,7 @@ def test_texts_of_several_tokens_are_scored_as_whole_sequences(small, batch):
             before += parts[part][taken[part, row]]
 
 
+@pytest.mark.slow
 def test_answers_without_a_decoding_loop_are_those_of_the_sampler(small, batch):
     """Here each value is one token, so the likeliest text is the likeliest token."""
 

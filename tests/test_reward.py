@@ -280,6 +280,7 @@ def test_score_of_answers_as_the_reader_reads_them(small):
     np.testing.assert_array_equal(s.passed[0], [True, False, False])
 
 
+@pytest.mark.slow
 def test_answers_that_somebody_wrote_earn_what_they_would_in_training(small):
     """Through the reader, in a vocabulary of a trained tokenizer; an answer that is too long is cut off."""
     tokenizer = train_bpe([phrase.text for phrase in small.book.phrases], 300)
