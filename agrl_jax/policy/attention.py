@@ -1,4 +1,4 @@
-"""Grouped-query attention over shared instructions, a shared prompt and own tokens, with rotary positions."""
+"""Grouped-query attention with rotary positions, over instructions, a prompt and the tokens of its answers."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from agrl_jax.policy import decode_attention
 from agrl_jax.policy.layers import KEYS, PolicyConfig, cast, einsum, linear, norm_weight, param, rms_norm
 from agrl_jax.types import Array, Instructions, Placement
 
-_MASKED = -1e30  # finite, so that a query which may see nothing yields a mean, never a NaN
+_MASKED = -1e30  # finite: a query that sees no key then yields a mean of the values, never a NaN
 
 
 def rope_frequencies(cfg: PolicyConfig) -> tuple[np.ndarray, float]:
     """Radians per position of each pair, [head_dim / 2] float32, and the factor on queries and keys.
 
-    In the order of operations of `transformers`: at position 10,000 a frequency that differs in its last
-    bit turns the pair by another 6e-4 radians.
+    The operations come in the same order as in `transformers`. In another order, the last bit of a frequency can
+    differ, and at position 10,000 this turns the pair by another 6e-4 radians.
     """
     exponent = np.arange(0, cfg.head_dim, 2, dtype=np.float32) / np.float32(cfg.head_dim)
     frequency = np.float32(1) / (np.float64(cfg.rope_theta) ** exponent.astype(np.float64)).astype(np.float32)
@@ -50,7 +50,7 @@ def rope_frequencies(cfg: PolicyConfig) -> tuple[np.ndarray, float]:
 
 
 def rotate(x: Array, positions: Array, frequency: np.ndarray | Array, scale: float = 1.0) -> Array:
-    """Rotary position embedding (arXiv 2104.09864), halves paired as in Llama.
+    """Rotary position embedding (arXiv 2104.09864). As in Llama, entry i of a head is paired with i + head_dim / 2.
 
     `x` is [B, G, n, heads, head_dim], `positions` [B, 1 or G, n], `frequency` [head_dim / 2].
     """
@@ -61,17 +61,17 @@ def rotate(x: Array, positions: Array, frequency: np.ndarray | Array, scale: flo
 
 
 def scaled(q: Array, dim: int) -> Array:
-    """Queries over the root of `dim`, rounded once: a factor in bfloat16 would be off by 1e-3."""
+    """Queries divided by the root of `dim`, in float32: the factor in bfloat16 would be off by 1e-3."""
     return (q.astype(jnp.float32) * dim**-0.5).astype(q.dtype)
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention over the shared instructions and prompt, and the response's own tokens."""
+    """Grouped-query attention over the shared instructions, the shared prompt and the answer's own tokens."""
 
     def __init__(self, cfg: PolicyConfig, rngs: nnx.Rngs):
         self.cfg = cfg
         d, h, k, f, dtype = cfg.width, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.param_dtype
-        out_scale = (h * f) ** -0.5 * (2 * cfg.layers) ** -0.5  # keeps the residual's variance flat in depth
+        out_scale = (h * f) ** -0.5 * (2 * cfg.layers) ** -0.5  # the residual's variance does not grow with depth
         self.q = param(rngs, (d, h, f), ("embed", "heads", "head_dim"), d**-0.5, dtype)
         self.k = param(rngs, (d, k, f), ("embed", "kv_heads", "head_dim"), d**-0.5, dtype)
         self.v = param(rngs, (d, k, f), ("embed", "kv_heads", "head_dim"), d**-0.5, dtype)
@@ -88,10 +88,10 @@ class Attention(nnx.Module):
             self.k_norm = norm_weight(cfg, (k, f), ("kv_heads", "head_dim"))
 
     def project(self, x: Array, positions: Array, is_global: Array | bool) -> tuple[Array, Array, Array]:
-        """Queries [B, G, n, H, head_dim], keys and values [B, G, K, n, head_dim], rotated as in a global layer or in a
-        local one.
+        """Queries [B, G, n, H, head_dim], keys and values [B, G, K, n, head_dim], from x [B, G, n, D].
 
-        Keys and values stand as attention reads them, so that no step of decoding transposes the cache.
+        Queries and keys are rotated with the frequencies of a global layer or of a local one. Keys and values have
+        the order of axes in which attention reads them, so that no step of decoding transposes the cache.
         """
         cfg, dtype = self.cfg, x.dtype
         q, k, v = (linear(x, cast(weight, dtype)) for weight in (self.q, self.k, self.v))
@@ -103,7 +103,7 @@ class Attention(nnx.Module):
         if cfg.qk_norm or cfg.qk_norm_whole:
             q, k = rms_norm(cfg, q, self.q_norm[...]), rms_norm(cfg, k, self.k_norm[...])
         rope = rope_frequencies(cfg)
-        if cfg.window:  # neither kind of frequency scales queries and keys
+        if cfg.window:  # PolicyConfig refuses a scaling of queries and keys here, so the factor is 1 in both kinds
             local = dataclasses.replace(cfg, rope_theta=cfg.local_rope_theta, rope_scaling=None)
             rope = jnp.where(is_global, rope[0], rope_frequencies(local)[0]), 1.0
         return rotate(q, positions, *rope), rotate(k, positions, *rope).swapaxes(2, 3), v.swapaxes(2, 3)
@@ -112,10 +112,13 @@ class Attention(nnx.Module):
         self, q: Array, k: Array, v: Array, offset: Array | None, prefix: LayerPrefix | None,
         instructions: Instructions | None, placement: Placement, reach: Array | None = None,
     ) -> Array:
-        """Attends from n queries at slots offset + i to keys k [B, G, K, t, head_dim] at slots j <= offset + i, to
-        every valid key of the prompt and to every one of the instructions (of this layer). Returns values
-        [B, G, n, H, head_dim]. `offset` is None where k are the n tokens' own. Of all these keys, a query sees those
-        less than `reach` tokens before it."""
+        """Mixed values [B, G, n, H, head_dim] of n queries.
+
+        Query i, at slot offset + i, sees the keys k [B, G, K, t, head_dim] at slots j <= offset + i, every valid key
+        of the prompt and every key of the instructions (all of this layer). With `reach`, it sees only those among
+        them that are less than `reach` tokens before it. `offset` is None where k holds the keys of the n tokens
+        alone, and no cache.
+        """
         cfg = self.cfg
         b, g, n, _, f = q.shape
         q = scaled(q, cfg.query_dim or f).reshape(b, g, n, cfg.kv_heads, cfg.heads // cfg.kv_heads, f)
@@ -131,8 +134,11 @@ class Attention(nnx.Module):
         self, q: Array, k: Array, v: Array, prompt_len: Array, size: tuple[int, int],
         instructions: Instructions | None, placement: Placement, reach: Array | None = None,
     ) -> Array:
-        """`attend` of prompts and of their answers at once: rows [B, 1, S + G * n, ...], S of the prompt and then those
-        of each answer. `size` is (S, G)."""
+        """`attend` for prompts and their answers at once. `size` is (S, G).
+
+        q is [B, 1, S + G * n, H, head_dim]: the S tokens of the prompt, then the n tokens of each answer. k and v are
+        [B, 1, K, S + G * n, head_dim]. Returns values in the shape of q.
+        """
         length, group = size
         b, _, rows, heads, f = q.shape
 
@@ -147,29 +153,29 @@ class Attention(nnx.Module):
         return jnp.concatenate([prompt, answers.reshape(b, 1, rows - length, heads, f)], axis=2)
 
     def output(self, mixed: Array) -> Array:
-        """[B, G, n, D] from the values [B, G, n, H, head_dim] that were attended to."""
+        """[B, G, n, D] from the mixed values [B, G, n, H, head_dim] of `attend`."""
         return linear(mixed, cast(self.out, mixed.dtype), inputs=2)
 
 
-_QUERY = "bgkqn"  # axes of queries in an einsum, before the head's own
+_QUERY = "bgkqn"  # axes of queries in an einsum, before head_dim
 
 
 class _Segment(NamedTuple):
-    """Keys and values of one layer, shared by all queries that agree in `axes`."""
+    """Keys and values of one layer. Queries with the same indices along `axes` share them."""
 
-    axes: str  # "bgk": each answer's own; "bk": a group's; "k": all have the same
+    axes: str  # "bgk": of one answer; "bk": of one group; "k": the same for all
     k: Array  # [*axes, t, head_dim]
     v: Array  # [*axes, t, head_dim]
-    visible: Array | None  # bool that goes with scores in `order`; None: all keys are
+    visible: Array | None  # bool that broadcasts to scores [*order, t]; None: all keys are visible
 
     @property
     def order(self) -> str:
-        """The axes of its products: the shared ones first, so that they are batches of matrix products."""
+        """The axes of scores and of their products: `axes` first, so that the products are batched matrix products."""
         return self.axes + "".join(axis for axis in _QUERY if axis not in self.axes)
 
 
 def _turned(x: Array, source: str, target: str) -> Array:
-    """x, whose first axes are `source`, with them in the order `target`."""
+    """x with its first axes, `source`, brought into the order `target`."""
     return x.transpose(*(source.index(axis) for axis in target), *range(len(target), x.ndim))
 
 
@@ -177,18 +183,19 @@ def _attend(
     q: Array, k: Array, v: Array, offset: Array | int, prefix: LayerPrefix | None,
     instructions: Instructions | None = None, reach: Array | None = None,
 ) -> Array:
-    """Attention of scaled queries [B, G, K, Q, n, head_dim], in that shape, in float32; as `Attention` has it.
+    """`Attention.attend` for scaled queries [B, G, K, Q, n, head_dim]. Returns that shape in float32.
 
-    One softmax over all segments, never put together: exponentials of each less the peak of all, whose sums
-    are divided by at last. A fifth less time outside of the products than with concatenated scores, on a CPU.
-    Every product leaves its result as the next one takes it: only queries and answers, which are small, are transposed.
+    The softmax goes over all segments without concatenating their scores. Each segment's exponentials are taken
+    relative to the peak of all segments, and the mixed values are divided by the total at the end. On a CPU, the
+    work outside the matrix products takes a fifth less time than with concatenated scores.
+    Scores stay in the order that the next product takes. Only queries and results, which are small, are transposed.
     """
     slot = offset + jnp.arange(q.shape[4])[:, None]  # [n, 1]
     own = jnp.arange(k.shape[3])
     before = own <= slot
     segments = [_Segment("bgk", k, v, before if reach is None else before & (slot - own < reach))]
     start = jnp.zeros(1, jnp.int32) if prefix is None else prefix.length
-    place = start[:, None, None] + slot  # [B or 1, n, 1] of the queries, after the instructions
+    place = start[:, None, None] + slot  # [B or 1, n, 1] positions of the queries, counted after the instructions
     if prefix is not None:
         theirs = jnp.arange(prefix.k.shape[2])
         valid = theirs < prefix.length[:, None, None]
@@ -218,7 +225,8 @@ def _attend_once(
     q: Array, k: Array, v: Array, offset: Array, prefix: LayerPrefix, instructions: Instructions | None,
     placement: Placement,
 ) -> Array:
-    """`_attend` of one query an answer [B, G, K, Q, head_dim]: on an NVIDIA GPU by a kernel, in the dtype of `v`."""
+    """`_attend` for one query of each answer [B, G, K, Q, head_dim], by a kernel on an NVIDIA GPU. Returns the shape
+    of q in the dtype of `v`."""
 
     def plain(
         q: Array, k: Array, v: Array, offset: Array, prefix_k: Array, prefix_v: Array, length: Array, *shared: Array
