@@ -35,8 +35,9 @@ class LoadingError(ValueError):
 class _Tensor(NamedTuple):
     """A parameter of ours in Hugging Face's layout.
 
-    `inputs`: how many of our leading axes (layer and expert aside) are inputs of the projection, which
-    Hugging Face stores as a matrix [outputs, inputs]; 0 is a vector over all heads, -1 a tensor stored as ours is.
+    `inputs` counts the leading axes of our weight (layer and expert aside) that are inputs of a projection. Hugging
+    Face stores a projection as a matrix [outputs, inputs]. 0 stands for a vector over all heads, -1 for a tensor that
+    is stored as ours is.
     """
 
     name: str
@@ -81,7 +82,8 @@ _MIXTURE = _PLAIN | {
 }
 
 
-# What sets apart families that are not Llama with biases, norms of queries and keys, or experts.
+# The fields that tell OLMo 2 and Gemma 3 from the others, which are Llama with biases, query/key norms, experts or
+# unrotated layers.
 _SWITCHES = ("norms", "qk_norm_whole", "norm_offset", "activation", "scaled_embedding")
 _SWITCHED = {
     ("before", False, 0.0, "silu", False): None,
@@ -96,12 +98,12 @@ class Leaf(NamedTuple):
     path: tuple[str, ...]
     shape: tuple[int, ...]
     inputs: int
-    names: list[list[str]]  # by layer (one, where not stacked), by expert (one, where there are none)
-    tensor_shape: tuple[int, ...]  # of each of them
+    names: list[list[str]]  # [layer][expert]; one entry where the parameter has no such axis
+    tensor_shape: tuple[int, ...]  # of each tensor
 
 
 def leaves_of(cfg: PolicyConfig) -> list[Leaf]:
-    """All parameters of a shape."""
+    """All parameters of a policy of this shape, with their tensors."""
     _, init, _ = build(cfg)
     by_norms = {"before": _PLAIN, "after": _OLMO2, "both": _GEMMA3}[cfg.norms]
     table = _MIXTURE if cfg.experts else by_norms
@@ -125,11 +127,11 @@ class Entry(NamedTuple):
 
     shape: tuple[int, ...]
     file: Path
-    read: Callable[[slice], np.ndarray]  # some of its rows
+    read: Callable[[slice], np.ndarray]  # reads some of its rows
 
 
 def family_of(cfg: PolicyConfig) -> str:
-    """The family whose layers these are; Mistral's are Llama's."""
+    """The family that has layers of this shape ("llama" for Mistral's too). Raises LoadingError where none has."""
     if (switches := tuple(getattr(cfg, name) for name in _SWITCHES)) not in _SWITCHED:
         asked = ", ".join(f"{name}={value!r}" for name, value in zip(_SWITCHES, switches, strict=True))
         raise LoadingError(f"no family that can be exported has {asked} together")

@@ -25,7 +25,7 @@ from agrl_jax.policy.tokenizer import Tokenizer
 from agrl_jax.runtime.files import read_json, write_json
 from agrl_jax.types import Params
 
-# What a config.json leaves out where it is the family's default, and other than that of most families.
+# Defaults of a family that differ from those of most families. A config.json may leave them out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "olmo2": {"rms_norm_eps": 1e-5, "tie_word_embeddings": False},
@@ -48,7 +48,7 @@ PICKLE = "a pickle, which can run any code when it is read; bring the model as s
 
 
 def hf_config(file: Path, param_dtype: str, compute_dtype: str) -> PolicyConfig:
-    """The shape that a config.json describes; refuses what this transformer does not compute."""
+    """The shape that a config.json describes. Raises LoadingError for what this transformer does not compute."""
     raw = read_json(file, LoadingError)
     family = raw.get("model_type")
     if family not in CLASSES:
@@ -88,7 +88,7 @@ def hf_config(file: Path, param_dtype: str, compute_dtype: str) -> PolicyConfig:
 
 
 def _refuse_unknown_layers(file: Path, family: str, raw: Mapping[str, Any]) -> None:
-    """Refuses settings under which the family's layers are others than those of this transformer."""
+    """Raises LoadingError for settings of the family's layers that this transformer does not compute."""
     gemma = family == "gemma3_text"
     fixed = {
         "hidden_activation" if gemma else "hidden_act": "gelu_pytorch_tanh" if gemma else "silu",
@@ -109,7 +109,7 @@ def _refuse_unknown_layers(file: Path, family: str, raw: Mapping[str, Any]) -> N
 
 
 def _unrotated_every(raw: Mapping[str, Any]) -> int:
-    """`unrotated_every` of a PolicyConfig, from the interval or from the list that goes before it (1: is rotated)."""
+    """`unrotated_every` of a PolicyConfig, from `no_rope_layers` (1: rotated) or, without it, from the interval."""
     every, rotated = raw["no_rope_layer_interval"], raw.get("no_rope_layers")
     if rotated is None:
         return int(every)
@@ -147,7 +147,7 @@ def _gemma3(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _layer_types(layers: int, every: int) -> list[str]:
-    """The kind of each layer, of which every so many sees all; with 0, none does."""
+    """The kind of each layer: every `every`-th layer sees all tokens; with 0, none does."""
     return ["full_attention" if every and (i + 1) % every == 0 else "sliding_attention" for i in range(layers)]
 
 
@@ -184,7 +184,7 @@ def hf_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _yarn_attention(rope: Mapping[str, Any]) -> float:
-    """The factor on queries and keys: as given, or the paper's 0.1 ln(factor) + 1, or a ratio of two such."""
+    """The factor on queries and keys: as given, or a ratio of two scales, or the paper's 0.1 ln(factor) + 1."""
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
 
@@ -221,7 +221,7 @@ def open_safetensors(folder: Path) -> dict[str, Entry]:
 
 def _open_shard(file: Path) -> dict[str, Entry]:
     try:
-        handle = safe_open(file, framework="np", backend="pread")  # reads; mapped pages would count as memory
+        handle = safe_open(file, framework="np", backend="pread")  # reads: pages of a mapped file count as memory
         tensors = {}
         for name in handle.keys():
             view = handle.get_slice(name)
@@ -239,7 +239,7 @@ def _open_shard(file: Path) -> dict[str, Entry]:
 
 
 def check_empty(folder: Path) -> None:
-    """Raises LoadingError where a folder to write a model to has files already."""
+    """Raises LoadingError unless the folder is empty or does not exist."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise LoadingError(f"{folder}: should be an empty folder, so that no file of another model stays in it")
 
@@ -266,8 +266,8 @@ def save_pretrained(
       max_shard_bytes: weights beyond this are split over several files.
 
     Raises:
-      LoadingError: the folder is not empty, or no architecture of Hugging Face's has this shape, or `transformers`
-        would cut text into other words for it than the tokenizer does.
+      LoadingError: the folder is not empty, no architecture of Hugging Face has this shape, or `transformers` would
+        cut text into other words than the tokenizer does.
     """
     folder = Path(folder)
     description = _describe(cfg)
@@ -307,7 +307,7 @@ def _describe(cfg: PolicyConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "rms_norm_eps": cfg.norm_eps,
         "tie_word_embeddings": cfg.tied,
-        "attention_bias": False,  # Qwen2 has its biases whatever this says
+        "attention_bias": False,  # Qwen2 has biases whatever this says
         "max_position_embeddings": cfg.max_positions,
         "rope_theta": cfg.rope_theta,
         "rope_scaling": None,
@@ -377,7 +377,7 @@ def _save_tensors(folder: Path, cfg: PolicyConfig, params: Params, dtype: Any, m
     for file, shard in zip(names, shards, strict=True):
         tensors = {name: _tensor(params, leaf, place, dtype) for name, leaf, place in shard}
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        shutil.copymode(folder / "generation_config.json", folder / file)  # `save_file` lets the owner alone read it
+        shutil.copymode(folder / "generation_config.json", folder / file)  # `save_file` lets only the owner read it
     if len(shards) > 1:
         index = {name: file for file, shard in zip(names, shards, strict=True) for name, _, _ in shard}
         total = sum(size for *_, size in sizes)

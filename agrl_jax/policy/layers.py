@@ -1,4 +1,4 @@
-"""The shape of a policy, and the layers that all of it is made of: norms, products, the feed-forward."""
+"""The shape of a policy, and the layers that its parts share: norms, products, the feed-forward."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ KEYS = ("batch", None, "kv_heads", None, None)  # [B, G, K, n, head_dim], and va
 class RopeScaling:
     """How rotary frequencies were stretched to reach beyond the positions a model was first trained on.
 
-    `linear` divides all of them by `factor`. `llama3` divides those whose wavelength exceeds
-    original / low_freq, keeps those below original / high_freq, and goes over smoothly between. `yarn`
-    (arXiv 2309.00071) ramps from kept to divided between the frequencies that turn `beta_fast` and
-    `beta_slow` times within `original` positions, and scales queries and keys by `attention`.
+    `linear` divides all frequencies by `factor`. `llama3` divides those with wavelengths above original / low_freq,
+    keeps those with wavelengths below original / high_freq, and blends both in between. `yarn` (arXiv 2309.00071)
+    keeps frequencies that turn at least `beta_fast` times within `original` positions, divides those that turn at
+    most `beta_slow` times, and blends in between. It also scales queries and keys by `attention`.
     """
 
     kind: str
@@ -53,8 +53,8 @@ class RopeScaling:
 class PolicyConfig:
     """The shape of a policy. `kv_heads` divides `heads`; `head_dim` is even.
 
-    With `experts`, each layer's feed-forward is a mixture of that many, each of width `mlp`, of which a
-    token goes through `experts_per_token`.
+    With `experts`, the feed-forward of each layer is a mixture of that many experts of width `mlp`. Each token goes
+    through `experts_per_token` of them.
     """
 
     vocab_size: int
@@ -65,25 +65,25 @@ class PolicyConfig:
     head_dim: int
     mlp: int
     tied: bool = True
-    norms: str = "before"  # each sub-layer: before it; after it, of what it adds to the residual; or both
+    norms: str = "before"  # each sub-layer; or after it, on what it adds to the residual; or both
     norm_offset: float = 0.0  # added to the weights of norms
-    qk_norm: bool = False  # of each head's queries and keys
-    qk_norm_whole: bool = False  # or of all heads' together
+    qk_norm: bool = False  # norms of queries and keys, each head by itself
+    qk_norm_whole: bool = False  # or all heads together
     bias: bool = False
     activation: str = "silu"  # of the feed-forward's gate; or gelu_tanh
     scaled_embedding: bool = False  # tokens enter the first layer times the root of `width`
     query_dim: int = 0  # scores are divided by its root; 0: head_dim
-    window: int = 0  # a token of a local layer sees so many, itself among them; 0: no layer is local
-    global_every: int = 0  # of layers with a window, those whose number, from 1, this divides see all; 0: none does
+    window: int = 0  # so many tokens, itself included, a token of a local layer sees; 0: no layer is local
+    global_every: int = 0  # with a window: layers whose number (from 1) this divides see all tokens; 0: none does
     local_rope_theta: float = 10_000.0  # of local layers, whose frequencies are not scaled
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
     remat: bool = False
-    max_positions: int = 4096  # told to those who load an export; nothing here depends on it
+    max_positions: int = 4096  # written into exports; nothing here depends on it
     rope_scaling: RopeScaling | None = None
-    unrotated_every: int = 0  # every layer whose number, from 1, this divides has no rotary positions; 0: all have them
+    unrotated_every: int = 0  # layers whose number (from 1) this divides have no rotary positions; 0: all have them
     experts: int = 0
     experts_per_token: int = 0
     renormalise_experts: bool = True  # the chosen experts' weights add up to one
@@ -111,12 +111,14 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], scale: 
 
 
 def norm_weight(cfg: PolicyConfig, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
-    """The weight of a norm that multiplies by one."""
+    """The weight of a norm, which at first multiplies by one."""
     return nnx.Param(jnp.full(shape, 1 - cfg.norm_offset, cfg.param_dtype), axes=axes)
 
 
 def rms_norm(cfg: PolicyConfig, x: Array, weight: Array) -> Array:
-    """x / rms(x) * (norm_offset + weight), over the axes of `weight`, the last ones, in float32; in the dtype of `x`.
+    """x / rms(x) * (norm_offset + weight), over the last axes, which are those of `weight`.
+
+    It is computed in float32 and returned in the dtype of `x`.
     """
     x32 = x.astype(jnp.float32)
     axes = tuple(range(-weight.ndim, 0))
@@ -127,8 +129,8 @@ def rms_norm(cfg: PolicyConfig, x: Array, weight: Array) -> Array:
 def linear(x: Array, weight: Array | OutputsFirst | Adapted, inputs: int = 1) -> Array:
     """x [..., in...] times weight [in..., out...], where the first `inputs` axes of weight are its inputs.
 
-    As one product of two matrices: on a CPU, XLA's gradient of the same product with x in four dimensions takes
-    twice as long. Low-rank adapters are multiplied one after the other, and never into the weight.
+    This is one product of two matrices: on a CPU, XLA's gradient of the same product with x in four dimensions takes
+    twice as long. x is multiplied by low-rank adapters one after the other; they are never merged into the weight.
     """
     if isinstance(weight, Adapted):
         return linear(x, weight.weight, inputs) + linear(linear(x, weight.a, inputs), weight.b)
@@ -137,7 +139,7 @@ def linear(x: Array, weight: Array | OutputsFirst | Adapted, inputs: int = 1) ->
         rows, matrix = x.reshape(-1, size), weight.matrix.reshape(-1, size)
         if len(rows) > FEW:
             flat = rows @ matrix.T
-        else:  # behind a barrier, or XLA turns the product around again
+        else:  # without the barrier, XLA turns the product around again
             flat = jax.lax.optimization_barrier(matrix @ rows.T).T
         return flat.reshape(*x.shape[: x.ndim - inputs], *outputs)
     size = math.prod(weight.shape[:inputs])
@@ -149,10 +151,10 @@ def linear(x: Array, weight: Array | OutputsFirst | Adapted, inputs: int = 1) ->
 def einsum(spec: str, x: Array, y: Array) -> Array:
     """The einsum of two arrays of one dtype, added up and returned in float32.
 
-    Each axis is in two or three of the parts of `spec`, which the gradient relies on.
-    In the gradient the cotangent is first rounded to that dtype. Left in float32, as JAX would have it, the products
-    of the gradient are float32 too. With scores laid out as in `_attend` that was 22% of the gradient's time, of 1B
-    parameters in bfloat16 on an H100.
+    The gradient relies on each axis being in two or three parts of `spec`. It first rounds the cotangent to the dtype
+    of the arrays. JAX would leave the cotangent in float32, and the products of the gradient would be float32 too.
+    With the layout of scores in `attention._attend`, that took 22% of the gradient's time for 1B parameters in bfloat16
+    on an H100.
     """
     return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
 
@@ -166,9 +168,9 @@ def _einsum_backward(spec: str, operands: tuple[Array, Array], cotangent: Array)
     cotangent = cotangent.astype(x.dtype)
     left, right, out = re.split(",|->", spec)
     grad_x = jnp.einsum(f"{out},{right}->{left}", cotangent, y)
-    # Asked for with its last two axes swapped, the gradient of keys has queries on the left of its product. Otherwise
-    # the scores' cotangent stands there, far larger, which XLA's CPU product first copies into another order: 7% of the
-    # gradient's time of SmolLM2, with prompts of 600 tokens and 16 answers to each.
+    # With its last two axes swapped, the gradient of keys is a product with the queries on the left. Otherwise the left
+    # operand is the cotangent of the scores, which is far larger, and XLA on a CPU first copies it into another order.
+    # The swap saves 7% of the gradient's time of SmolLM2, with prompts of 600 tokens and 16 answers to each.
     swapped = f"{right[:-2]}{right[-1]}{right[-2]}"
     grad_y = jnp.einsum(f"{left},{out}->{swapped}", x, cotangent).swapaxes(-1, -2)
     return grad_x, grad_y
@@ -178,12 +180,12 @@ einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
 def cast(param: nnx.Param, dtype: Any) -> Any:
-    """A weight, with its adapters where it has them, in the dtype to compute in."""
+    """A weight, with its adapters if it has any, in the dtype to compute in."""
     return jax.tree.map(lambda x: x.astype(dtype), param.get_value())
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU: (silu(x W_gate) * x W_up) W_down; or with GELU (arXiv 2002.05202)."""
+    """SwiGLU, (silu(x W_gate) * x W_up) W_down, or the same with GELU in place of silu (arXiv 2002.05202)."""
 
     def __init__(self, cfg: PolicyConfig, rngs: nnx.Rngs):
         self.activation = cfg.activation

@@ -12,7 +12,7 @@ import numpy as np
 
 from agrl_jax.types import Array, Cache, Instructed, Instructions, Params, Policy, Prefix
 
-NEVER = -1e30  # logit of a token that may not stand; finite, so that 0 times it is 0
+NEVER = -1e30  # logit of a token that is not allowed; finite, so that 0 times it is 0
 
 
 def token_logprobs(
@@ -21,14 +21,14 @@ def token_logprobs(
 ) -> tuple[Array, Array]:
     """Log-probability and entropy, both [B, G, T] float32, of `tokens` under hidden states [B, G, T, D].
 
-    Works through `chunk` positions at a time, equally many of each example, and recomputes logits in the backward pass:
-    it never holds more than [chunk, V] logits ([B, V], if B is more than `chunk`). A piece has all examples in it, so
-    that each data shard works on its own. With a `chunk` of 0 all logits are computed at once and kept for the backward
+    Works through `chunk` positions at a time and recomputes logits in the backward pass. So it never holds more than
+    [chunk, V] logits ([B, V], if B is more than `chunk`). A chunk has equally many positions of each example, so that
+    each data shard works on its own. With a `chunk` of 0 all logits are computed at once and kept for the backward
     pass: if they fit, this saves a quarter of the time of SmolLM2's head gradient on a CPU.
 
-    `choices(*of)` gives the tokens [..., V] bool among which the policy chooses, from any part of the small arrays `of`
-    [B, G, T], so that no mask of all positions is held: log-probabilities and entropies are over these tokens alone. A
-    token that is the only choice has 0 of both, and no gradient.
+    With `choices`, log-probabilities and entropies are over the allowed tokens alone. `choices(*of)` gives these,
+    [..., V] bool, for a chunk of the small arrays `of` [B, G, T]; a mask of all positions is never held. A token that
+    is the only choice has a log-probability and an entropy of 0, and no gradient.
     """
     flat_hidden = hidden.reshape(tokens.shape[0], -1, hidden.shape[-1])  # [B, positions, D]
     flat_tokens = tokens.reshape(tokens.shape[0], -1)
@@ -57,7 +57,7 @@ def token_logprobs(
 def _logp_and_entropy(logits: Array, tokens: Array) -> tuple[Array, Array]:
     """Log-probability of `tokens` [...] and entropy [...] under logits [..., V].
 
-    The gradient is written by hand as one pass over the logits; JAX's would scatter into zeros of their size.
+    The gradient is written by hand as one pass over the logits. JAX's would scatter into zeros of the logits' size.
     """
     return _logp_and_entropy_forward(logits, tokens)[0]
 
@@ -65,8 +65,8 @@ def _logp_and_entropy(logits: Array, tokens: Array) -> tuple[Array, Array]:
 def _logp_and_entropy_forward(logits: Array, tokens: Array) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
     peak = jnp.max(logits, axis=-1)
     share = jnp.exp(logits - peak[..., None])
-    # One reduction gives both sums, and the barrier keeps both: XLA on a CPU would hand a single sum of exponentials to
-    # a library (YNNPACK), which takes 2 to 10 times as long.
+    # One reduction gives both sums, and the barrier keeps both where one goes unused. XLA on a CPU would hand a single
+    # sum of exponentials to a library (YNNPACK), which takes 2 to 10 times as long.
     sums = jax.lax.reduce((share, share * logits), (0.0, 0.0), _add_pairs, (logits.ndim - 1,))
     total, mean = jax.lax.optimization_barrier(sums)
     mean, log_total = mean / total, peak + jnp.log(total)
@@ -98,9 +98,9 @@ def run_instructions(policy: Policy, params: Params, tokens: Array) -> Instructi
 def instructed(policy: Policy, tokens: Array | None) -> tuple[Policy, Callable[[Params], Params]]:
     """A policy that goes on from instructions, and the function that makes its parameters from those of `policy`.
 
-    That function runs the instructions `tokens` [I]. Call it once for all that is computed with the same parameters.
-    Its gradient is exact: the cotangents of all uses of the instructions' keys and values are summed, and go back
-    through the instructions once. Without tokens, both policies and their parameters are the same.
+    That function runs the instructions `tokens` [I]. Call it once for each value of the parameters. Its gradient is
+    exact: the cotangents of all uses of the instructions' keys and values are summed, and go back through the
+    instructions once. Without tokens, both policies and their parameters are the same.
     """
     if tokens is None or not len(tokens):
         return policy, lambda params: params
@@ -124,13 +124,13 @@ def instructed(policy: Policy, tokens: Array | None) -> tuple[Policy, Callable[[
 
 
 def shared_tokens(params: Params) -> int:
-    """The tokens of the instructions under these parameters; see `instructed`."""
+    """How many tokens of instructions these parameters hold; see `instructed`."""
     return params.instructions.number if isinstance(params, Instructed) else 0
 
 
 def run_prompt(policy: Policy, params: Params, prompt: Array, prompt_len: Array) -> tuple[Prefix, Array]:
-    """Runs the prompts [B, S], right-padded, of `prompt_len` [B] tokens. Returns the prefix for their responses, and
-    the hidden states [B, S, D]."""
+    """Runs right-padded prompts [B, S] of `prompt_len` [B] tokens. Returns the prefix for their responses, and the
+    hidden states [B, S, D]."""
     hidden, cache = policy.apply(params, prompt[:, None])
     k, v = jax.tree.map(lambda x: jnp.squeeze(x, -4), (cache.k, cache.v))
     return Prefix(k=k, v=v, length=prompt_len, last_hidden=_last_hidden(hidden[:, 0], prompt_len)), hidden[:, 0]
@@ -142,13 +142,16 @@ def prefill(policy: Policy, params: Params, prompt: Array, prompt_len: Array) ->
 
 
 def extend_prefix(policy: Policy, params: Params, prefix: Prefix, tokens: Array, number: Array) -> Prefix:
-    """The prefix with the first `number` [B] of the tokens [B, n] appended; all go through the network together."""
+    """The prefix with the first `number` [B] of the tokens [B, n] appended, in one pass through the network."""
     return cut(*run_on(policy, params, prefix, tokens), number)
 
 
 def run_on(policy: Policy, params: Params, prefix: Prefix, tokens: Array) -> tuple[Prefix, Array]:
-    """Runs tokens [B, n] after a prefix. Returns the prefix, its `length` unchanged, with the tokens' keys and values
-    behind its own; and the hidden states [B, n + 1, D] after 0 to n of the tokens. See `cut`."""
+    """Runs tokens [B, n] after a prefix, for `cut`.
+
+    Returns the prefix with the tokens' keys and values behind its own, but its `length` unchanged; and the hidden
+    states [B, n + 1, D] after 0 to n of the tokens.
+    """
     hidden, cache = policy.apply(params, tokens[:, None], prefix=prefix)
     size, more = jax.tree.leaves(prefix.k)[0].shape[-2], tokens.shape[1]
     slot = jnp.arange(size + more)
@@ -181,7 +184,8 @@ def run_groups(
 ) -> tuple[Array, Array]:
     """The hidden states [B, S, D] of the prompts, and those [B, G, T, D] that predict each of `tokens` [B, G, T].
 
-    Equal to `run_prompt` and `predicting_hidden` one after the other, in one pass over the layers."""
+    Equal to `run_prompt` and then `predicting_hidden`, but in one pass over the layers.
+    """
     of_prompt, hidden = policy.apply_groups(params, prompt, prompt_len, tokens[:, :, :-1])
     first = _of_group(_last_hidden(of_prompt, prompt_len), tokens.shape[1])
     return of_prompt, jnp.concatenate([first[:, :, None], hidden], axis=2)
@@ -209,7 +213,7 @@ def score_parts(
     policy: Policy, params: Params, prefix: Prefix, tokens: np.ndarray, length: np.ndarray,
     choose: Callable[[int, Array], Array], before: tuple[Array, Array] | None = None,
 ) -> list[tuple[Array, Array]]:
-    """Goes through P parts without a decoding loop: scores all texts of a part at once, after those chosen before.
+    """Scores P parts of a response without a decoding loop: all texts of a part at once, after the texts chosen before.
 
     Args:
       policy: gives the scores, with `params`.
@@ -218,7 +222,7 @@ def score_parts(
       tokens: [P, n, W], the texts of each part; no text of a part is the start of another.
       length: [P, n] tokens of each text that count; 0 past the texts of a part.
       choose: (index of the part, log-probabilities [B, n of the part]) -> the text [B] to go on with.
-      before: tokens [B, P, W] that each row has before each part, and how many count [B, P]; they are not scored.
+      before: tokens [B, P, W] that stand before each part of each row, not scored, and how many of them count [B, P].
 
     Returns:
       For each part the log-probabilities of `text_logprobs`, and the choice.
@@ -241,8 +245,10 @@ def score_parts(
 def text_logprobs(
     policy: Policy, params: Params, prefix: Prefix, tokens: np.ndarray, length: np.ndarray
 ) -> tuple[Array, Prefix]:
-    """Log-probabilities [B, n] of n texts after a prefix, given the tokens that all texts begin with; and the prefix
-    that ends after these tokens. Texts are tokens [n, W], of which `length` [n] count; none is the start of another.
+    """Log-probabilities [B, n] of n texts after a prefix, given the tokens that all texts begin with.
+
+    Also returns the prefix that ends after those common tokens. Texts are tokens [n, W], of which `length` [n] count;
+    no text is the start of another.
     """
     shared, b = shared_start(tokens, length), prefix.length.shape[0]
     if shared:

@@ -1,8 +1,8 @@
-"""Text to tokens and back, by byte-level BPE, trained here or read from a Hugging Face folder; or by SentencePiece's
-BPE as Gemma has it, where bytes stand for what no token spells, and nothing is put before a text.
+"""Text to tokens and back, by byte-level BPE (trained here or read from a Hugging Face folder) or Gemma's BPE.
 
-Tokens stand for bytes, so that the rule book's phrases can be read from them exactly (`token_bytes`). Text is
-only ever text: a title that contains "<|end|>" does not become the end token.
+Gemma's BPE is that of SentencePiece, with bytes for what no token spells and without a space before each text. Tokens
+stand for bytes, so that the rule book's phrases can be read from them exactly (`token_bytes`). Text is only ever text:
+a title that contains "<|end|>" does not become the end token.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _SPECIAL_TOKENS = "special_tokens_map.json"
 _TEMPLATE = "chat_template.jinja"
 _ENDS = ("generation_config.json", "config.json")  # of the model: its `eos_token_id` is one id, or several
 
-# Settings that `save` says anew, or that tokenizer.json says already.
+# Settings that `save` writes itself, or that tokenizer.json holds already.
 _REPLACED = {"add_bos_token", "add_eos_token", "added_tokens_decoder", "auto_map", "chat_template", "tokenizer_file"}
-_THINKING = "agrl_jax_thinking"  # our own setting: tokens
-_LISTED_ENDS = "agrl_jax_end_tokens"  # our own setting: ids, of generation_config.json, which is not always beside us
+_THINKING = "agrl_jax_thinking"  # our own setting: see `Tokenizer.thinking`
+_LISTED_ENDS = "agrl_jax_end_tokens"  # our own setting: the end tokens of generation_config.json, which may be absent
 _THOUGHT = re.compile(r"[<\[]/?[\w:]*(?:think|thought|reason)\w*[>\]]", re.IGNORECASE)
 _DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
@@ -45,7 +45,7 @@ QWEN2_WORDS = (
 )
 
 _SPACE = "\u2581"  # how SentencePiece writes a space
-SENTENCEPIECE = "a SentencePiece vocabulary, as Llama 2, TinyLlama and Mistral 7B have it"  # which cannot be used
+SENTENCEPIECE = "a SentencePiece vocabulary, as Llama 2, TinyLlama and Mistral 7B have it"  # for messages: not usable
 
 
 class TokenizerError(ValueError):
@@ -57,11 +57,11 @@ class Tokenizer:
 
     Attributes:
       vocab_size: number of tokens; ids are 0 to vocab_size - 1.
-      end_token: id of the token that ends a response, where we write one.
-      end_tokens: ids of all tokens at which a response of the model's ends; `end_token` is the first.
+      end_token: id of the token that ends the responses that we write.
+      end_tokens: ids of all tokens that end a response of the model; `end_token` is the first.
       bos_token: id of the token that every prompt starts with; None where the model has none.
       chat_template: the model's own Jinja template for conversations, or None.
-      settings: what else its tokenizer_config.json says, for `transformers`.
+      settings: the content of tokenizer_config.json, for `transformers`, and our own settings.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class Tokenizer:
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         """The tokens of a text; nothing is added.
 
-        `parse_special` turns the spelling of a special token into that token, which a rendered chat template
-        needs. Never set it for text that others wrote.
+        `parse_special` turns the spelling of a special token into that token. A rendered chat template needs this.
+        Never set it for text that others wrote.
         """
         core = self._parsing if parse_special else self._text
         return core.encode(text, add_special_tokens=False).ids
@@ -98,8 +98,8 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """The text of the tokens' bytes, with no clean-up; bytes that are not UTF-8 become U+FFFD.
 
-        Special tokens are left out, or with `special` spelt out. Ids past the vocabulary, which models with padded
-        embeddings can sample, have no text.
+        Special tokens are left out, or spelt out with `special`. Ids past the vocabulary have no text; models with
+        padded embeddings can sample them.
         """
         data = bytearray()
         for token in ids:
@@ -120,7 +120,7 @@ class Tokenizer:
     def _bytes(self) -> tuple[bytes | None, ...]:
         sentencepiece = _is_sentencepiece(self._core)
         spell = _sentencepiece_bytes if sentencepiece else _byte_level_bytes
-        # SentencePiece may merge text into an added token that is white space, such as a run of line breaks.
+        # In Gemma's BPE, an added token of white space, such as a run of line breaks, stands for text.
         special = {
             i for i, token in self._core.get_added_tokens_decoder().items()
             if token.special or not sentencepiece or token.content.replace(_SPACE, " ").strip()
@@ -151,8 +151,8 @@ class Tokenizer:
 
     @functools.cached_property
     def marks(self) -> frozenset[int]:
-        """Special tokens that a model may write amid text: those around a thought, such as <think>, and what the
-        vocabulary has as an ordinary added token. Not those that the settings name, which begin and end texts."""
+        """Special tokens that a model may write amid text: those around a thought, such as <think>, and added tokens
+        that the file does not mark as special. Tokens that the settings name are none: they begin and end texts."""
         extra = {_text_of(token) for token in self.settings.get("additional_special_tokens") or []}
         named = set(self.special_tokens.values())
         return frozenset(
@@ -164,12 +164,12 @@ class Tokenizer:
 
     @property
     def thinking(self) -> int:
-        """How many tokens a model may think aloud before it answers; 0: prompts ask it not to. See `with_thinking`."""
+        """How many tokens a model may think before it answers; 0: prompts ask it not to think. See `with_thinking`."""
         return int(self.settings.get(_THINKING, 0))
 
     def with_thinking(self, limit: int) -> Tokenizer:
-        """The same vocabulary for prompts that ask the model to think so long, or, with 0, not to; saved folders keep
-        that."""
+        """The same vocabulary, for prompts that let the model think for `limit` tokens, or with 0 ask it not to think.
+        Saved folders keep this setting."""
         settings = {name: value for name, value in self.settings.items() if name != _THINKING}
         settings |= {_THINKING: limit} if limit else {}
         return Tokenizer(self._core, self.end_token, self.bos_token, self.chat_template, settings)
@@ -183,16 +183,17 @@ class Tokenizer:
         return patterns == [QWEN2_WORDS] and (content["normalizer"] or {}).get("type") == "NFC"
 
     def ending_with(self, end_token: int) -> Tokenizer:
-        """The same vocabulary, whose responses we end with another token; what else ends them is as before."""
+        """The same vocabulary, with another `end_token`; the other end tokens stay."""
         if end_token == self.end_token:
             return self
         return Tokenizer(self._core, end_token, self.bos_token, self.chat_template, self.settings)
 
     def within(self, rows: int) -> Tokenizer:
-        """The same vocabulary without the tokens past an embedding of `rows` rows, which no model can read.
+        """The same vocabulary without the tokens past an embedding of `rows` rows: the model cannot read those.
 
         Raises:
-          TokenizerError: one of them is needed: it ends or begins texts, is in the chat template, or is no added token.
+          TokenizerError: such a token is needed: it ends or begins texts, is in the chat template, or is no added
+            token.
         """
         if self.vocab_size <= rows:
             return self
@@ -215,11 +216,12 @@ class Tokenizer:
         return Tokenizer(core, self.end_token, self.bos_token, self.chat_template, settings)
 
     def save(self, path: epath.PathLike) -> None:
-        """Writes `tokenizer.json` and `tokenizer_config.json` into a folder, as every `transformers` reads them alike.
+        """Writes `tokenizer.json` and `tokenizer_config.json` into a folder, so that versions 4 and 5 of `transformers`
+        read the same tokenizer from it.
 
-        The class is the one that takes tokenizer.json as it is. The beginning token is in its post-processor: version
-        4 knows no flag for it. Batches are padded, on the left unless the settings say otherwise, by the model's own
-        padding token, or the end token where it has none.
+        The named class takes tokenizer.json as it is. The post-processor adds the beginning token, since version 4
+        has no flag for it. Batches are padded by the model's own padding token, or else the end token; on the left,
+        unless the settings say otherwise.
         """
         folder = _folder(path)
         folder.mkdir(parents=True, exist_ok=True)
@@ -238,16 +240,16 @@ class Tokenizer:
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         write_json(folder / _CONFIG, config)
-        write_text(folder / _FILE, core.to_str(pretty=True))  # last: where it is, all is
+        write_text(folder / _FILE, core.to_str(pretty=True))  # last: a folder with this file is complete
 
     @property
     def pad_token(self) -> int:
-        """The id of the token that `transformers` fills batches up with."""
+        """The id of the token that `transformers` pads batches with."""
         named = _id_of(self._core, self.settings.get("pad_token"))
         return self.end_token if named is None else named
 
     def _adding_bos(self) -> processors.PostProcessor | None:
-        """What puts the beginning token in front of a text, for those that ask `transformers` for it."""
+        """The step that puts the beginning token before a text, for callers of `transformers`."""
         if self.bos_token is None:
             return None
         bos = self._core.id_to_token(self.bos_token)
@@ -289,10 +291,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load(path: epath.PathLike) -> Tokenizer:
-    """Reads what `save` wrote, or a Hugging Face folder with a `tokenizer.json` of byte-level BPE or of Gemma's.
+    """Reads what `save` wrote, or a Hugging Face folder with a `tokenizer.json` of byte-level BPE or of Gemma's BPE.
 
     Raises:
-      TokenizerError: a file is missing or unreadable, or no end token is named.
+      TokenizerError: a file is missing or unreadable, no end token is named, or the vocabulary is of another kind.
     """
     folder = _folder(path)
     try:
@@ -322,8 +324,8 @@ def load(path: epath.PathLike) -> Tokenizer:
 
 
 def _is_sentencepiece(core: tokenizers.Tokenizer) -> bool:
-    """Whether text is cut as Gemma's SentencePiece model does: a space is written as U+2581 and nothing is put before,
-    and there is a token for every byte. Llama 2 puts a space before every text, which no part of one can be read by."""
+    """Whether this is SentencePiece's BPE as Gemma has it: it writes a space as U+2581, puts nothing before a text, and
+    has a token for every byte. Llama 2 puts a space before every text, so its tokens do not spell just the text."""
     if not getattr(core.model, "byte_fallback", False):
         return False
     normalizer = json.loads(core.to_str())["normalizer"] or {}
@@ -343,7 +345,7 @@ def _byte_level_bytes(spelling: str) -> bytes:
 
 
 def byte_level(model: models.Model, words: Sequence[str]) -> tokenizers.Tokenizer:
-    """A tokenizer that cuts text by each pattern in turn, then spells every byte as a character and merges."""
+    """A tokenizer that cuts text by each pattern in turn, then spells every byte as a character and merges these."""
     core = tokenizers.Tokenizer(model)
     cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in words]
     core.pre_tokenizer = pre_tokenizers.Sequence(
@@ -354,7 +356,10 @@ def byte_level(model: models.Model, words: Sequence[str]) -> tokenizers.Tokenize
 
 
 def _copy(core: tokenizers.Tokenizer, parse_special: bool) -> tokenizers.Tokenizer:
-    """A copy that finds added tokens in text, or none of them: some files mark control tokens as ordinary ones."""
+    """A copy that finds all added tokens in text (`parse_special`), or none of them.
+
+    It treats all added tokens as special ones, since some files mark control tokens as ordinary tokens.
+    """
     content = json.loads(core.to_str())
     for token in content["added_tokens"]:
         token["special"] = True
@@ -366,13 +371,17 @@ def _copy(core: tokenizers.Tokenizer, parse_special: bool) -> tokenizers.Tokeniz
 
 
 def _folder(path: epath.PathLike) -> epath.Path:
-    """The folder of a tokenizer, also where its main file is named."""
+    """The folder of a tokenizer, given the folder or its tokenizer.json."""
     path = epath.Path(path)
     return path.parent if path.name == _FILE else path
 
 
 def _settings(folder: epath.Path) -> dict[str, Any]:
-    """What a folder says of its tokenizer beside tokenizer.json. As in `transformers`, an older folder's tokens win."""
+    """What a folder says of its tokenizer beside tokenizer.json.
+
+    As in `transformers`, special_tokens_map.json goes before a tokenizer_config.json without `added_tokens_decoder`,
+    which is an older one.
+    """
     config, tokens = _read_json(folder / _CONFIG), _read_json(folder / _SPECIAL_TOKENS)
     return tokens | config if "added_tokens_decoder" in config else config | tokens
 
@@ -391,7 +400,7 @@ def _read_json(file: epath.Path) -> dict[str, Any]:
 
 
 def _end_token(folder: epath.Path, core: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> int:
-    """The token that the settings name, or else the model's own files: the first, where they name several."""
+    """The end token that the settings name, or else the first that the model's own files name, or else ours."""
     if (named := _id_of(core, settings.get("eos_token"))) is not None:
         return named
     if settings.get("eos_token") is None:
@@ -416,7 +425,7 @@ def _listed_ends(file: epath.Path, core: tokenizers.Tokenizer) -> list[int]:
 
 
 def _text_of(token: Any) -> str | None:
-    """The spelling of a token that settings name by it, or by an object that holds it."""
+    """The spelling of a token in the settings: a string, or an object with the string as its `content`."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 
@@ -427,7 +436,7 @@ def _id_of(core: tokenizers.Tokenizer, token: Any) -> int | None:
 
 
 def _chat_template(folder: epath.Path, settings: Mapping[str, Any]) -> str | None:
-    """The template in a file of its own, or else in the settings: the one named `default` where there are several."""
+    """The template in a file of its own, or else in the settings; the one named `default` where these hold several."""
     file = folder / _TEMPLATE
     template = file.read_text() if file.exists() else settings.get("chat_template")
     if isinstance(template, list):
@@ -436,7 +445,8 @@ def _chat_template(folder: epath.Path, settings: Mapping[str, Any]) -> str | Non
 
 
 def with_date(template: str | None) -> str | None:
-    """The template with today's date where it asks for it: prompts stay those of training, wherever it is kept."""
+    """The template with today's date in place of calls for it. Kept like this, it gives the same prompts on later days.
+    """
     now = datetime.datetime.now()
     return template and _DATE.sub(lambda call: json.dumps(now.strftime(call[2])), template)
 

@@ -1,15 +1,15 @@
 """The policy: a decoder-only transformer in Flax NNX, used through a pure `apply`.
 
-RMSNorm before each sub-layer, after it or both, rotary positions, grouped-query attention, SwiGLU; tied or untied
-embeddings, attention biases, query/key norms, scaled rotary frequencies and a mixture of experts by
-config, so that Llama, Mistral, SmolLM3, OLMo 2, Gemma 3, Qwen2, Qwen3 and Qwen3-MoE shapes are the same code.
-Layers are stacked on a leading axis and scanned, so that compile time does not grow with depth; for decoding
-they are taken apart where that is faster (`for_decoding`).
+It has RMSNorms, rotary positions, grouped-query attention and a gated feed-forward. The config sets the place of the
+norms, tied or untied embeddings, attention biases, query/key norms, scaled rotary frequencies, sliding windows and a
+mixture of experts. So the same code runs the shapes of Llama, Mistral, SmolLM3, OLMo 2, Gemma 3, Qwen2, Qwen3 and
+Qwen3-MoE. Layers are stacked on a leading axis and scanned, so that compile time does not grow with depth. For
+decoding they are taken apart where that is faster (`for_decoding`).
 
-The modules are split once into a graph definition and parameters (`build`); from there on only pure
-functions of the parameters are used. Responses attend to three segments: the keys and values of the
-instructions (`Instructions`, the same for all examples), of their group's prompt (`Prefix`, computed
-once per example and shared) and their own (`Cache`). One softmax runs over all, so sharing is exact.
+`build` splits the modules once into a graph definition and parameters; after that, only pure functions of the
+parameters are used. A response attends to three segments: the keys and values of the instructions (`Instructions`,
+the same for all examples), of its group's prompt (`Prefix`, computed once per example) and its own (`Cache`). One
+softmax runs over all three, so sharing is exact.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from agrl_jax.policy.layers import (
 )
 from agrl_jax.types import ANYWHERE, Array, Axes, Cache, Instructions, Params, Placement, Policy, Prefix
 
-_UNROLLED = 8  # stacks up to this deep are unrolled: a quarter off the gradient's time on a CPU, for more to compile
+_UNROLLED = 8  # so many layers at most are unrolled: on a CPU the gradient takes a quarter less, compiling takes more
 
 
 class Block(nnx.Module):
@@ -57,7 +57,8 @@ class Transformer(nnx.Module):
     """Embedding, stacked blocks (a leading layer axis on every weight), final norm, head."""
 
     def __init__(self, cfg: PolicyConfig, rngs: nnx.Rngs):
-        # Apart from the head, rows of unit scale: Adam's steps on a rare word then move it, and do not rewrite it.
+        # An embedding that is not the head too has rows of unit scale. Adam's steps then move the row of a rare word
+        # and do not rewrite it.
         scale = 0.02 if cfg.tied else 1.0
         self.embedding = param(rngs, (cfg.vocab_size, cfg.width), ("vocab", "embed"), scale, cfg.param_dtype)
         make_block = nnx.vmap(lambda key: Block(cfg, nnx.Rngs(params=key)), in_axes=0, out_axes=0)
@@ -80,7 +81,7 @@ def _run_block(
     instructions: Instructions | None, remember: Remember, attend: Attend, placement: Placement,
     observe: Observe = lambda mlp, x: None,
 ) -> tuple[Array, Any]:
-    """The layer of number `index`. Also returns what `observe` makes of the feed-forward and its input."""
+    """Runs layer `index` on x [B, G, n, D]. Also returns what `observe` makes of the feed-forward and its input."""
     cfg, reach, is_global = block.cfg, None, True
 
     def norm(name: str, x: Array) -> Array:
@@ -90,7 +91,7 @@ def _run_block(
         is_global = jnp.bool_(cfg.global_every) & ((index + 1) % max(cfg.global_every, 1) == 0)
         reach = jnp.where(is_global, jnp.iinfo(jnp.int32).max, cfg.window)
     if every := cfg.unrotated_every:
-        positions = jnp.where((index + 1) % every == 0, 0, positions)  # which turns by no angle
+        positions = jnp.where((index + 1) % every == 0, 0, positions)  # position 0 turns nothing
     q, k, v = block.attention.project(norm("attention_norm", x), positions, is_global)
     q, k, v = placement.place(q, QUERIES), placement.place(k, KEYS), placement.place(v, KEYS)
     mixed = attend(block.attention, q, k, v, prefix, instructions, remember, reach)
@@ -105,7 +106,7 @@ def _forward(
     prefix: Prefix | None, cache: Cache | None, instructions: Instructions | None, placement: Placement,
     observe: Observe = lambda mlp, x: None,
 ) -> tuple[Array, Cache, Any]:
-    """See `build` for the contract. Also returns what `observe` saw, by layer."""
+    """`apply` of `build`. Also returns what `observe` made of each layer."""
     model = merge(params)
     start = 0 if prefix is None else prefix.length[:, None, None]
     if instructions is not None:
@@ -132,7 +133,7 @@ def _forward_groups(
     cfg: PolicyConfig, merge: Callable[[Params], Transformer], params: Params, prompt: Array, prompt_len: Array,
     tokens: Array, instructions: Instructions | None, placement: Placement,
 ) -> tuple[Array, Array]:
-    """See `build` for the contract. Prompts and answers are the rows of one array: each weight has one product."""
+    """`apply_groups` of `build`. Prompts and answers are rows of one array, so each weight has one product."""
     model, (b, group, n), length = merge(params), tokens.shape, prompt.shape[1]
     rows = jnp.concatenate([prompt, tokens.reshape(b, group * n)], axis=1)[:, None]
     of_prompt = jnp.broadcast_to(jnp.arange(length), (b, length))
@@ -146,8 +147,8 @@ def _forward_groups(
     ) -> Array:
         return attention.attend_groups(q, k, v, prompt_len, (length, group), shared, placement, reach)
 
-    # Each device looks up its part of D of all rows, and then hands the rows over: the table is not gathered, nor is
-    # its gradient, which is as large, summed over all devices.
+    # Each device looks up its part of D for all rows; then the devices exchange rows. So no device gathers the whole
+    # table, and its gradient, which is as large, is not summed over all devices.
     looked_up = placement.place(model.embedding[...][rows], ("data_batch", None, None, "embed"))
     x = placement.place(_enter(cfg, looked_up), HIDDEN)
     run = partial(_run_block, positions=positions, attend=attend)
@@ -164,7 +165,8 @@ def _enter(cfg: PolicyConfig, rows: Array) -> Array:
 
 def _embed(cfg: PolicyConfig, model: Transformer, tokens: Array, placement: Placement) -> Array:
     """[B, G, n, D] of tokens [B, G, n]."""
-    table = placement.place(model.embedding[...], ("vocab", None))  # split along D, every device would look up all rows
+    # If the table were split along D, every device would look up all rows.
+    table = placement.place(model.embedding[...], ("vocab", None))
     return placement.place(_enter(cfg, table[tokens]), HIDDEN)
 
 
@@ -172,7 +174,7 @@ def _scan(
     cfg: PolicyConfig, blocks: Block, x: Array, offset: Array | int, prefix: Prefix | None, cache: Cache | None,
     instructions: Instructions | None, run: Callable[..., tuple[Array, Any]],
 ) -> tuple[Array, Cache | None, Any]:
-    """The layers as one scan over their stacked weights. The cache is None where no layer remembers anything."""
+    """Runs the layers as one scan over their stacked weights. The cache is None where no layer calls `remember`."""
     graph, weights = nnx.split(blocks)
 
     def layer(carry: tuple[Array, Any], xs: tuple[Any, Any, Any, Array]) -> tuple[tuple[Array, Any], Any]:
@@ -184,7 +186,7 @@ def _scan(
             if cache_k is None:
                 fresh.extend((k, v))
                 return k, v
-            at = (index, 0, 0, 0, offset, 0)  # in place: the whole cache is carried, never copied layer by layer
+            at = (index, 0, 0, 0, offset, 0)  # in place: the scan carries the whole cache and copies no layer of it
             full_k = jax.lax.dynamic_update_slice(cache_k, k[None], at)
             full_v = jax.lax.dynamic_update_slice(cache_v, v[None], at)
             fresh.extend((full_k, full_v))
@@ -202,7 +204,7 @@ def _scan(
     body = layer
     if cfg.remat:
         body = jax.checkpoint(layer, prevent_cse=False)
-    elif unroll == 1:  # keeps the products: SmolLM2's gradient as fast on a CPU, with 2.2 GB of residuals for 6.0
+    elif unroll == 1:  # keep products alone: SmolLM2's gradient on a CPU is as fast, with residuals of 2.2, not 6.0 GB
         body = jax.checkpoint(layer, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
     xs = (weights, prefix_kv, instructions, jnp.arange(cfg.layers))
     (x, kept), (fresh, seen) = jax.lax.scan(body, (x, kept), xs, unroll=unroll)
@@ -214,7 +216,7 @@ def _loop(
     blocks: list[Block], x: Array, offset: Array | int, prefix: Prefix | None, cache: Cache | None,
     instructions: Instructions | None, run: Callable[..., tuple[Array, Any]],
 ) -> tuple[Array, Cache, Any]:
-    """The layers one after the other, their weights, instructions, prefix and cache apart."""
+    """Runs the layers one after the other; weights, instructions, prefix and cache have an entry for each layer."""
     kept: list[tuple[Array, Array]] = []
     seen = []
     for index, block in enumerate(blocks):
@@ -240,7 +242,7 @@ def _structure(cfg: PolicyConfig) -> tuple[nnx.State, Callable[[Params], Transfo
     graph, template = nnx.split(nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(params=0))))
 
     def merge(params: Params) -> Transformer:
-        if isinstance(params["blocks"], tuple):  # of layers: the first stands for them
+        if isinstance(params["blocks"], tuple):  # one entry for each layer: the first fills the module's one block
             params = {**params, "blocks": params["blocks"][0]}
         state = jax.tree.map(lambda x: x, template)
         nnx.replace_by_pure_dict(state, params)
@@ -255,13 +257,13 @@ def build(cfg: PolicyConfig, placement: Placement = ANYWHERE) -> tuple[Policy, C
     Returns `(policy, init, axes)`: `init(key)` draws parameters, a nested dict of arrays; `axes` is a
     dict of the same structure with the logical axis names of each (a leading "layers" where stacked).
 
-    `policy.apply(params, tokens, offset=0, prefix=None, cache=None, instructions=None)` runs tokens
-    [B, G, n], which stand at slots offset .. offset + n - 1 of their response (of their prompt, where
-    `prefix` is None; of the instructions, where those are None too), and returns the final hidden states
-    [B, G, n, D] and the keys and values. Without a cache the n tokens see instructions, prefix and each
-    other, causally, and the returned cache holds their n entries. With one, their entries are written at
-    `offset`, and they see instructions, prefix and all slots up to their own. Of parameters whose layers
-    are apart (`for_decoding`), so are instructions, prefix and cache.
+    `policy.apply(params, tokens, offset=0, prefix=None, cache=None, instructions=None)` runs tokens [B, G, n] and
+    returns their final hidden states [B, G, n, D] and their keys and values. The tokens stand at slots
+    offset .. offset + n - 1 of a response; without `prefix`, of a prompt; without `instructions` too, of the
+    instructions. Without a cache, the n tokens see instructions, prefix and, causally, each other, and the returned
+    cache holds their n entries. With a cache, their entries are written at `offset`, and they see instructions,
+    prefix and all slots up to their own. Where the layers of the parameters are apart (`for_decoding`), those of
+    instructions, prefix and cache are apart too.
 
     `policy.apply_groups(params, prompt, prompt_len, tokens, instructions=None)` runs prompts [B, S], right-padded, of
     `prompt_len` [B] tokens and their groups' tokens [B, G, n] through each layer together: every weight is read,
@@ -307,22 +309,21 @@ def _unembed(cfg: PolicyConfig, model: Transformer, hidden: Array, placement: Pl
         head = _summed_in_place(model.embedding[...], ("vocab", "embed"), placement).T
     else:
         head = _summed_in_place(model.head[...], ("embed", "vocab"), placement)
-    # One product of two matrices, as in `linear`: a gradient 1.4 times as fast on a CPU.
+    # One product of two matrices, as in `linear`: the gradient is 1.4 times as fast on a CPU.
     flat, head = hidden.reshape(-1, cfg.width), head.astype(hidden.dtype)
     logits = einsum("nd,dv->nv", flat, head).reshape(*hidden.shape[:-1], -1)
     return placement.place(logits, ("batch", *[None] * (logits.ndim - 2), "vocab"))
 
 
 def _summed_in_place(weight: Array, axes: Axes, placement: Placement) -> Array:
-    """`weight` itself, whose gradient goes, as it is summed over devices, to those that hold its parts, not whole to
-    all of them."""
+    """`weight` itself. As its gradient is summed over devices, each device receives only the part that it holds."""
     same = jax.custom_vjp(lambda x: x)
     same.defvjp(lambda x: (x, None), lambda _, slope: (placement.place(slope, axes),))
     return same(weight)
 
 
 def _init_cache(cfg: PolicyConfig, apart: bool, size: tuple[int, int, int], placement: Placement) -> Cache:
-    """An empty cache of B, G and T; with `apart`, of layers that are apart."""
+    """An empty cache; `size` is (B, G, T). With `apart`, each layer has arrays of its own."""
     batch, group, length = size
     shape = (batch, group, cfg.kv_heads, length, cfg.head_dim)
     if apart:
@@ -335,12 +336,13 @@ def _init_cache(cfg: PolicyConfig, apart: bool, size: tuple[int, int, int], plac
 class ExpertLoad(NamedTuple):
     """How a mixture's router spreads tokens over the experts, each layer by itself."""
 
-    share: Array  # [L, experts] float32 of the tokens' choices, those that fell on each expert; rows add up to 1
+    share: Array  # [L, experts] float32 share of the tokens' choices that fell on each expert; rows add up to 1
     probability: Array  # [L, experts] float32 mean of the router's probabilities
 
     def metrics(self) -> dict[str, Array]:
         """Scalars: the balance loss of Switch transformers (arXiv 2101.03961; 1 where balanced, at most the number
-        of experts), the busiest expert's load over the mean, and the share of experts that no token chose."""
+        of experts), the busiest expert's load divided by the mean load, and the share of experts that no token chose.
+        """
         experts = self.share.shape[-1]
         return {
             "experts/balance_loss": experts * jnp.mean(jnp.sum(self.share * self.probability, axis=-1)),
@@ -350,10 +352,9 @@ class ExpertLoad(NamedTuple):
 
 
 def build_expert_load(cfg: PolicyConfig, placement: Placement = ANYWHERE) -> Callable[..., ExpertLoad]:
-    """The pure function `(params, tokens [B, n], valid [B, n] bool, instructions=None) -> ExpertLoad`: of the valid
-    tokens, after the instructions if there are any.
+    """The pure function `(params, tokens [B, n], valid [B, n] bool, instructions=None) -> ExpertLoad`.
 
-    `placement` as in `build`.
+    It counts valid tokens; they run after the instructions, if there are any. `placement` is that of `build`.
     Raises ValueError where the policy has no experts.
     """
     if not cfg.experts:
@@ -376,9 +377,9 @@ def build_expert_load(cfg: PolicyConfig, placement: Placement = ANYWHERE) -> Cal
 
 
 def cast_weights(cfg: PolicyConfig, params: Params) -> Params:
-    """`params` with every array in the dtype in which the policy computes with it; it then computes just the same.
+    """`params` in the dtypes in which the policy uses them; its results stay the same.
 
-    The weights of norms and routers stay as they are: they are computed with in float32.
+    Norms and routers compute in float32, so their weights stay as they are.
     """
 
     def cast(path: tuple[Any, ...], leaf: Array) -> Array:
