@@ -1,17 +1,16 @@
-"""Sampling by difficulty: examples of which the policy passes some answers, but not all, are rolled before others.
+"""Sampling by difficulty: examples that the policy answers rightly at times, but not always, are rolled before others.
 
 A step is given `pool` times B examples and rolls B of them. First come those that it may learn from: rows not met
-yet, rows whose pass rate lies in the band [low, high], and rows outside it that were last rolled `again` steps ago or
-earlier, since the policy has changed. Where these are too few, and also where none is, rows outside the band fill the
-batch, those first that have waited longest. So a batch is always full, and no row is lost: the pool goes through all
-rows, epoch by epoch.
+yet, rows whose pass rate lies in the band [low, high], and rows outside it that were last rolled `again` or more steps
+ago, since the policy has changed. If these are too few, rows outside the band fill the batch; those that have waited
+longest come first. So a batch is always full, and no row is lost: the pool goes through all rows, epoch by epoch.
 
 The pass rate of a row is that of its unguided answers. Each group counts as much as all groups before it:
-rate = (rate + pass rate of the group) / 2. It is remembered in the training state, so the batches of the input
-pipeline depend on seed and number alone, as they do without a band, and a run that is resumed chooses the same rows.
+rate = (rate + pass rate of the group) / 2. The rates are kept in the training state, not in the input pipeline. So the
+pipeline's batches depend only on seed and batch number, and a resumed run chooses the same rows.
 
-Rows are chosen within each data shard, so that no example crosses devices; of ties the first in the pool, whose order
-is random, comes first.
+Rows are chosen within each data shard, so that no example crosses devices. Among equals the first in the pool comes
+first; the pool's order is random.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from agrl_jax.types import UNKNOWN, Array, Batch, DifficultyState
 
 @dataclass(frozen=True)
 class DifficultyConfig:
-    """The band of pass rates, bounds included, and how it is chosen from."""
+    """The band of pass rates, bounds included, and how rows are chosen by it."""
 
     pool: int  # examples to choose from, as a multiple of the batch
     low: float
@@ -40,7 +39,8 @@ def initial_state(num_rows: int) -> DifficultyState:
 
 
 def choose(state: DifficultyState, pool: Batch, step: Array, cfg: DifficultyConfig, shards: int) -> tuple[Batch, Array]:
-    """The B examples of the `pool` [pool * B] to roll in this step, and which of them [B] bool lie outside the band."""
+    """The B examples of the `pool` [cfg.pool * B] to roll in this step, and [B] bool whether each is outside the band.
+    """
     rate, waited = state.rate[pool.row], step - state.met[pool.row]
     outside = (rate != UNKNOWN) & ((rate < cfg.low) | (rate > cfg.high))
     wanted = ~outside | (waited >= cfg.again)

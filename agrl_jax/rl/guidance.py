@@ -1,20 +1,20 @@
 """Adaptive guided replay: which groups are re-rolled, how much is revealed to them, and what is remembered.
 
-A group whose answers mostly fail teaches nothing: its rewards are alike. Such groups are rolled again
-with the first parts of a right response forced as a prefix. Level k asks for the first k parts, never for
-the last, so something is always left to the policy:
+A group whose answers mostly fail teaches little: its rewards are almost equal. Such groups are rolled again
+with the first parts of a right response forced as a prefix. Level k asks for the first k parts. It never asks
+for the last part, so something is always left to the policy:
 
     level = clip(round(global + offset[row]), 0, P - 1)
     revealed = min(level, parts that can be shown)
 
 `global` moves by eta * (1/2 - guided pass rate): guidance steers to a pass rate of one half, where
 groups teach most. `offset` corrects single rows as they are met again. Neither goes beyond what can be
-shown. The paper's own trigger and schedule are not public; this is our reading, and `level="fixed"` and
+shown. The paper's own trigger and schedule are not public. This is our reading; `level="fixed"` and
 `cap` are there to compare.
 
-What is shown is the gold response as far as it is known. With `source="own"`, where that is not far
-enough, it is the policy's own latest answer to the same pair that was right (`reward.is_model_answer`).
-It is remembered by training row, since a group that fails now may have none.
+The gold response is shown, as far as it is known. With `source="own"`, if the level asks for more than that, the
+policy's own latest right answer to the same pair is shown (`reward.is_model_answer`). Such answers are remembered
+by training row, since a group that fails now may have none.
 
 Selection works within each data shard, so that no rollout crosses devices.
 """
@@ -38,8 +38,8 @@ class GuidanceConfig:
 
     threshold: float  # a group fails where its share of passing answers is at most this
     capacity: float  # groups guided at most, as a share of the batch
-    replace: int  # answers re-rolled in a guided group; the others stay for contrast
-    source: str  # gold: the ground truth; own: where that is unknown, a right answer of the policy's own
+    replace: int  # answers of a guided group that are rolled again; the others stay for contrast
+    source: str  # gold: the ground truth; own: where that is unknown, the policy's own right answer
     level: str  # adaptive, fixed
     initial_level: float
     eta: float  # step of the adaptive level
@@ -49,7 +49,7 @@ class GuidanceConfig:
 
 @struct.dataclass
 class Selection:
-    """The guided groups: `capacity` slots of each data shard. X slots in all, those of a shard together."""
+    """The guided groups. Each data shard has the same number of slots; X slots in all, in the order of the shards."""
 
     index: Array  # [shards, X / shards] int32 position of the group within its shard
     chosen: Array  # [shards, X / shards] bool the slot is in use
@@ -64,14 +64,14 @@ class Revelation:
     length: Array  # [B] int32 how many of them are forced
     asked: Array  # [B] int32 the level: parts to reveal
     most: Array  # [B] int32 parts that can be shown; a group with 0 cannot be guided
-    shown: Array  # [B] int32 parts that are
-    gives_tier: Array  # [B] bool the tier is one of them
+    shown: Array  # [B] int32 parts that are shown
+    gives_tier: Array  # [B] bool the tier is among them
 
 
 def initial_state(
     num_rows: int, num_families: int, cfg: GuidanceConfig, length: int = 0, parts: int = 0
 ) -> GuidanceState:
-    """Nothing met yet, every family at the initial level. Own answers have up to `length` tokens and `parts` parts."""
+    """No row met yet, every family at the initial level. Own answers have up to `length` tokens and `parts` parts."""
     return GuidanceState(
         level=jnp.full((num_families if cfg.per_family else 1,), cfg.initial_level, jnp.float32),
         offset=jnp.zeros((num_rows,), jnp.int8),
@@ -83,9 +83,9 @@ def initial_state(
 
 
 def select(pass_rate: Array, guidable: Array, cfg: GuidanceConfig, shards: int) -> Selection:
-    """The failing groups, hardest first, as far as the capacity of each shard goes.
+    """The failing groups that can be guided, hardest first, up to the capacity of each shard.
 
-    `pass_rate` [B] share of passing answers, `guidable` [B] bool.
+    `pass_rate` [B] share of passing answers; `guidable` [B] bool: there is something to reveal.
     """
     fails = pass_rate <= cfg.threshold
     wanted = (fails & guidable).reshape(shards, -1)
@@ -124,7 +124,10 @@ def remember(
 
 
 def reveal(batch: Batch, asked: Array, own: OwnAnswers | None, order: tuple[int, ...]) -> Revelation:
-    """What to force on each group where the level asks for so many parts [B]: gold, or else the row's own answer."""
+    """What to force on each group whose level asks for `asked` [B] parts: gold, or else the row's own answer.
+
+    `order` has the part indices in the order of the response.
+    """
     last = batch.part_end.shape[1] - 1
     tokens, part_end, most = batch.gold, batch.part_end, jnp.minimum(batch.known_parts, last)
     if own is not None:
@@ -147,12 +150,14 @@ def update(
     state: GuidanceState, batch: Batch, plain_pass: Array, guided: Array, guided_pass: Array, seen: Revelation,
     cfg: GuidanceConfig,
 ) -> GuidanceState:
-    """What is remembered after a step, own answers apart.
+    """The state after a step, apart from own answers.
 
-    `plain_pass` [B]: pass rate of the unguided answers of every group; `guided` [B] bool; `guided_pass`
-    [B]: pass rate under guidance, read where guided; `seen`: what was revealed. A row's offset falls by one where it
-    passes unguided and rises by one where it failed even guided and more can be shown. Rows to which less was shown
-    than the level asked for do not raise the level, which ends at what could be shown to some guided row.
+    `plain_pass` [B] is the pass rate of each group's unguided answers, `guided` [B] bool, `guided_pass` [B] the pass
+    rate under guidance (used where guided), `seen` what was revealed.
+
+    A row's offset falls by one where it passes unguided. It rises by one where it failed even under guidance and more
+    can be shown. A row that was shown less than the level asked for does not raise the level. The level stays within
+    the most that could be shown to any guided row.
     """
     family = batch.family if cfg.per_family else jnp.zeros_like(batch.family)
     families = state.level.shape[0]
@@ -169,7 +174,7 @@ def update(
     harder = guided & (guided_pass <= cfg.threshold) & (seen.shown < seen.most)
     change = harder.astype(jnp.int8) - (plain_pass > cfg.threshold).astype(jnp.int8)
     offset = jnp.clip(state.offset[batch.row] + change, -last, last)
-    # Where the tier was given, passing means that the steps are right: nothing to compare an unguided tier with.
+    # Where the tier was given, passing means that the steps are right, which no unguided pass rate compares with.
     memory = jnp.where(guided & ~seen.gives_tier, jnp.round(100 * guided_pass), UNKNOWN).astype(jnp.int8)
     return state.replace(
         level=level,
@@ -179,8 +184,8 @@ def update(
 
 
 def transfer_gap(state: GuidanceState, batch: Batch, plain_pass: Array) -> tuple[Array, Array]:
-    """Mean over rows met again since they were guided of guided less unguided pass rate now (NaN without such rows),
-    and their number."""
+    """Guided pass rate then minus unguided pass rate now, mean over the rows that were guided when they were last met
+    (NaN without such rows); and the number of these rows."""
     before = state.memory[batch.row]
     met = before != UNKNOWN
     return jnp.mean(before / 100 - plain_pass, where=met), jnp.sum(met)
@@ -219,7 +224,7 @@ def scatter(into: Array, rows: Array, selection: Selection) -> Array:
 def replace_answers(rolled: Rollout, replayed: Rollout, passed: Array, selection: Selection) -> Rollout:
     """`rolled` [B, G, ...] with answers of the guided groups replaced by those of `replayed` [X, replace, ...].
 
-    Failing answers go first, so that a rare right one stays.
+    Failing answers are replaced first, so that a rare right one stays.
     """
     number = replayed.finished.shape[1]
     order = jnp.argsort(gather(passed, selection), axis=1, stable=True)[:, :number]  # [X, replace] answers to replace

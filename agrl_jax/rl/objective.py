@@ -1,11 +1,11 @@
 """Advantages and losses, with every denominator written out.
 
 Advantages compare each answer with the others of its group (GRPO, arXiv 2402.03300). Here each reward
-component is centred on its own, over the answers in which it counts, before the components are added:
-without forced tokens that is the textbook's `(reward - mean) / std`; with them, a part that was given
-to some answers of a group neither lifts nor lowers the others, and an answer of which nothing counts is
-no part of the spread. Standard deviations are those of the population (ddof 0), without an epsilon; a
-group whose rewards spread less than `MIN_SPREAD` gets advantage 0.
+component is centred by itself, over the answers in which it counts, before the components are added.
+Without forced tokens this is the textbook's `(reward - mean) / std`. With forced tokens, a part that was
+given to some answers of a group does not change the advantages of the others, and an answer in which
+nothing counts does not enter the spread. Standard deviations are those of the population (ddof 0), without
+an epsilon. A group whose rewards spread less than `MIN_SPREAD` gets advantage 0.
 
     loss      per token (r: ratio new/old, A: advantage)     weight of a token                 advantage
     grpo      -min(r A, clip(r) A)                           1 / (its answer's tokens * answers)   / std
@@ -15,24 +15,23 @@ group whose rewards spread less than `MIN_SPREAD` gets advantage 0.
     cispo     -stop_gradient(clip(r)) A log p                as dapo                               / std
     rloo      -r A                                           1 / answers                           leave-one-out
 
-(dr_grpo arXiv 2503.20783, dapo 2503.14476, gspo 2507.18071, cispo 2506.13585, rloo 2402.14740.) An answer's
-tokens are all of it, forced ones included: behind a prefix, a sampled token weighs what it weighs elsewhere.
+(dr_grpo arXiv 2503.20783, dapo 2503.14476, gspo 2507.18071, cispo 2506.13585, rloo 2402.14740.) The tokens of an
+answer include its forced ones, so a sampled token behind a forced prefix weighs what it weighs elsewhere.
 
-Forced tokens have behaviour probability 1 and stay out of ratios, KL and entropy. Their term, and its weight:
+Forced tokens have behaviour probability 1 and stay out of ratios, KL and entropy. They have a term of their own:
 
     shaped      -max(A, 0) p / (p + gamma)      that of a sampled token of the answer (LUFFY, arXiv 2504.14945)
     importance  -max(A, 0) p, unclipped         the same
     imitate     -log p                          imitate_weight / (T * answers), however many are forced
     mask        none                            0
 
-A forced token is true. What was sampled after it may be wrong, which is no reason to make it less likely: hence
-max(A, 0).
+A forced token is true. If the answer goes wrong after it, that is no reason to make it less likely: hence max(A, 0).
 
-A group of which nothing can be learnt (no sampled token has an advantage, no forced one counts) has no part in the
-loss: entropy bonus and KL range over the other groups alone. Denominators count all answers.
+A group from which nothing can be learnt (no sampled token has an advantage, no forced token counts) has no part in
+the loss: entropy bonus and KL are over the other groups alone. Denominators count all answers.
 
-KL to the reference is a term of the loss as `k2` or `k3`. The gradient of `k1` there is 0 in expectation, so `k1`
-is taken from the reward of the answer instead, summed over its sampled tokens.
+KL to the reference is a term of the loss as `k2` or `k3`. As a term of the loss, `k1` would have gradient 0 in
+expectation. So `k1`, summed over the sampled tokens of an answer, is subtracted from its reward instead.
 """
 
 from __future__ import annotations
@@ -52,10 +51,10 @@ UNSCALED = ("rloo", "dr_grpo")  # losses whose advantages are not divided by the
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """See the module's docstring; `clip_low` and `clip_high` bound the ratio to [1 - low, 1 + high]."""
+    """See the module's docstring. The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
 
     loss: str  # grpo, dr_grpo, dapo, gspo, cispo, rloo
-    credit: str  # sequence: one advantage per answer; step: each step's reward to the tokens of that step
+    credit: str  # sequence: one advantage per answer; step: the reward of a step goes to the tokens of that step
     clip_low: float
     clip_high: float
     kl: str  # none; k1: in the reward; k2, k3: in the loss
@@ -64,10 +63,10 @@ class ObjectiveConfig:
     mask_truncated: bool  # answers that did not end give no gradient
     treatment: str  # of forced tokens: shaped, imitate, importance, mask
     gamma: float
-    imitate_weight: float  # of a forced token, in units of a sampled one with advantage 1 in an answer of T tokens
+    imitate_weight: float  # of a forced token; 1: that of a sampled token with advantage 1 in an answer of T tokens
     baseline: str  # pooled: mean over the group; unguided_only: mean over its unguided answers
-    step_weight: float  # of each step's advantage where credit is by step and advantages are scaled by their spread
-    clamp: float = 0.0  # advantages of tokens lie from -clamp to clamp; 0: they are as they are
+    step_weight: float  # of each step's advantage, where credit is by step and advantages are divided by their spread
+    clamp: float = 0.0  # advantages of tokens are clipped to [-clamp, clamp]; 0: they are not
 
 
 # ---------------------------------------------------------------------------------------- advantages
@@ -78,8 +77,8 @@ def advantages(
 ) -> Array:
     """Advantages [B, G, T] float32 of each token. `guided` [B, G] marks answers with a forced prefix.
 
-    `divergence` [B, G] is taken from the rewards, times `kl_weight`: the k1 estimate summed over each answer. What a
-    token has in all is held to `clamp`.
+    `divergence` [B, G], the k1 estimate summed over each answer, is subtracted from the rewards, times `kl_weight`.
+    The total of a token is clipped by `clamp`.
     """
     per_token = _unclamped(score, reading, guided, length, cfg, divergence)
     return jnp.clip(per_token, -cfg.clamp, cfg.clamp) if cfg.clamp else per_token
@@ -99,7 +98,7 @@ def _unclamped(
         return jnp.broadcast_to(whole[..., None], (*whole.shape, length))
     rest = counted.at[..., 1 : num_steps + 1].set(False)
     per_token = jnp.broadcast_to(_normalise(earned, rest, baseline, cfg.loss)[..., None], (*guided.shape, length))
-    # What is earned has the weight of a step in it already. Dividing by the spread takes it out again.
+    # What is earned includes the weight of a step. Dividing by the spread takes it out, so it is multiplied in again.
     weight = 1.0 if cfg.loss in UNSCALED else cfg.step_weight
     part = part_of_token(reading, length)
     for r in range(num_steps):
@@ -125,14 +124,14 @@ def part_of_token(reading: Reading, length: int) -> Array:
 def _normalise(earned: Array, counted: Array, baseline: Array, loss: str) -> Array:
     """Group-relative advantage [B, G] of components [B, G, Q], each centred over the answers where it counts."""
     member = counted & baseline[..., None]
-    member = jnp.where(jnp.any(member, axis=1, keepdims=True), member, counted)  # nobody to compare with: all
+    member = jnp.where(jnp.any(member, axis=1, keepdims=True), member, counted)  # no baseline: all
     number = jnp.sum(member, axis=1, keepdims=True)
     mean = jnp.sum(earned * member, axis=1, keepdims=True) / jnp.maximum(number, 1)
     centred = jnp.where(counted, earned - mean, 0.0)
     if loss == "rloo":  # x - mean of the others = n / (n - 1) (x - mean of all n)
         centred = centred * jnp.where(member, number / jnp.maximum(number - 1, 1), 1.0)
     total = jnp.sum(centred, axis=-1)
-    # Parts that all have alike tell nobody apart, so an answer in which nothing else counts is not compared.
+    # A component in which all answers are equal tells none apart. Answers in which no other counts are not compared.
     tells = counted & jnp.any(jnp.abs(centred) > MIN_SPREAD, axis=1, keepdims=True)
     spread = masked_std(total, jnp.any(tells, axis=-1))[:, None]
     scaled = total if loss in UNSCALED else total / jnp.where(spread < MIN_SPREAD, 1.0, spread)
@@ -151,7 +150,7 @@ def masked_std(values: Array, where: Array) -> Array:
 
 @struct.dataclass
 class TokenWeights:
-    """What each token counts in the loss, worked out over the whole (mini-)batch so that micro-batches add up."""
+    """The weight of each token in the loss, computed over the whole (mini-)batch, so that micro-batches add up."""
 
     sampled: Array  # [B, G, T] float32, 0 where not sampled
     forced: Array  # [B, G, T] float32, 0 where not forced
@@ -170,7 +169,7 @@ def token_weights(rolled: Rollout, cfg: ObjectiveConfig) -> TokenWeights:
 
 
 def learnt_from(advantage: Array, weights: TokenWeights, cfg: ObjectiveConfig) -> Array:
-    """[B] bool: groups whose tokens [B, G, T] have a gradient, entropy and KL apart."""
+    """[B] bool: groups of which some token [B, G, T] has a gradient, apart from entropy and KL."""
     true = True if cfg.treatment == "imitate" else advantage > 0
     tokens = ((weights.sampled > 0) & (advantage != 0)) | ((weights.forced > 0) & true)
     return jnp.any(tokens, axis=(1, 2))
@@ -194,7 +193,7 @@ def loss_terms(
     All arguments [B, G, T]: `logp` and `entropy` of the policy being trained, `old_logp` of the sampler,
     `reference_logp` of the reference (needed where `cfg.kl` is k2 or k3).
     """
-    # Silenced before any arithmetic: past an exponential, a weight of 0 would still leave a NaN in the gradient.
+    # Tokens without weight are set to 0 first: 0 times the gradient of an exponential that overflows would be NaN.
     own, given = (jnp.where(weight > 0, logp, 0.0) for weight in (weights.sampled, weights.forced))
     change = jnp.where(sampled, own - old_logp, 0.0)
     if cfg.loss == "gspo":
@@ -238,5 +237,5 @@ def _forced_term(logp: Array, advantage: Array, cfg: ObjectiveConfig) -> Array:
 
 
 def _dot(weights: Array, values: Array) -> Array:
-    """Sum of weights * values, where a weight of 0 silences any value, NaN and infinity included."""
+    """Sum of weights * values; values with weight 0 do not count, even NaN or infinity."""
     return jnp.sum(weights * jnp.where(weights > 0, values, 0.0))

@@ -1,6 +1,6 @@
 """Reads responses on the device: what they state, and whether they are well formed.
 
-The tables are a rule book compiled for one vocabulary; reading them equals parsing the text, the
+The tables are a rule book compiled for one vocabulary. Reading with them equals parsing the text, which is the
 concatenated bytes of the tokens, whatever its tokenisation. The same tables constrain sampling.
 """
 
@@ -17,13 +17,13 @@ DEAD = 1  # the recogniser's state that leads nowhere
 def read(tables: RuleTables, tokens: Array, valid: Array) -> Reading:
     """Reads every response at once.
 
-    The scan only follows the automata's states, two small gathers for a token; what was stated is
-    gathered and summed up for all positions together.
+    The scan only follows the states of the automata, with two small gathers for each token. What is stated is then
+    gathered for all positions together.
 
     Args:
       tables: the compiled rule book.
       tokens: [B, G, T] int32.
-      valid: [B, G, T] bool; other tokens are passed over. Nothing is read after the end token.
+      valid: [B, G, T] bool; other tokens are skipped. Nothing is read after the end token.
 
     Returns:
       The reading, parts in the order of part indices (the tier last).
@@ -73,7 +73,7 @@ def _follow(tables: RuleTables, tokens: Array, valid: Array) -> tuple[Array, Arr
 
 
 def allowed(tables: RuleTables, state: Array, remaining: Array | int) -> Array:
-    """Which tokens may come next, so that a response can still become whole in the length that is left.
+    """Which tokens may come next so that a response can still become whole in the tokens that are left.
 
     Args:
       tables: the compiled rule book.
@@ -81,7 +81,7 @@ def allowed(tables: RuleTables, state: Array, remaining: Array | int) -> Array:
       remaining: [] or [...] tokens that are left, this one and the end token included.
 
     Returns:
-      [..., V] bool. None is allowed once the response has ended, or where `remaining` was too short from the start.
+      [..., V] bool. No token is allowed once the response has ended, or where `remaining` is too short.
     """
     return _allowed_classes(tables, state, remaining)[..., jnp.asarray(tables.grammar_class)]
 
@@ -96,8 +96,8 @@ def _allowed_classes(tables: RuleTables, state: Array, remaining: Array | int) -
 def choices(tables: RuleTables, state: Array, remaining: Array | int, token: Array | None = None) -> Array:
     """The tokens [..., V] bool among which a constrained policy chooses: those `allowed`, or all where none is.
 
-    Of a response that stands, `token` [...] is the one that was taken. Where it is not allowed, nothing was sampled
-    under the grammar, and all tokens are choices: the sampler had none that was allowed, or the token was forced.
+    For a finished response, `token` [...] is the token at that place. If the grammar does not allow it, it was not
+    sampled under the grammar (no token was allowed, or it was forced), and all tokens are choices.
     """
     classes = _allowed_classes(tables, state, remaining)
     if token is None:
@@ -108,7 +108,7 @@ def choices(tables: RuleTables, state: Array, remaining: Array | int, token: Arr
 
 
 def places(tables: RuleTables, tokens: Array) -> tuple[Array, Array, Array]:
-    """What `choices` takes for each of the tokens [B, G, T] of responses: states, tokens left and the tokens."""
+    """The arguments of `choices` for each of the tokens [B, G, T] of responses: states, tokens left, the tokens."""
     length = tokens.shape[-1]
 
     def step(state: Array, token: Array) -> tuple[Array, Array]:

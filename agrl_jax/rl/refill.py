@@ -1,8 +1,8 @@
 """Dynamic sampling (DAPO, arXiv 2503.14476): groups with equal rewards are dropped, and others rolled in their place.
 
-A step is given more examples than the B that it learns from, and rolls them in rounds of B: until each of B places
-holds a group whose rewards differ, or there are no more rounds. A group with equal rewards keeps its place only where
-nothing better comes, and has advantage 0. Exchanges stay within each data shard, so that no rollout crosses devices.
+A step learns from B groups, but is given more examples. It rolls them in rounds of B until each of the B places holds
+a group whose rewards differ, or until there are no more rounds. A group with equal rewards stays only where no better
+one is found, and has advantage 0. Exchanges stay within each data shard, so that no rollout crosses devices.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Groups:
 def refill(
     first: Groups, rounds: Batch, roll: Callable[[Batch], Groups], shards: int
 ) -> tuple[Groups, dict[str, Array]]:
-    """The groups of the `first` round, those that teach nothing exchanged for better ones of the others, and figures.
+    """The groups of the `first` round, with those that teach nothing replaced by groups of later rounds; and figures.
 
-    `rounds` [k, B, ...] has the first round in front; the others are rolled only while there is a place for them.
+    `rounds` [k, B, ...] begins with the first round. Others are rolled only while some group teaches nothing.
     """
 
     def more(carry: tuple[Array, Groups, Array]) -> Array:
@@ -49,7 +49,8 @@ def refill(
 
 
 def exchange(groups: Groups, fresh: Groups, shards: int) -> Groups:
-    """`groups` where those that teach nothing are replaced by those of `fresh` that do, as far as either go."""
+    """`groups`, where groups that teach nothing are replaced by those of `fresh` that do, as many as there are of both.
+    """
     teaches, better = (x.teaches.reshape(shards, -1) for x in (groups, fresh))
     into, of = jnp.argsort(teaches, axis=1, stable=True), jnp.argsort(~better, axis=1, stable=True)
     worth = ~jnp.take_along_axis(teaches, into, axis=1) & jnp.take_along_axis(better, of, axis=1)

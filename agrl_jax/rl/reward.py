@@ -2,10 +2,9 @@
 
 A response is read on the device (`reader.read`) and scored by components: the tier, each reasoning
 step, `consistent` (the rule book applied to the stated steps gives the stated tier), `format`, and a
-soft penalty for overlong answers. Components stay apart until the advantages are formed, because a
-component completed inside a forced prefix counts for nothing and must enter no mean. A right answer is
-a well-formed one: the tier of an answer that the grammar does not accept earns nothing, whatever the
-composition, since the scorecard counts that answer as wrong.
+soft penalty for overlong answers. Components stay apart until the advantages are computed, because a
+component completed inside a forced prefix does not count and must enter no mean. If the grammar does not
+accept an answer, its tier earns nothing, whatever the composition: the scorecard counts that answer as wrong.
 
 The paper's exact weights and gate are not public; `composition` chooses among readings of it:
 
@@ -14,29 +13,29 @@ The paper's exact weights and gate are not public; `composition` chooses among r
     gated      step rewards count only in an answer that is rule-consistent (our reading)
     gated_tier step rewards count only in a well-formed answer whose tier is right
 
-What a tier y earns where t is true, by `tier_kind`. The distance d of two tiers is 1 if they differ; in `ordinal` and
-`rps` it is the number of places between them, as a share of the most that can be:
+`tier_kind` says what a stated tier y earns where t is true. The distance d of two tiers is 1 if they differ; in
+`ordinal` and `rps` it is the number of places between them, divided by the largest such number:
 
     exact, ordinal  1 - d(y, t)
     brier, rps      (1 - d(y, t) + c m) / (1 + c)      m: mean of d(y, y') over the other answers y' of the group
                                                        c = (G - 1) / (G - 2)
 
-`exact` asks for the likeliest tier and `ordinal` for the median, however unsure the policy should be. The others ask
-for honest probabilities. The policy states tiers with probabilities P, and for two answers Y and Y' drawn apart
-(Gneiting & Raftery 2007, section 5: energy scores)
+`exact` rewards the likeliest tier most and `ordinal` the median, however unsure the policy should be. `brier` and `rps`
+reward honest probabilities. Let the policy state tiers with probabilities P, and let Y and Y' be two independent
+answers. Then (Gneiting & Raftery 2007, section 5: energy scores)
 
     2 E d(Y, t) - E d(Y, Y')  =  sum over k of (P(k) - [k = t])^2                             the Brier score, or
                               =  sum over k of (P(tier <= k) - [t <= k])^2 2 / (tiers - 1)    ranked probability's
 
-The expected policy gradient of `dr_grpo` and `rloo` is that of minus this score, times a constant: c makes up for the
-mean of the group, which holds the answer's own part in m of the others. Losses that divide by the spread of a group
-change the length of its gradient, so of two outcomes `brier` then tells no more than `exact`.
+The expected policy gradient of `dr_grpo` and `rloo` is that of minus this score, times a constant. The factor c
+corrects for the mean of the group, which depends on this answer through the m of the others. Losses that divide by the
+spread of a group change the length of its gradient, so with two outcomes `brier` then teaches no more than `exact`.
 
-P is that of whole answers, steps and tier, as they are sampled. The scorecard's tier probabilities come from the steps
-of one answer through the decision table, as if steps were independent. Their score would be no reward of that answer:
-the probabilities of a step's values do not depend on which of them was sampled. Answers behind a forced prefix are
-drawn from another distribution, so they are compared with one another, and the rest with the rest. An answer that is
-not well-formed differs from every tier, and earns nothing.
+P is over whole sampled answers, steps and tier. The scorecard's tier probabilities come from the steps of one answer
+through the decision table, as if steps were independent. Their score could not reward that answer: the probabilities of
+a step's values do not depend on which of them was sampled. Answers behind a forced prefix come from another
+distribution, so they are compared with one another only, as the other answers are. An answer that is not well-formed
+has distance 1 to every tier, and earns nothing.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ class Score:
 
     raw: Array  # [B, G, Q] float32 in [0, 1], before weights and gates (overlong: 0 to -1)
     earned: Array  # [B, G, Q] float32 weighted and gated contribution to the reward
-    counted: Array  # [B, G, Q] bool: known and not forced; all else enters no mean, spread or pass
+    counted: Array  # [B, G, Q] bool: known and not forced; no other enters a mean, a spread or `passed`
     passed: Array  # [B, G] bool: see `score`
     tier_forced: Array  # [B, G] bool: the tier stood in the forced prefix
 
@@ -97,7 +96,7 @@ def score(reading: Reading, rolled: Rollout, batch: Batch, tables: RuleTables, c
     steps, tier = reading.value[..., :r], reading.value[..., r]
     truth = batch.steps[:, None, :]
     forced_len = jnp.sum(rolled.forced, axis=-1)
-    part_sampled = reading.position >= forced_len[..., None]  # parts never stated have position T: the policy's doing
+    part_sampled = reading.position >= forced_len[..., None]  # parts never stated (position T) too
 
     step_right = (steps == truth) & (truth != UNKNOWN)
     tier_right = (tier == batch.tier[:, None]) & reading.well_formed
@@ -138,8 +137,8 @@ def score(reading: Reading, rolled: Rollout, batch: Batch, tables: RuleTables, c
 
 
 def is_model_answer(score: Score, reading: Reading, batch: Batch, tables: RuleTables) -> Array:
-    """[B, G] bool: answers worth showing to the policy later. Well-formed, of the right tier, which was sampled,
-    consistent with the rule book, and right in every step whose truth is known."""
+    """[B, G] bool: answers worth showing to the policy later. They are well-formed, their tier is right and was
+    sampled, they are consistent with the rule book, and every step whose truth is known is right."""
     r = tables.num_steps
     steps_right = (score.raw[..., 1 : r + 1] > 0) | (batch.steps[:, None] == UNKNOWN)
     consistent = is_consistent(reading.value[..., :r], reading.value[..., r], tables)
@@ -147,7 +146,7 @@ def is_model_answer(score: Score, reading: Reading, batch: Batch, tables: RuleTa
 
 
 def is_consistent(steps: Array, tier: Array, tables: RuleTables) -> Array:
-    """[...] bool: all steps [..., R] and the tier [...] are stated, and the table gives that tier for them."""
+    """[...] bool: all steps [..., R] and the tier [...] are stated, and the table gives this tier for these steps."""
     code = jnp.zeros(tier.shape, jnp.int32)
     for index, size in enumerate(tables.num_values):
         code = code * size + jnp.maximum(steps[..., index], 0)
@@ -168,11 +167,12 @@ def _tier_score(stated: Array, truth: Array, guided: Array, num_tiers: int, kind
         others = (guided[:, :, None] == guided[:, None, :]) & ~np.eye(stated.shape[1], dtype=bool)
         mean = jnp.sum(apart * others, axis=-1) / jnp.maximum(jnp.sum(others, axis=-1), 1)
         group = stated.shape[1]
-        share = (group - 1) / (group - 2) if group > 2 else 0.0  # of two answers each tells the other's, and no more
+        share = (group - 1) / (group - 2) if group > 2 else 0.0  # m is the same for two answers
         earned = (earned + share * mean) / (1 + share)
     return jnp.where(there, earned, 0.0)
 
 
 def _distance(a: Array, b: Array, num_tiers: int, by_place: bool) -> Array:
-    """[...] float32 in [0, 1]: 1 where tiers differ, or how far apart they stand as a share of the farthest."""
+    """[...] float32 in [0, 1]: 1 where tiers differ; with `by_place`, the places between them as a share of the most.
+    """
     return jnp.abs(a - b) / (num_tiers - 1) if by_place else (a != b).astype(jnp.float32)

@@ -1,12 +1,12 @@
 """The sampler: one function for plain rollouts, guided replay, pass@k, greedy evaluation and judging.
 
-A prompt goes through the network once per example (`prefill`); its G responses share the keys and
-values. So it is with a forced prefix, in one parallel pass: the loop then decodes what follows it, for
-each example from its own forced length on.
+A prompt goes through the network once per example (`prefill`), and its G responses share the keys and
+values. A forced prefix goes through it once per example too, in one parallel pass. The loop then decodes
+what follows, for each example from the end of its own forced prefix.
 
-Sampling is by inversion: one uniform number per position picks a token from the cumulative
-distribution. The usual Gumbel-max draws V numbers per position instead, which took 6.6 ms against
-1.5 ms for 256 rows of 2,000 tokens on a CPU: more than the rest of a small policy's decode step.
+Sampling is by inversion: one uniform number per position picks a token from the cumulative distribution. The usual
+Gumbel-max draws V numbers per position. For 256 rows of 2,000 tokens on a CPU, inversion takes 1.5 ms and Gumbel-max
+6.6 ms, which is more than the rest of a small policy's decode step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BLOCK = 128  # tokens whose probabilities are added up before one of them is ch
 
 
 def row_keys(key: Array, purpose: int | Array, step: int | Array, row: Array, group_size: int) -> Array:
-    """Keys [B, G], folded from (seed, purpose, step, example, sample): none depends on its neighbours.
+    """Keys [B, G], folded from (seed, purpose, step, example, sample): none depends on the rest of the batch.
 
     `key` is raw [2] uint32 key data; `row` [B] identifies the examples.
     """
@@ -46,8 +46,8 @@ def choose(logits: Array, uniform: Array, temperature: float) -> tuple[Array, Ar
     """
     if temperature != 0:
         logits = logits / temperature
-    # First the block of tokens, then the token within. A block's peak and the sum of exponentials over it come from one
-    # pass over the vocabulary; a softmax of the whole takes two, and a running sum several.
+    # A block of tokens is drawn first, then a token in it. The peaks of the blocks and their sums of exponentials take
+    # one pass over the vocabulary; a softmax of the whole takes two, and a running sum several.
     padding = [(0, 0)] * (logits.ndim - 1) + [(0, -logits.shape[-1] % _BLOCK)]
     blocks = jnp.pad(logits, padding, constant_values=-jnp.inf).reshape(*logits.shape[:-1], -1, _BLOCK)
     peaks = jnp.maximum(jnp.max(blocks, axis=-1), NEVER)
@@ -69,10 +69,10 @@ def _at(x: Array, index: Array, axis: int = -1) -> Array:
 
 
 def _invert(weights: Array, uniform: Array) -> tuple[Array, Array]:
-    """The index [...] at which the running sum of `weights` [..., n] passes the share `uniform` [...] of their total,
-    never that of a weight of 0; and how far into that weight, in [0, 1)."""
-    # Rounding in the parallel sum lifts it at weights of 0 too: those are left out, and the mark is held strictly
-    # below what the others reach, so that one of them is always above it.
+    """The index [...] at which the running sum of `weights` [..., n] passes the share `uniform` [...] of their total;
+    and how far into that weight the share lies, in [0, 1). The weight at the index is never 0."""
+    # Rounding in the parallel sum can raise it at weights of 0 too, so these are left out. The mark stays strictly
+    # below the total, so that some weight always passes it.
     reached = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0.0)
     total = jnp.max(reached, axis=-1)
     mark = jnp.minimum(uniform * total, jnp.nextafter(total, 0.0))
@@ -86,14 +86,14 @@ class _State:
     """What the decode loop carries. Slot i of an answer holds its token at position start + i."""
 
     t: Array  # [] int32 slots filled
-    token: Array  # [B, G] int32 in the last of them
+    token: Array  # [B, G] int32 the token in the last filled slot
     ended: Array  # [B, G] bool the end token has been written
-    cache: Cache  # entries of all slots but the last
+    cache: Cache  # entries of all filled slots but the last
     tokens: Array  # [B, G, T] int32
     logp: Array  # [B, G, T] float32
     valid: Array  # [B, G, T] bool
     grammar: Array  # [B, G] int32 state of the recogniser
-    thought: Array | None = None  # [B, G] int32: UNKNOWN before a thought, then how many of its closing tokens stand
+    thought: Array | None = None  # [B, G] int32: UNKNOWN before a thought, then the number of its closing tokens so far
     closing: Array | None = None  # [B, G, T] bool the token was forced to close a thought
 
 
@@ -113,14 +113,25 @@ def rollout(
     thought: Thought | None = None,
     other_ends: tuple[int, ...] = (),
 ) -> Rollout:
-    """Samples a response for each of `keys` [B, G] until its end token, one of `other_ends`, or `length` tokens (T).
+    """Samples a response for each of `keys` [B, G] until `end_token`, one of `other_ends`, or `length` tokens (T).
 
-    `forced` [B, T] with `forced_len` [B]: the answers to a prompt begin with its tokens at positions t < forced_len,
-    the end token not among them; their log-probability is recorded as 0. `grammar`: sample well-formed responses only,
-    in at most T tokens; where forced tokens leave none possible, all tokens are drawn from. `thought`: one that is
-    still open at its limit is closed by force, by tokens that are not sampled and have log-probability 0.
-    `prefill_forced=False` feeds forced tokens through the loop one by one, the slow reference to which the parallel
-    pass is held.
+    Args:
+      policy, params: the policy.
+      prefix: the prompts.
+      keys: [B, G] random keys.
+      length: T.
+      temperature: of sampling; 0 takes the likeliest token.
+      end_token: ends a response.
+      forced: [B, T]; all answers to a prompt begin with its tokens at positions t < forced_len. None of these is an end
+        token. Their log-probability is recorded as 0.
+      forced_len: [B].
+      grammar: sample well-formed responses only, of at most T tokens. Where forced tokens leave none possible, every
+        token may be sampled.
+      prefill_forced: False feeds forced tokens through the loop one by one. This is slow, and the reference for tests
+        of the parallel pass.
+      thought: a thought that is still open at its limit is closed by force, with tokens that are not sampled and have
+        log-probability 0.
+      other_ends: more tokens that end a response.
     """
     b, g = keys.shape
     if forced is None:
@@ -146,7 +157,7 @@ def rollout(
         )
 
     def take(s: _State, hidden: Array) -> _State:
-        """Fills the next slot, by the hidden states [B, G, D] before it."""
+        """Fills the next slot, from the hidden states [B, G, D] before it."""
         place = start + s.t  # [B]
         logits = policy.unembed(params, hidden)
         if grammar is not None:
@@ -154,7 +165,7 @@ def rollout(
         fold = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(0, None)))
         token, logp = choose(logits, jax.vmap(jax.vmap(jax.random.uniform))(fold(keys, place)), temperature)
         given = (place < forced_len)[:, None]
-        token = jnp.where(given, jax.lax.dynamic_index_in_dim(forced, s.t, 1), token)  # without a parallel pass alone
+        token = jnp.where(given, jax.lax.dynamic_index_in_dim(forced, s.t, 1), token)  # if not prefilled
         if thought is not None:
             s, token, closes = _close(thought, s, token, place[:, None], given)
             given |= closes
@@ -162,7 +173,7 @@ def rollout(
         return s.replace(
             t=s.t + 1,
             token=token,
-            # Other rows may go on past this one's last place.
+            # The loop may go on past this row's last place, for other rows.
             ended=s.ended | is_end(token, end_token, other_ends) & (place < length)[:, None],
             tokens=_write(s.tokens, token, s.t),
             logp=_write(s.logp, jnp.where(given | s.ended, 0.0, logp), s.t),
@@ -185,7 +196,7 @@ def rollout(
 
 
 def _thought_after(thought: Thought, forced: Array, forced_len: Array) -> Array:
-    """Where the thought stands [B] int32 after the first `forced_len` [B] of the tokens `forced` [B, T]."""
+    """`_State.thought` [B] int32 after the first `forced_len` [B] of the tokens `forced` [B, T]."""
     shown = jnp.arange(forced.shape[1]) < forced_len[:, None]
     closed = jnp.any(shown & (forced == thought.end[0]), axis=1)
     opened = thought.begin is None or jnp.any(shown & (forced == thought.begin), axis=1)
@@ -193,13 +204,14 @@ def _thought_after(thought: Thought, forced: Array, forced_len: Array) -> Array:
 
 
 def _close(thought: Thought, s: _State, token: Array, place: Array, given: Array) -> tuple[_State, Array, Array]:
-    """The next token [B, G], at `place` [B, 1], where a thought that is too long is closed; and where that is."""
+    """Closes thoughts that are too long. Returns the state, the tokens [B, G] at `place` [B, 1], and where [B, G] they
+    close a thought by force."""
     number = len(thought.end)
     closes = (s.thought == 0) & (place >= thought.limit) | (s.thought > 0) & (s.thought < number)
     closes &= ~given & ~s.ended
     token = jnp.where(closes, jnp.array(thought.end)[jnp.clip(s.thought, 0, number - 1)], token)
     after = jnp.where(closes, s.thought + 1, jnp.where((s.thought == 0) & (token == thought.end[0]), number, s.thought))
-    if thought.begin is not None:  # one that begins past the limit is free text: there may be no room to close it
+    if thought.begin is not None:  # a thought begun past the limit is free text: it may have no room to close
         after = jnp.where((after == UNKNOWN) & (token == thought.begin) & (place < thought.limit), 0, after)
     return s.replace(thought=after, closing=_write(s.closing, closes, s.t)), token, closes
 
@@ -216,7 +228,7 @@ def _after_forced(grammar: RuleTables | None, state: Array, forced: Array, force
 
 
 def _assembled(state: _State, forced: Array, forced_len: Array, start: Array) -> Rollout:
-    """The whole answers: the forced tokens before `start` [B], then the slots."""
+    """The whole answers: the forced tokens up to `start` [B], then the slots."""
     length = forced.shape[1]
     slot = jnp.arange(length) - start[:, None]  # [B, T]
     before = (slot < 0)[:, None]

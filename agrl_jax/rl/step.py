@@ -1,29 +1,28 @@
 """The one jitted training step of AGRL.
 
-    1. Roll G answers to each of B prompts with the current policy. If asked to, choose the B from more examples by
-       the pass rates of their earlier groups (`difficulty`).
-    2. Read them on the device and score them by components (rule-aware reward shaping). If asked to, roll
+    1. Roll G answers to each of B prompts with the current policy. If asked to, first choose the B from more examples
+       by the pass rates of their earlier groups (`difficulty`).
+    2. Read the answers on the device and score them by components (rule-aware reward shaping). If asked to, roll
        other examples in place of groups with equal rewards (dynamic sampling, `refill`).
     3. Find the groups that fail; roll `replace` of their answers again behind a forced prefix of the
-       ground truth (adaptive guided replay). Where no group fails anywhere, `lax.cond` skips this.
+       ground truth (adaptive guided replay). If no group fails on any device, `lax.cond` skips this.
     4. Turn scores into group-relative advantages, per answer or per reasoning step.
-    5. Epochs x minibatches of a clipped policy-gradient loss, each a sum over micro-batches; update. Groups that can
-       teach go first, and no more micro-batches are computed than they fill.
+    5. Update the parameters, for each epoch and minibatch, by a clipped policy-gradient loss that is summed over
+       micro-batches. Groups that can teach go first; micro-batches without such groups are not computed.
     6. Remember what guidance did, and pass rates.
 
-How this departs from "TaoSR-AGRL" (arXiv 2510.08048), whose abstract alone is known to us: the reward
-weights and the hard gate (`reward`), the trigger, level and its adaptation (`guidance`) and the
-treatment of forced tokens (`objective`) are our readings, each with its alternatives in the config.
-How it departs from textbook GRPO: the prompt goes through the network once per group, in sampling and
-in the loss; components are centred one by one; equal rewards give advantage 0 rather than 0 / epsilon;
-there is no KL term unless one is asked for.
+Where this departs from "TaoSR-AGRL" (arXiv 2510.08048): we know its abstract alone. The reward weights and the hard
+gate (`reward`), the trigger and the adaptive level (`guidance`) and the treatment of forced tokens (`objective`) are
+our readings, and the config has alternatives to each. Where it departs from textbook GRPO: the prompt goes through the
+network once per group, in sampling and in the loss; components are centred one by one; equal rewards give advantage 0
+rather than 0 / epsilon; there is no KL term unless one is asked for.
 
-What a step costs is counted in forward-equivalent tokens, `budget/tokens`: a token sampled, forced or scored is one, a
-token trained on is three, the prompt of a group counts once in each pass, and the instructions once each time they run.
-Micro-batches that are not computed count nothing.
+`budget/tokens` counts the cost of a step in forward-equivalent tokens. A token that is sampled, forced or scored counts
+one, a token trained on three. The prompt of a group counts once in each pass, and the instructions once each time they
+run. Micro-batches that are not computed do not count.
 
-The step is a pure function of (state, batch, reference) and is compiled once for a whole run. Its parts stand in named
-scopes (PHASES), by which profiles and `preflight` tell them apart.
+The step is a pure function of (state, batch, reference) and is compiled once for a whole run. Profiles and `preflight`
+tell its parts apart by named scopes (PHASES).
 """
 
 from __future__ import annotations
@@ -58,30 +57,30 @@ UpdateFn = Callable[[Params, Params, Any, Array], tuple[Params, Any, Array, Metr
 
 @dataclass(frozen=True)
 class StepConfig:
-    """The static facts of a step; B must divide by shards * minibatches * micro_batches."""
+    """The static facts of a step. B must be a multiple of shards * minibatches * micro_batches."""
 
     group_size: int  # G
     response_len: int  # T
     temperature: float
     epochs: int  # passes over each rollout
     minibatches: int  # updates per pass
-    micro_batches: int  # pieces of a minibatch, to save memory, and the work of those without a group that teaches
-    logprob_chunk: int  # positions whose logits are held at once, over all devices; 0: all, and kept
-    total_steps: int  # of the run: what a guidance cap is measured against
+    micro_batches: int  # pieces of a minibatch: saves memory, and the work of pieces without a group that teaches
+    logprob_chunk: int  # positions whose logits are held at once, over all devices; 0: all are held, and kept
+    total_steps: int  # of the run; the cap of guidance falls over these
     shards: int  # data shards of the mesh
     inspect: int  # examples whose rollouts are returned, to be decoded and shown
     reward: RewardConfig
     objective: ObjectiveConfig
     guidance: GuidanceConfig | None  # None: no replay
-    sample_batches: int = 1  # pieces of the batch, sampled one after the other: memory for the answers of one
-    candidates: int = 1  # the step is given this many times B examples, to refill groups of equal rewards from
-    constrained: bool = False  # sample well-formed answers alone; all log-probabilities are among the tokens allowed
+    sample_batches: int = 1  # pieces of the batch, sampled one after the other: needs memory for one piece's answers
+    candidates: int = 1  # the step is given this many times B examples, to replace groups of equal rewards
+    constrained: bool = False  # sample well-formed answers alone; log-probabilities are among the allowed tokens
     difficulty: DifficultyConfig | None = None  # the step is given `pool` times B examples, to choose B from
 
 
 @struct.dataclass
 class _Example:
-    """What the loss needs of each example: arrays with B in front, so that they can be split."""
+    """What the loss needs of each example. All arrays have B in front, so that they can be split."""
 
     prompt: Array  # [B, S]
     prompt_len: Array  # [B]
@@ -107,7 +106,7 @@ class Inspection:
 class _Parts:
     """What a step is made of: the same for a whole run."""
 
-    policy: Policy  # it takes as parameters what `instruct` makes of those that are trained
+    policy: Policy  # takes the parameters that `instruct` makes of the trained ones
     tables: RuleTables
     step_names: tuple[str, ...]
     update: UpdateFn
@@ -123,11 +122,11 @@ def make_step(
 ) -> Callable[[TrainState, Batch, Params | None], tuple[TrainState, Metrics, Inspection]]:
     """Returns the pure function `step(state, batch, reference) -> (state, metrics, inspection)`; jit it once.
 
-    `sampler` lays the parameters out for decoding, once per step, and says which policy takes them so; it must
-    compute the same. By default the policy samples with the parameters as they are. `reference` holds the
+    `sampler` lays the parameters out for decoding, once per step, and returns the policy that takes this layout; it
+    must compute the same. By default the policy samples with the parameters as they are. `reference` holds the
     parameters of the reference policy, and is None where `objective.kl` is "none". `instructions` [I] are the tokens
     before all prompts: they are run once to sample, once for the reference, and once for each update. `metrics` are
-    float32 scalars; one that is a mean over nothing is NaN.
+    float32 scalars; a mean over nothing is NaN.
     """
     sampler = sampler or (lambda params: (policy, params))
     after, instruct = scoring.instructed(policy, instructions)
@@ -197,7 +196,7 @@ def _step(
 
 
 def _roll(parts: _Parts, decoding: tuple[Policy, Params], state: TrainState, batch: Batch) -> tuple[Prefix, Rollout]:
-    """G answers to each prompt, and what the policy keeps of the prompts."""
+    """The prefixes of the prompts, and G answers to each."""
     with jax.named_scope("prefill"):
         prefix = prefill(*decoding, batch.prompt, batch.prompt_len)
     with jax.named_scope("decode"):
@@ -227,7 +226,7 @@ def _read_and_score(parts: _Parts, rolled: Rollout, batch: Batch) -> tuple[Readi
 
 
 def _teaches(parts: _Parts, rolled: Rollout, reading: Reading, scored: Score) -> Array:
-    """[B] bool: the answers of the group differ in what the policy learns from."""
+    """[B] bool: some sampled token of the group has an advantage."""
     cfg = parts.cfg
     guided = jnp.any(rolled.forced, axis=-1)
     return objective.teaches(objective.advantages(scored, reading, guided, cfg.response_len, cfg.objective), rolled)
@@ -236,7 +235,7 @@ def _teaches(parts: _Parts, rolled: Rollout, reading: Reading, scored: Score) ->
 def _refill(
     parts: _Parts, decoding: tuple[Policy, Params], state: TrainState, rounds: Batch, rolled: Rollout
 ) -> tuple[Batch, Rollout, Metrics]:
-    """Examples and answers of which as many groups teach as can be had from the `rounds` of candidates."""
+    """Dynamic sampling: the examples and answers after groups that teach nothing are replaced from the `rounds`."""
 
     def groups(batch: Batch, rolled: Rollout) -> Groups:
         return Groups(batch, rolled, _teaches(parts, rolled, *_read_and_score(parts, rolled, batch)))
@@ -254,19 +253,19 @@ def _refill(
 
 @struct.dataclass
 class _Replayed:
-    """What a replay gives: the answers with some of them replaced, and what the guided ones did."""
+    """The answers after some were replaced by guided ones, and figures of the guided ones."""
 
     rolled: Rollout  # [B, G, T]
     guided_pass: Array  # [B] pass rate of the guided answers, where guided
-    tokens: Array  # [] sampled or forced
-    by_steps: Array  # [2] guided answers whose tier was given: those that pass, and all
+    tokens: Array  # [] number of tokens, sampled or forced
+    by_steps: Array  # [2] number of guided answers whose tier was given: those that pass, and all
 
 
 def _replay(
     parts: _Parts, decoding: tuple[Policy, Params], state: TrainState, batch: Batch, prefix: Prefix, rolled: Rollout,
     reading: Reading, scored: Score,
 ) -> tuple[Rollout, GuidanceState, Metrics]:
-    """Guided replay: the answers with some of them replaced, what is remembered of it, and figures."""
+    """Guided replay: the answers after some were replaced, what is remembered, and figures."""
     cfg, tables = parts.cfg, parts.tables
     plain_pass = jnp.mean(scored.passed, axis=1)
     asked = guidance.levels(state.guidance, batch, state.step / cfg.total_steps, cfg.guidance)
@@ -320,7 +319,7 @@ def _roll_guided(
     cfg = parts.cfg
     used = selection.chosen.reshape(-1)
     tokens, lengths, row = guidance.gather((seen.tokens, seen.length, batch.row), selection)
-    # A slot not in use is given the end token at once, so that it neither lengthens nor delays the loop.
+    # All tokens of an unused slot are forced, so that it does not lengthen the loop.
     tokens = jnp.where(used[:, None], tokens, parts.tables.end_token)
     lengths = jnp.where(used, lengths, cfg.response_len)
     shared = Prefix(
@@ -339,7 +338,7 @@ def _roll_guided(
 def _advantages(
     parts: _Parts, rolled: Rollout, reading: Reading, scored: Score, reference_logp: Array | None
 ) -> tuple[Array, Metrics]:
-    """Advantages [B, G, T] of what is learnt from, and its figures: answers after others have replaced some."""
+    """Advantages [B, G, T] of the answers that are learnt from (after refill and replay), and figures."""
     cfg = parts.cfg
     figures, divergence = {}, None
     if cfg.objective.kl == "k1":
@@ -356,7 +355,7 @@ def _advantages(
 
 
 def _logprobs(parts: _Parts, params: Params, prompt: Array, prompt_len: Array, tokens: Array) -> tuple[Array, Array]:
-    """Log-probabilities and entropies [B, G, T] of the distribution sampled from, prompts shared by their groups."""
+    """Log-probabilities and entropies [B, G, T] of the tokens, under the distribution that answers are sampled from."""
     _, hidden = run_groups(parts.policy, params, prompt, prompt_len, tokens)
     unembed, cfg = partial(parts.policy.unembed, params), parts.cfg
     grammar = (partial(reader.choices, parts.tables), reader.places(parts.tables, tokens)) if cfg.constrained else ()
@@ -364,14 +363,14 @@ def _logprobs(parts: _Parts, params: Params, prompt: Array, prompt_len: Array, t
 
 
 def _reference_logp(parts: _Parts, reference: Params, batch: Batch, rolled: Rollout) -> Array:
-    """Log-probabilities [B, G, T] of the answers under the reference policy, in as many pieces as the loss."""
+    """Log-probabilities [B, G, T] of the answers under the reference policy, in as many pieces as those of the loss."""
     arrays = (batch.prompt, batch.prompt_len, rolled.tokens)
     pieces, reference = split(arrays, parts.cfg.minibatches * parts.cfg.micro_batches), parts.instruct(reference)
     return _joined(jax.lax.map(lambda piece: _logprobs(parts, reference, *piece)[0], pieces))
 
 
 def _updates(parts: _Parts, state: TrainState, examples: _Example) -> tuple[Params, Any, Array, Metrics]:
-    """Epochs x minibatches, each the gradient of a sum over micro-batches and one update."""
+    """One update for each epoch and minibatch, by the gradient of a sum over micro-batches."""
     cfg = parts.cfg
 
     def minibatch(carry: tuple[Params, Any, Array], examples: _Example) -> tuple[Any, Metrics]:
@@ -403,13 +402,13 @@ def _updates(parts: _Parts, state: TrainState, examples: _Example) -> tuple[Para
 
 
 def _learnt_first(examples: _Example, cfg: StepConfig) -> tuple[_Example, Array]:
-    """Micro-batches of the examples [micro_batches, B / micro_batches, ...], and how many hold a group to learn from.
+    """Micro-batches of the examples [micro_batches, B / micro_batches, ...], and how many of them to compute.
 
-    Within each data shard those groups go first, so that no example crosses devices.
+    Groups to learn from go first, within each data shard, so that no example crosses devices.
     """
     learnt = examples.learnt.reshape(cfg.shards, -1)
     order = jnp.argsort(~learnt, axis=1, stable=True)
-    size = learnt.shape[1] // cfg.micro_batches  # groups of a shard in each
+    size = learnt.shape[1] // cfg.micro_batches  # groups of a shard in each micro-batch
     number = -(-jnp.max(jnp.sum(learnt, axis=1)) // size)
 
     def pieces(x: Array) -> Array:
@@ -420,7 +419,7 @@ def _learnt_first(examples: _Example, cfg: StepConfig) -> tuple[_Example, Array]
 
 
 def _loss(parts: _Parts, params: Params, example: _Example) -> tuple[Array, Metrics]:
-    """The loss of some examples, a sum, and sums for the metrics."""
+    """The summed loss of some examples, and sums for the metrics."""
     rolled, learnt = example.rolled, example.learnt[:, None, None]
     logp, entropy = _logprobs(parts, params, example.prompt, example.prompt_len, rolled.tokens)
     loss, sums = objective.loss_terms(
@@ -440,9 +439,9 @@ def _loss(parts: _Parts, params: Params, example: _Example) -> tuple[Array, Metr
 
 
 def split(tree: Any, number: int, axis: int = 0) -> Any:
-    """Arrays [B, ...], with B on `axis`, as [number, B / number, ...]: piece i takes every number-th example from i.
+    """Arrays [B, ...], with B on `axis`, as [number, B / number, ...]: piece i has examples i, i + number, and so on.
 
-    Strided, so that each piece is spread over the data shards as evenly as the batch is.
+    So each piece is spread over the data shards as evenly as the batch is.
     """
 
     def pieces(x: Array) -> Array:
@@ -453,12 +452,12 @@ def split(tree: Any, number: int, axis: int = 0) -> Any:
 
 
 def _joined(tree: Any) -> Any:
-    """Arrays [number, B / number, ...] of pieces as `split` makes them, as [B, ...]."""
+    """The inverse of `split`: from [number, B / number, ...] to [B, ...]."""
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
 def _accumulate(value_and_grad: Callable[..., Any], pieces: _Example, number: Array) -> tuple[Params, Metrics]:
-    """Sums gradients and figures over the first `number` micro-batches; of `sampler_gap`, the greatest."""
+    """Sums gradients and figures over the first `number` micro-batches, but takes the largest `sampler_gap`."""
     count = pieces.prompt.shape[0]
 
     def one(piece: _Example) -> tuple[Params, Metrics]:
@@ -476,7 +475,7 @@ def _accumulate(value_and_grad: Callable[..., Any], pieces: _Example, number: Ar
     if count == 1:
         return one(first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first))
-    # That a constant bounds the loop is what `bounds` counts its work by.
+    # `bounds` takes the number of passes from the constant in this comparison.
     return jax.lax.while_loop(lambda carry: (carry[0] < count) & (carry[0] < number), add, (jnp.int32(0), zeros))[1]
 
 
@@ -486,7 +485,7 @@ def _accumulate(value_and_grad: Callable[..., Any], pieces: _Example, number: Ar
 def _rollout_metrics(
     batch: Batch, rolled: Rollout, scored: Score, teaches: Array, step_names: tuple[str, ...]
 ) -> Metrics:
-    """Figures of the first rollout, before refill and guidance: the policy as it is. `teaches` [B] marks groups."""
+    """Figures of the first rollout, before refill and guidance. `teaches` [B] is that of `_teaches`."""
     total, steps = scored.total, slice(1, 1 + len(step_names))
     gated = (scored.raw > 0) & (scored.earned == 0) & scored.counted
     metrics = {
@@ -494,11 +493,11 @@ def _rollout_metrics(
         "reward/total_spread": jnp.mean(jnp.std(total, axis=1)),
         "reward/tier_accuracy": jnp.mean(scored.passed),
         "reward/equal_groups": 1 - jnp.mean(teaches),
-        "reward/gated": jnp.mean(jnp.any(gated[..., steps], axis=-1)),  # answers of which a right step earned nothing
+        "reward/gated": jnp.mean(jnp.any(gated[..., steps], axis=-1)),  # a right step earned nothing
         "policy/length": jnp.mean(jnp.sum(rolled.valid, axis=-1)),
         "policy/truncated": 1 - jnp.mean(rolled.finished),
-        "policy/entropy": -jnp.mean(rolled.logp, where=rolled.sampled),  # in expectation
-        "tokens/prompt": jnp.sum(batch.prompt_len),  # once for its group
+        "policy/entropy": -jnp.mean(rolled.logp, where=rolled.sampled),  # an estimate from the sampled tokens
+        "tokens/prompt": jnp.sum(batch.prompt_len),  # once for each group
         "tokens/rolled": jnp.sum(rolled.valid),
     }
     if rolled.closing is not None:
@@ -525,7 +524,7 @@ def _loss_metrics(sums: Metrics) -> Metrics:
 
 
 def _token_counts(batch: Batch, rolled: Rollout, counts: Metrics, cfg: StepConfig, shared: int) -> Metrics:
-    """Tokens trained on, instructions too, and the forward-equivalent tokens of the step, given what was counted."""
+    """Tokens trained on, with instructions, and forward-equivalent tokens of the step, from the `counts` so far."""
     sampled = shared + sum(counts.get(f"tokens/{name}", 0) for name in ("prompt", "rolled", "refilled", "replayed"))
     scored = 0 if cfg.objective.kl == "none" else shared + jnp.sum(batch.prompt_len) + jnp.sum(rolled.valid)
     trained = counts["tokens/trained"] + shared * cfg.minibatches * cfg.epochs

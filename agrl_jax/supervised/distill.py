@@ -1,13 +1,13 @@
 """Distillation of a judge that reasons before it answers into a student that states the tier first.
 
-A judge that has written its steps is all but sure of the tier; what it doubts are the steps, and its tier probabilities
-come from the decision table (`evaluation.probabilities`). The student, which has no steps to lean on, learns these
+Once a judge has written its steps, it is almost sure of the tier. Its doubt is in the steps, so its tier probabilities
+come from the decision table (`evaluation.probabilities`). The student states the tier before any step. It learns these
 probabilities q as soft targets (Hinton et al., arXiv 1503.02531), and after the tier the steps that the judge stated:
 
     loss = - sum over tiers of q(tier) log p(text of the tier)  -  step_weight * log p(steps, end | tier)
 
-A tier's text may have several tokens. Each text is scored whole, so that where texts go apart, at whatever token, the
-soft target there is the probability of the tiers that go each way: the cross-entropy over the trie of the texts. Pairs
+A tier's text may have several tokens, and each text is scored whole. So this is the cross-entropy over the trie of the
+texts: where texts part, at whatever token, the soft target of a branch is the probability of the tiers on it. Pairs
 need no labels.
 """
 
@@ -27,19 +27,19 @@ from agrl_jax.rl.step import UpdateFn
 from agrl_jax.supervised.sft import descending
 from agrl_jax.types import Array, Batch, Params, Policy, TrainState
 
-_LEAST_PROB = 1e-9  # so that logarithms stay finite
+_LEAST_PROB = 1e-9  # keeps logarithms finite
 
 
 @struct.dataclass
 class Lessons:
-    """What a judge says of pairs, M of them or a batch."""
+    """What a judge says of M pairs, or of a batch of them."""
 
     prompt: Array  # [M, S] int32
     prompt_len: Array  # [M] int32
     probs: Array  # [M, tiers] float32 the judge's probabilities
     tokens: Array  # [M, T] int32 the judge's tier and then its steps, as the student states them
     tier_len: Array  # [M] int32 tokens of the tier
-    length: Array  # [M] int32 tokens of the whole, end token included
+    length: Array  # [M] int32 tokens of tier and steps, end token included
 
     def __len__(self) -> int:
         return len(self.prompt_len)
@@ -50,7 +50,7 @@ class Lessons:
 
 
 def lessons(batch: Batch, probs: np.ndarray) -> Lessons:
-    """From pairs that are encoded with the judge's tier and steps as their truth, the tier first."""
+    """The lessons of pairs whose gold responses state the judge's tier first, then its steps."""
     return Lessons(batch.prompt, batch.prompt_len, probs, batch.gold, batch.part_end[:, 0], batch.gold_len)
 
 
@@ -60,14 +60,14 @@ def distill_loss(
 ) -> tuple[Array, dict[str, Array]]:
     """The loss [nats], a mean over pairs, and figures. If `batch` is a piece of the batch `of`, means are over `of`.
 
-    `texts` are those of the student's parts, the tier's first. `distill/kl` is that of the judge's tier probabilities
-    from the student's, `distill/agreement` how often both find the same tier likeliest.
+    `texts` are those of the student's parts, the tier first. `distill/kl` is KL(judge || student) of the tier
+    probabilities, `distill/agreement` how often both find the same tier likeliest.
     """
     of, unembed = batch if of is None else of, partial(policy.unembed, params)
     prefix, _ = run_prompt(policy, params, batch.prompt, batch.prompt_len)
 
     def logprobs(tokens: Array) -> Array:
-        """Of tokens [B, G, n] after the prompts."""
+        """Log-probabilities [B, G, n] of tokens after the prompts."""
         return token_logprobs(unembed, predicting_hidden(policy, params, prefix, tokens), tokens, 1.0, chunk)[0]
 
     sizes = texts.length[0][texts.length[0] > 0]

@@ -1,13 +1,13 @@
 """Direct preference optimisation (DPO, arXiv 2305.18290), on pairs of right and wrong answers mined once.
 
-Mining samples N answers to each training pair with the policy that the warm start leaves, and puts a right answer
-against a wrong one to the same prompt. A right answer states the true tier and is well-formed; a wrong one does not
-state the true tier. That policy is also the reference, so the sampler's log-probabilities are the reference's: no
-other pass is needed. The loss of a preference pair is
+Mining samples N answers to each training pair with the policy after the warm start, and pairs right answers with wrong
+ones to the same prompt. A right answer states the true tier and is well-formed; a wrong one does not state the true
+tier. The same policy is the reference, so the sampler's log-probabilities are the reference's, and no other pass is
+needed. The loss of a preference pair is
 
     -log sigmoid(margin),   margin = beta * ((chosen - its reference) - (rejected - its reference))
 
-with the log-probabilities of whole answers under the distribution sampled from, temperature included, as everywhere.
+where `chosen`, `rejected` and `its reference` are log-probabilities of whole answers, at the temperature of sampling.
 The prompt goes through the network once for both answers.
 """
 
@@ -31,7 +31,7 @@ from agrl_jax.types import Array, Batch, Params, Policy, RuleTables, TrainState
 
 @struct.dataclass
 class Answers:
-    """Answers sampled to mine preferences from, N to each of B pairs."""
+    """N answers to each of B pairs, from which preferences are mined."""
 
     tokens: Array  # [B, N, T] int32
     valid: Array  # [B, N, T] bool
@@ -42,7 +42,7 @@ class Answers:
 
 @struct.dataclass
 class Preferences:
-    """Preference pairs: a chosen and a rejected answer to the same prompt, in this order. M of them, or a batch."""
+    """M preference pairs, or a batch of them: a chosen and a rejected answer to the same prompt, in this order."""
 
     prompt: Array  # [M, S] int32
     prompt_len: Array  # [M] int32
@@ -62,7 +62,7 @@ def sample_answers(
     policy: Policy, tables: RuleTables, params: Params, key: Array, batch: Batch, *, number: int, length: int,
     temperature: float,
 ) -> Answers:
-    """`number` answers to each pair; the draws depend on `key` [2] uint32 and the pair's row alone."""
+    """`number` answers to each pair. The draws depend only on `key` [2] uint32 and on the row of the pair."""
     prefix = prefill(policy, params, batch.prompt, batch.prompt_len)
     rolled = rollout(
         policy, params, prefix, row_keys(key, PURPOSE_MINE, 0, batch.row, number),
@@ -74,7 +74,7 @@ def sample_answers(
 
 
 def preferences(batch: Batch, answers: Answers, most: int) -> Preferences:
-    """Up to `most` pairs from each example, its k-th right answer against its k-th wrong one. Arrays of the host."""
+    """Up to `most` preference pairs from each example: its k-th right answer with its k-th wrong one. On the host."""
     rows, chosen, rejected = [], [], []
     for row, (right, wrong) in enumerate(zip(answers.right, answers.wrong, strict=True)):
         for better, worse in list(zip(np.flatnonzero(right), np.flatnonzero(wrong), strict=False))[:most]:
@@ -105,7 +105,7 @@ def preference_loss(
         "policy/entropy": jnp.sum(jnp.where(batch.valid, entropy, 0.0)) / jnp.maximum(jnp.sum(of.valid), 1),
         "dpo/accuracy": jnp.sum(margin > 0) / len(of),
         "dpo/margin": jnp.sum(margin) / len(of),
-        "dpo/chosen": beta * jnp.sum(change[:, 0]) / len(of),  # implicit rewards: both may fall while the margin grows
+        "dpo/chosen": beta * jnp.sum(change[:, 0]) / len(of),  # these rewards may both fall while the margin grows
         "dpo/rejected": beta * jnp.sum(change[:, 1]) / len(of),
         "tokens/trained": tokens,
         "budget/tokens": 3 * tokens,  # forward-equivalent, as in `rl.step`

@@ -1,8 +1,8 @@
-"""Pairs with unknown steps: the policy fills them in itself, and is not taught what it filled in.
+"""Pairs with unknown steps: the policy fills these in itself, and is not taught what it filled in.
 
-Parts are taken in the order of the response. A known part gets its canonical text, after its reason where there is one.
-An unknown part gets the value that the policy finds likeliest, among those that the table still allows with the tier
-and the known steps.
+Parts are written in the order of the response. A known part gets its canonical text, after its reason if there is one.
+An unknown part gets the value that the policy finds likeliest among those that the decision table still allows, given
+the tier and the known steps.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class Blanks(NamedTuple):
 
     tables: RuleTables  # of the rule book
     texts: PartTexts  # of its parts
-    forks: Forks | None = None  # where the texts go apart: given, the loss is of the label's sum (`marginal`)
+    forks: Forks | None = None  # where the texts of a part differ; if given, the loss is that of `marginal`
 
 
 class Filled(NamedTuple):
-    """Whole responses, of canonical texts and the reasons that are known."""
+    """Whole responses, made of canonical texts and the reasons that are known."""
 
     tokens: Array  # [B, T] int32
-    known: Array  # [B, T] bool the tokens that state what is known, end token included
+    known: Array  # [B, T] bool the tokens that state what is known, reasons and end token included
     starts: Array  # [B, P] int32 tokens before the statement of each part, parts in the order of the response
     reasons: Array  # [B, T] bool the tokens that give reasons
 
@@ -59,7 +59,7 @@ def filled_responses(
 
 
 def _written(tables: RuleTables, texts: PartTexts, batch: Batch, values: Sequence[Array]) -> Filled:
-    """The responses that state `values` [B] part by part."""
+    """The responses that state `values`, an array [B] for each part in the order of the response."""
     sizes, all_texts = jnp.asarray(texts.length), jnp.asarray(texts.tokens)
     place_of = jnp.arange(batch.gold.shape[1])
     tokens = jnp.full(batch.gold.shape, tables.end_token, jnp.int32)
@@ -67,7 +67,7 @@ def _written(tables: RuleTables, texts: PartTexts, batch: Batch, values: Sequenc
     at, starts = jnp.zeros_like(batch.tier), []  # tokens so far
 
     def write(text: Array, size: Array) -> Array:
-        """Puts the first `size` [B] of the tokens [B, W] behind those so far; returns where they are, [B, T]."""
+        """Appends the first `size` [B] tokens of `text` [B, W]. Returns where they are, [B, T] bool."""
         nonlocal tokens, at
         inside = place_of - at[:, None]
         here = (inside >= 0) & (inside < size[:, None])
@@ -85,14 +85,14 @@ def _written(tables: RuleTables, texts: PartTexts, batch: Batch, values: Sequenc
 
 
 def tokens_scored(tables: RuleTables, texts: PartTexts, batch: Batch) -> Array:
-    """How many tokens [] are scored to fill in the unknown steps: the texts of all values of each."""
+    """How many tokens [] are scored to fill in unknown steps: for each of these, the texts of all its values."""
     sizes = jnp.asarray(texts.length.sum(axis=1))[jnp.argsort(jnp.asarray(tables.order))]  # of each part
     return jnp.sum((batch.steps == UNKNOWN) * sizes[: tables.num_steps])
 
 
 def tokens_learnt(blanks: Blanks, batch: Batch) -> Array:
-    """How many tokens [] of the filled responses are learnt: what is known, reasons, and the end tokens; with `forks`
-    no step of a pair with unknown ones."""
+    """How many tokens [] of the filled responses are learnt: known parts, reasons and end tokens. With `forks`, the
+    steps of a pair with any unknown step are not counted."""
     sizes = jnp.asarray(blanks.texts.length)
     total = 1 if batch.reason is None else 1 + jnp.sum(batch.reason_len, axis=1)
     whole = jnp.all(batch.steps != UNKNOWN, axis=1) | (blanks.forks is None)
@@ -115,7 +115,8 @@ def possible_steps(tables: RuleTables, batch: Batch) -> Array:
 
 
 def _one_value(value: Array, part: int, tables: RuleTables) -> Array:
-    """The combinations that have `value` [B] of a step, all where it is UNKNOWN; bool, ready to broadcast."""
+    """bool, ready to broadcast to `possible_steps`: combinations in which step `part` has `value` [B]; all where
+    `value` is UNKNOWN."""
     size = tables.num_values[part]
     mask = (jnp.arange(size) == value[:, None]) | (value == UNKNOWN)[:, None]
     return mask.reshape(-1, *(size if axis == part else 1 for axis in range(tables.num_steps)))

@@ -1,12 +1,13 @@
-"""Supervised training on pairs with unknown steps: the probability of what is known, through the rule book.
+"""Supervised training on pairs with unknown steps: it raises the probability of what is known, through the rule book.
 
-No step is made up. Where a response states a step, the policy gives a probability to each of its values; the decision
-table, summed over all combinations that agree with the label, turns these into the probability of the label,
+No step is made up. Where a response states a step, the policy gives a probability to each value of the step. The
+probability of the label is a sum over the combinations of values that agree with the known steps and for which the
+decision table gives the tier:
 
-    P(tier, known steps) = sum over combinations of prod P(value), where the table gives the tier
+    P(tier, known steps) = sum over combinations of prod P(value)
 
-Training raises its logarithm. Before a step, the response states what the policy finds likeliest among what the label
-allows (`fill`).
+Training raises its logarithm. The steps that stand before a step are the ones that `fill` writes: for unknown steps,
+the likeliest values that the label allows.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from agrl_jax.types import Array, Params, Policy, RuleTables
 
 
 class Forks(NamedTuple):
-    """Where the values of each part go apart; parts in the order of the response."""
+    """Where the texts of a part's values first differ; parts in the order of the response."""
 
-    place: np.ndarray  # [P] tokens that the texts of all values of a part have in common at their start
-    token: np.ndarray  # [P, values] int32 the token after those, another for each value; 0 past the values of a part
+    place: np.ndarray  # [P] number of tokens that the texts of all values of a part begin with
+    token: np.ndarray  # [P, values] int32 the token after those, different for each value; 0 past a part's values
 
 
 def forks(texts: PartTexts) -> Forks | None:
-    """The forks of a rule book's texts; None where a part has values that one token does not tell apart."""
+    """The forks of a rule book's texts; None if the values of some part cannot be told apart by one token."""
     place = np.zeros(len(texts.length), np.int32)
     token = np.zeros(texts.length.shape, np.int32)
     for part, lengths in enumerate(texts.length):
@@ -50,7 +51,7 @@ def label_logprob(
     Args:
       policy, params: unembed the hidden states.
       tables: of the rule book, in the order think_then_respond.
-      fork: where the steps' values go apart.
+      fork: where the texts of the steps' values first differ.
       hidden: [B, T, D] that predict the tokens of the responses.
       starts: [B, P] tokens of the response before each part.
       possible: [B, values of step 0, ..., values of step R - 1] bool, the combinations that agree with the labels.

@@ -31,13 +31,14 @@ def gold_loss(
 
     If `batch` is a piece of the batch `of`, means are over `of`, so that losses and figures of the pieces add up.
 
-    Where steps are unknown, the gold response ends before the first of them and the loss with it. With
-    `blanks` the policy fills them in, and the loss falls on all that is known (`fill`). If `blanks` has `forks`, the
-    loss leaves out the steps of such pairs, and adds minus the log-probability of their labels through the rule book
-    (`marginal`).
-    `prompt_weight` times the mean cross-entropy of the prompts' own tokens is added: a policy trained from
-    scratch has to learn its language here too, and predicting the item from the query makes it compare
-    the two. Leave it at 0 for a pretrained one. Instructions that all prompts share are not learnt by heart.
+    If steps of a pair are unknown, its gold response ends before the first of them, and so does the loss. With
+    `blanks`, the policy fills unknown steps in, and the loss is over all tokens that are known (`fill`). If `blanks`
+    has `forks`, the loss leaves out the steps of such pairs. It adds minus the log-probability of their labels through
+    the rule book (`marginal`).
+
+    `prompt_weight` times the mean cross-entropy of the prompts' own tokens is added. A policy trained from scratch has
+    to learn its language here too, and predicting the item from the query makes it compare the two. Leave it at 0 for
+    a pretrained policy. The instructions that all prompts share are not learnt.
     """
     tokens, known, starts, hidden, prompt_hidden = _run(policy, params, batch, blanks)
     tokens, weight, unembed = tokens[:, None], known[:, None].astype(jnp.float32), partial(policy.unembed, params)
@@ -72,11 +73,11 @@ def gold_loss(
 
 
 class _Run(NamedTuple):
-    """The responses that are taught, and the policy's states."""
+    """The responses that are taught, and the policy's hidden states."""
 
     tokens: Array  # [B, T] int32
     known: Array  # [B, T] bool tokens that are learnt
-    starts: Array | None  # [B, P] where they are filled in, as in `fill.Filled`
+    starts: Array | None  # [B, P] as in `fill.Filled`, if steps are filled in
     hidden: Array  # [B, 1, T, D] that predict the tokens
     prompt_hidden: Array  # [B, S, D]
 
@@ -118,8 +119,8 @@ def descending(
     loss: Callable[[Params, Any, Any], tuple[Array, dict[str, Array]]], instruct: Callable[[Params], Params],
     update: UpdateFn, micro_batches: int,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
-    """The step `(state, batch) -> (state, metrics)` that goes down the sum of `loss(params, piece, batch) -> loss,
-    metrics` over pieces of the batch, as many as `micro_batches`; all share one run of the instructions."""
+    """The step `(state, batch) -> (state, metrics)` of gradient descent on `loss(params, piece, batch) -> loss,
+    metrics`, summed over `micro_batches` pieces of the batch. All pieces share one run of the instructions."""
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
         params, pull = jax.vjp(instruct, state.params)
