@@ -3,7 +3,7 @@
 Shape letters, used in names (`logp_bgt`), einsum strings and docstrings throughout:
 
     B  examples (query-product pairs) in a batch     G  sampled responses of one example
-    I  tokens of the instructions that all prompts   S  prompt length after them, padded
+    I  tokens of the instructions that all prompts   S  prompt length after these, padded
        begin with                                    T  response length, padded
     V  vocabulary                                    D  model width
     H  query heads                                   K  key/value heads
@@ -11,9 +11,8 @@ Shape letters, used in names (`logp_bgt`), einsum strings and docstrings through
     P  parts of a response: the R steps and the tier, so P = R + 1
     N  training rows
 
-Part indices: part r < R is step r of the rule book, part R is the tier, whatever the order in which
-a response states them. Where the *order of the response* matters (what is revealed first), the
-arrays say so.
+Part indices: part r < R is step r of the rule book, part R is the tier, whatever the order of the response.
+Arrays in the order of the response (the part stated first comes first) say so.
 
 No mask is ever derived from pad ids: lengths and masks are fields of their own.
 """
@@ -42,30 +41,30 @@ class Batch:
     prompt_len: Array  # [B] tokens of each
     gold: Array  # [B, T] canonical response up to its first unknown part; with the end token if whole
     gold_len: Array  # [B] tokens of `gold`
-    part_end: Array  # [B, P] in response order: tokens of `gold` when its first k + 1 parts are shown
+    part_end: Array  # [B, P] in response order: tokens of `gold` up to the end of each part
     known_parts: Array  # [B] how many leading parts of the response are known (P: all of them)
     steps: Array  # [B, R] true value of each step, or UNKNOWN
     tier: Array  # [B] index of the true tier
     row: Array  # [B] index of the pair in its split: identifies the example for random numbers and guidance
     family: Array  # [B] index of the query family
-    # For writing whole responses where steps are unknown but reasons known; W: tokens at most; parts in response order.
+    # Reasons, of W tokens at most, for pairs with unknown steps; parts in response order. See `supervised.fill`.
     reason: Array | None = None  # [B, P, W] tokens that stand before the statement of each part, right-padded
     reason_len: Array | None = None  # [B, P] tokens of each
 
 
 class Thought(NamedTuple):
-    """How a thought at the beginning of a response is recognised, and where it is closed by force."""
+    """How a thought at the beginning of a response is recognised, and when it is closed by force."""
 
     begin: int | None  # the token that opens it; None where the prompt has opened it
-    end: tuple[int, ...]  # tokens that close it, the first of which is the mark
+    end: tuple[int, ...]  # tokens that are written to close it; the first one is the mark of its end
     limit: int  # tokens of a response after which a thought that is still open is closed
 
 
 @struct.dataclass
 class RuleTables:
-    """A rule book compiled for one vocabulary: all that `rl` knows of either.
+    """A rule book compiled for one vocabulary. `rl` knows nothing else of rule book and vocabulary.
 
-    S, C and E here are states, token classes and phrases completed within one token.
+    Here S is the number of states, C of token classes, E of phrases completed within one token.
     """
 
     # The reader: a multi-pattern automaton lifted from bytes to tokens.
@@ -81,12 +80,12 @@ class RuleTables:
     # The decision table.
     tier_of: Array  # [product of num_values] int32 tier for each combination, mixed radix, first step slowest
     implied: Array  # [tiers, R] int32 the one value a tier leaves possible for a step, or UNKNOWN
-    end_token: int = struct.field(pytree_node=False)  # which responses end with, where we write them
+    end_token: int = struct.field(pytree_node=False)  # ends the responses that we write
     num_values: tuple[int, ...] = struct.field(pytree_node=False)  # values of each step
     num_tiers: int = struct.field(pytree_node=False)
     order: tuple[int, ...] = struct.field(pytree_node=False)  # parts in the order a response states them
     thought: Thought | None = struct.field(pytree_node=False, default=None)  # of a policy that thinks before it answers
-    other_ends: tuple[int, ...] = struct.field(pytree_node=False, default=())  # tokens at which a response ends too
+    other_ends: tuple[int, ...] = struct.field(pytree_node=False, default=())  # other tokens that end a response
 
     @property
     def num_steps(self) -> int:
@@ -94,7 +93,7 @@ class RuleTables:
 
     @property
     def shortest(self) -> int:
-        """Tokens, the end token included, in which a response can be whole after the longest thought."""
+        """The fewest tokens of a whole response after the longest thought, end token included."""
         thought = 0 if self.thought is None else self.thought.limit + len(self.thought.end)
         return thought + int(self.grammar_distance[0])
 
@@ -132,7 +131,7 @@ class Instructions:
 
 @struct.dataclass
 class Instructed:
-    """Parameters and the instructions' keys and values: what an `instructed` policy takes as parameters."""
+    """The parameters of an `instructed` policy: those of the policy, and the instructions' keys and values."""
 
     params: Params
     instructions: Instructions
@@ -178,7 +177,7 @@ Axes = tuple[str | None, ...]  # a logical name, or None, for each axis of an ar
 
 
 class Placement(NamedTuple):
-    """How arrays lie over the devices, by their logical axes. By default the compiler decides."""
+    """How arrays are spread over the devices, by their logical axes. By default the compiler decides."""
 
     place: Callable[[Array, Axes], Array] = lambda x, axes: x  # constrains an array to its place
     # (function, axes of its arguments, axes of its result) -> the function of whole arrays that runs it on each
@@ -212,7 +211,7 @@ class Policy(NamedTuple):
 
 @struct.dataclass
 class OwnAnswers:
-    """For each training row, the policy's own latest answer that is worth showing to it again."""
+    """For each training row, the policy's latest answer that is worth showing to it again."""
 
     tokens: Array  # [N, T] int32
     part_end: Array  # [N, P] int32, as in `Batch`; all 0 where there is no such answer yet
@@ -224,7 +223,7 @@ class GuidanceState:
 
     level: Array  # [families] float32 parts revealed, before the offset of the row
     offset: Array  # [N] int8 correction of the level for each training row
-    memory: Array  # [N] int8 pass rate in percent when the row was last guided; UNKNOWN if never, or met since
+    memory: Array  # [N] int8 guided pass rate [%] if the row was guided, not to its tier, when last met; or UNKNOWN
     own: OwnAnswers | None = None  # where guidance reveals the policy's own answers
 
 
@@ -233,7 +232,7 @@ class DifficultyState:
     """What sampling by difficulty remembers between steps."""
 
     rate: Array  # [N] float32 pass rate of the row's unguided answers, later groups counting more; UNKNOWN before any
-    met: Array  # [N] int32 the step in which it was last rolled; 0 before any
+    met: Array  # [N] int32 the step in which the row was last rolled; 0 before any
 
 
 @struct.dataclass

@@ -1,4 +1,4 @@
-"""Compiles a training step for devices that need not be there: its memory, and a lower bound of its time."""
+"""Compiles a training step for devices that may be absent; gives its memory and a lower bound of its time."""
 
 from __future__ import annotations
 
@@ -27,33 +27,33 @@ from agrl_jax.training import assemble, programs
 from agrl_jax.types import Batch
 
 _TRIALS = 4  # programs compiled in search of one that fits
-_ROWS = 64_000  # training pairs that guidance remembers, a byte or two each: those of the bundled benchmark
-# The compiler should not ask the network what machine this is, take the lock that processes with a TPU hold, or log.
-# Any existing accelerator type will do: the topology decides.
+_ROWS = 64_000  # training pairs that guidance remembers, a byte or two each, as many as the bundled benchmark has
+# With these settings the compiler does not ask the network what machine this is, does not take the lock of processes
+# with a TPU, and does not log. Any existing accelerator type will do: the topology decides.
 _LIBTPU = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_LOG_DIR": "disabled", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3",
 }  # fmt: skip
-# The TPU compiler's words for a program that is too large: its whole memory, or its temporaries alone.
+# The TPU compiler's message for a program that is too large states its whole memory, or its temporaries alone.
 _MEMORY_EXCEEDED = re.compile(r"(Used|HLO temporaries) \(?([\d.]+)([KMGT])")
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Chip:
-    """The memory of one device in bytes, and its peak rates per second; `link`: bytes that it can send to its peers."""
+    """The memory of one device and its peak rates."""
 
     name: str
-    flops: float  # bfloat16, dense
-    memory: float
-    bandwidth: float
-    link: float
+    flops: float  # per second: bfloat16, dense
+    memory: float  # bytes
+    bandwidth: float  # bytes per second, of its memory
+    link: float  # bytes per second that it can send to its peers
 
 
 # By JAX's name of the device. TPUs: the system architecture pages of the Cloud TPU documentation
-# (docs.cloud.google.com/tpu/docs/v5e, v5p, v6e), with half of the bidirectional interconnect bandwidth, since one
-# device sends what another receives. GPUs: NVIDIA's data sheets of the SXM boards, with half of NVLink likewise.
+# (docs.cloud.google.com/tpu/docs/v5e, v5p, v6e). GPUs: NVIDIA's data sheets of the SXM boards. `link` is half of the
+# published bidirectional bandwidth of the interconnect or NVLink, since one device sends what another receives.
 CHIPS: Mapping[str, Chip] = {
     "TPU v5 lite": Chip("v5e", 197e12, 16 * GIB, 819e9, 200e9),
     "TPU v5": Chip("v5p", 459e12, 95 * GIB, 2765e9, 600e9),
@@ -67,10 +67,10 @@ CHIPS: Mapping[str, Chip] = {
 
 @dataclass(frozen=True)
 class Phase:
-    """What one device does in a phase of the step, and the least time it takes."""
+    """What one device does in a phase of the step, and the least time that this takes."""
 
     flops: float
-    bytes: float
+    bytes: float  # of its memory, read and written
     collectives: Mapping[str, float]  # bytes sent, by kind
     seconds: float
     bound_by: str  # compute, memory or links
@@ -84,7 +84,7 @@ class Memory:
     optimiser: float
     inputs: float  # all other inputs of the step: the batch, a base or reference policy, guidance
     cache: float  # keys and values of prompts and responses, while they are decoded
-    temporaries: float  # all else at the peak, which may come before or after decoding
+    temporaries: float  # total less the step's arguments; the peak may be in decoding or elsewhere
     total: float
 
 
@@ -97,7 +97,7 @@ class Report:
     mesh: Mapping[str, int]
     memory: Memory
     fits: bool
-    phases: Mapping[str, Phase]  # empty where the program was too large to be compiled
+    phases: Mapping[str, Phase]  # empty if the program was too large to be compiled
     tokens: int  # of a step, as training counts them: sampled tokens, and prompts and responses in each epoch
 
     @property
@@ -106,7 +106,7 @@ class Report:
         return sum(phase.seconds for phase in self.phases.values())
 
     def figures(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """All fields, and seconds and tokens per second, for JSON."""
         rate = self.tokens / self.seconds if self.phases else None
         return dataclasses.asdict(self) | {"seconds": self.seconds or None, "tokens_per_s": rate}
 
@@ -150,7 +150,7 @@ def compile_step(
 def _compile(
     traced: Any, arguments: float, mesh: jax.sharding.Mesh, chip: Chip, guided_share: float
 ) -> tuple[float, dict[str, Phase]]:
-    """Bytes of a device at the peak of a traced step, and its phases; none where the compiler finds it too large."""
+    """Bytes of a device at the peak of a traced step, and its phases; no phases if the compiler finds it too large."""
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -165,7 +165,7 @@ def _compile(
 
 
 def _warm_started(config: ConfigDict, model: assemble.Model, mesh: jax.sharding.Mesh) -> programs.Weights:
-    """The shapes of the warm start's result."""
+    """The shapes of the weights that the warm start leaves."""
     whole = assemble.as_base(config, assemble.param_shapes(model.init, model.axes, mesh))
     base = whole if assemble.adapters_of(config, assemble.SFT) else None
     trained = assemble.param_shapes(*assemble.trained_part(config, model, assemble.SFT), mesh)
@@ -224,7 +224,10 @@ def _phase(chip: Chip, flops: float, moved: Any) -> Phase:
 
 
 def find_devices(topology: str) -> tuple[list[Any], Chip]:
-    """The devices to compile for, and their peaks. Raises ConfigError for an impossible or unknown topology."""
+    """The devices to compile for, and their peak rates; without a topology, those of this machine.
+
+    Raises ConfigError for an impossible or unknown topology.
+    """
     if not topology:
         devices = jax.devices()
         chip = CHIPS.get(devices[0].device_kind) or measured_chip(devices)
@@ -247,14 +250,14 @@ def find_devices(topology: str) -> tuple[list[Any], Chip]:
 
 
 def only_compile() -> None:
-    """Restricts this process to CPUs and no cached programs, which only the device they are for can load."""
+    """Restricts this process to CPUs, without the cache of programs: only the device of a program can load it."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
 
 
 def measured_chip(devices: Sequence[Any]) -> Chip:
-    """Measures the peaks of devices for which CHIPS has none: the best rates of matrix products and copies of several
-    sizes, on one device that works alone."""
+    """Measures the peak rates of devices that CHIPS does not have: the best rates of matrix products and copies of
+    several sizes, on one device that works alone."""
     products, copies = jax.jit(lambda x: x @ x), jax.jit(lambda x: x + 1)
     flops = max(2 * n**3 / _seconds(products, jnp.ones((n, n))) for n in (512, 1024, 2048))
     bandwidth = max(2 * 4 * n / _seconds(copies, jnp.ones(n)) for n in (2**16, 2**18, 2**20, 2**22, 2**24))
@@ -275,8 +278,8 @@ def _seconds(function: Any, x: jax.Array) -> float:
 def make_it_fit(config: ConfigDict, report: Report, compile_with: Any) -> tuple[dict[str, Any], Report]:
     """Changes fields of the config until the step fits. Returns these fields, and the last report.
 
-    It tries the fields that save the most by estimate first, as many at a time as close the gap by estimate, and fields
-    that change what is learnt last. `compile_with(config)` gives a report.
+    Fields that save the most come first, and fields that change what is learnt come last. Each trial changes as many
+    fields as are estimated to close the gap. `compile_with(config)` gives a report.
     """
     config, changes = config.copy_and_resolve_references(), {}
     for _ in range(_TRIALS):
@@ -308,7 +311,7 @@ def _possible(config: ConfigDict, report: Report) -> Iterator[tuple[float, dict[
 
 
 def _savings(config: ConfigDict, report: Report) -> Iterator[tuple[float, dict[str, Any]]]:
-    """Possible changes, each with an estimate of the bytes that it saves a device."""
+    """Possible changes, each with an estimate of the bytes that it saves on a device."""
     memory, mesh, rl = report.memory, report.mesh, config.rl
     temporaries = max(memory.temporaries, memory.total / 2)
     same = []  # changes that leave what is learnt as it is

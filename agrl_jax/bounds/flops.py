@@ -1,4 +1,4 @@
-"""Counts the operations of a program's matrix products in its jaxpr: exact, and the same for every compiler."""
+"""Counts the operations of matrix products in a program's jaxpr. The count is exact and the same for every compiler."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from agrl_jax.bounds.hlo import phase_of
 
 
 def matrix_flops(jaxpr: Any, phases: Sequence[str], branch_share: float = 1.0, shards: int = 1) -> dict[str, float]:
-    """Floating-point operations of all devices by phase, and "other": two for each product, rematerialised ones too.
+    """Floating-point operations of all devices, by phase and "other": two for each multiply-add.
 
-    Scans are counted in full, and a `while` from 0 to the number that its counter is compared to; `branch_share` is
-    how often the first branch of a `cond` is not taken. A choice by platform counts its default. A phase is the first
-    of `phases` in the name stack (`jax.named_scope`). A product in a `shard_map` counts once for each device. A ragged
-    product counts once for each of the `shards` different pieces of the rows, since devices with the same rows split
-    its groups. Raises ValueError for a `while` without such a number.
+    Rematerialised products are counted again. Scans count in full; a `while` counts from 0 to the number that its
+    counter is compared to. `branch_share` is the share of runs in which the first branch of a `cond` is not taken. A
+    choice by platform counts its default. The phase of a product is the first of `phases` in its name stack
+    (`jax.named_scope`). A product in a `shard_map` counts once for each device. A ragged product there counts once for
+    each of the `shards` different pieces of the rows, since devices with the same rows split its groups.
+
+    Raises ValueError for a `while` whose counter is compared to no number.
     """
     found: Counter[str] = Counter()
 
@@ -74,7 +76,8 @@ def _dense(eqn: Any) -> float:
 
 
 def _ragged(eqn: Any) -> float:
-    """Each row meets only its own group's matrix, in the gradient too, whose result has a matrix per group."""
+    """A row is multiplied by the matrix of its own group alone. So it is in the gradient of the matrices, whose result
+    has a matrix for each group."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (contracted, _), _ = numbers.dot_dimension_numbers
     lhs, out = eqn.invars[0].aval, eqn.outvars[0].aval

@@ -1,8 +1,8 @@
-"""Counts the bytes that a compiled program moves, in memory and collectives, from its HLO text, loops in full.
+"""Counts the bytes that a compiled program moves, in memory and in collectives, from its HLO text.
 
 `cost_analysis()` of a compiled program counts the body of a loop once. This module counts each computation as often as
-it runs: a loop's trip count is the one that the compiler notes, or else the constant to which its counter is compared
-(an upper bound for a loop that may end early).
+it runs. The trip count of a loop is the one that the compiler notes, or else the constant to which the loop's counter
+is compared. For a loop that may end early, this constant is an upper bound.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _BITS = {
 }  # fmt: skip
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
                 "collective-broadcast")  # fmt: skip
-_FREE = {  # they move nothing, or the instructions that they start or call are counted instead
+_FREE = {  # these move nothing, or the instructions that they call are counted instead
     "parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
     "opt-barrier", "domain", "while", "conditional", "call",
 }  # fmt: skip
 _BOOKKEEPING = ("AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding", "SPMDFullToShardShape")  # custom calls
-_LAZY = ("bitcast", "convert", "copy", "reshape", "transpose")  # within a fusion: computed where they are used
-_SLICES = ("dynamic-slice", "slice", "gather")  # they read only what they return
+_LAZY = ("bitcast", "convert", "copy", "reshape", "transpose")  # in a fusion, these are computed where they are used
+_SLICES = ("dynamic-slice", "slice", "gather")  # these read only what they return
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
@@ -36,10 +36,10 @@ _MEMORY = re.compile(r"S\((\d+)\)")
 
 
 class _Array(NamedTuple):
-    """One array of a type: its bytes in main memory (0 if it is elsewhere), and its bytes anywhere."""
+    """One array in the type of an instruction."""
 
-    moved: int
-    size: int
+    moved: int  # its bytes if it is in main memory, or else 0
+    size: int  # its bytes, wherever it is
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class _Instruction:
 
     @property
     def continues(self) -> bool:
-        """Whether this is a later part of a collective that TPUs spread over fusions, each with its whole type."""
+        """Whether this is a later part of a collective that TPUs spread over fusions; each part has the whole type."""
         return re.search(r'"async_collective_fusion_config":\{"flag_start":"\d', self.text) is not None
 
     @property
@@ -90,8 +90,8 @@ def traffic(text: str, phases: Sequence[str], branch_share: float = 1.0) -> dict
     """What one device moves in each phase, and in "other", from a compiled program's HLO text.
 
     An instruction belongs to the first phase in its scope (`jax.named_scope`), or else to the phase of the loop or
-    branch that holds it. `branch_share` is how often the first branch of a conditional is not taken. Raises ValueError
-    for a loop of unknown trip count.
+    branch that holds it. `branch_share` is the share of runs in which the first branch of a conditional is not taken.
+    Raises ValueError for a loop of unknown trip count.
     """
     computations, entry = parse(text)
     found: dict[str, Traffic] = defaultdict(Traffic)
@@ -194,7 +194,7 @@ def _branches(instruction: _Instruction) -> list[str]:
 
 
 def _with_fused(instruction: _Instruction, computations: Mapping[str, Computation]) -> Iterator[_Instruction]:
-    """An instruction and, if it is a fusion, those within it."""
+    """An instruction and, if it is a fusion, the instructions in it."""
     yield instruction
     if instruction.op == "fusion":
         for inner in computations[instruction.attribute("calls")].values():
@@ -222,7 +222,7 @@ def _moved(instruction: _Instruction, computation: Computation, computations: Ma
         return operands[1].moved + (operands[1].size if instruction.moved else 0)
     if op == "scatter":
         updates = operands[len(operands) // 2 + 1 :]
-        return 3 * sum(each.size for each in updates if instruction.moved)  # read them, and read and write their places
+        return 3 * sum(each.size for each in updates if instruction.moved)  # reads them, reads and writes their places
     written = 0 if op.endswith("-start") else instruction.moved
     return written + sum(operand.moved for operand in operands)
 
@@ -230,8 +230,10 @@ def _moved(instruction: _Instruction, computation: Computation, computations: Ma
 def _used(
     source: int | str, whole: float, fused: Computation, computations: Mapping[str, Computation]
 ) -> float:
-    """Bytes that a fusion reads of a parameter (`source` is its number) or of a result of its own (its name): `whole`,
-    or less where it only takes slices."""
+    """Bytes that a fusion reads of a parameter or of a result in it: `whole`, or less if it only takes slices.
+
+    `source` is the number of the parameter or the name of the result.
+    """
     if isinstance(source, int):
         parameters = (each for each in fused.values() if each.op == "parameter")
         source = next(each.name for each in parameters if each.text.startswith(f"{source})"))
@@ -241,14 +243,14 @@ def _used(
             if name != source:
                 continue
             if user.continues or (user.op == "tuple" and user.root):
-                continue  # begun before; handed on in place
+                continue  # a part of what began before, or a result that is handed on in place
             if user.op == "fusion":
                 total += _used(place, whole, computations[user.attribute("calls")], computations)
             elif user.op in _LAZY and not user.root:
                 total += _used(user.name, whole, fused, computations)
             elif user.op in _SLICES and place == 0:
                 total += user.size
-            elif user.op != "dynamic-update-slice" or place:  # which does not read what it updates in place
+            elif user.op != "dynamic-update-slice" or place:  # an update does not read what it updates in place
                 return whole
     return min(total, whole)
 
@@ -271,7 +273,7 @@ def _written(instruction: _Instruction, fused: Computation) -> float:
 
 
 def _sent(instruction: _Instruction, kind: str) -> float:
-    """Bytes that each device of a group must send at least, in a ring."""
+    """The least bytes that each device of a group must send, in a ring."""
     others = 1 - 1 / _group_size(instruction)
     largest = max(array.size for array in instruction.arrays)
     if kind == "all-gather":
