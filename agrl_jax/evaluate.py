@@ -23,15 +23,20 @@ from absl import flags
 from etils import epath
 
 from agrl_jax.judging import STAGES
-from agrl_jax.runtime.config import RULES, define_distributed_flag, exit_with, parse_flags
+from agrl_jax.runtime.config import RULES, check_constrained, define_distributed_flag, exit_with, parse_flags
 from agrl_jax.runtime.memory import with_huge_pages
 
 if TYPE_CHECKING:  # JAX takes seconds to start: functions import what needs it, so that flags are answered at once
     from agrl_jax.evaluation import metrics
 
 
-def evaluate(workdir: str, stages: list[str], splits: list[str], pairs: int) -> metrics.Scorecards:
-    """Scorecards `{stage: {split: scores}}` of checkpoints of a workdir; stages are named as training names them."""
+def evaluate(
+    workdir: str, stages: list[str], splits: list[str], pairs: int, constrained: bool | None = None
+) -> metrics.Scorecards:
+    """Scorecards `{stage: {split: scores}}` of checkpoints of a workdir; stages are named as training names them.
+
+    `constrained` takes the place of `eval.constrained`, if given.
+    """
     from agrl_jax.data import pipeline
     from agrl_jax.evaluation import intervals
     from agrl_jax.judging import trained
@@ -44,6 +49,8 @@ def evaluate(workdir: str, stages: list[str], splits: list[str], pairs: int) -> 
         raise ValueError(f"--stages: name at least one of {', '.join(trained.STAGES)}")
     folder = epath.Path(workdir)
     config = assemble.read_config(folder)
+    if constrained is not None:
+        config.eval.constrained = constrained
     rules = assemble.kept_rules(config, folder)
     found = {stage: trained.find_stage(folder, config, rules, stage) for stage in stages}
     with processes.first_alone("load"):
@@ -55,6 +62,7 @@ def evaluate(workdir: str, stages: list[str], splits: list[str], pairs: int) -> 
         say(f"pairs that have changed since training: {', '.join(changed)}; they are scored as they are now")
     mesh = sharding.make_mesh(*(config.mesh[axis] for axis in sharding.AXES))
     model = assemble.load_model(config, folder, rules, mesh=mesh)
+    check_constrained(config, model.tables.shortest)
     splits = splits or list(data.eval_splits)
     encoded = assemble.encode(config, model, data, dict.fromkeys([*splits, "validation"]))
     validation = encoded["validation"] if "validation" in splits else encoded.pop("validation")
@@ -132,6 +140,7 @@ def _define_flags() -> None:
     flags.DEFINE_list("stages", ["sft_end", "rl"], "sft_end, rl (the last of RL), best (of RL, by validation).")
     flags.DEFINE_list("splits", [], "Splits to score on; by default all that the scorecard has.")
     flags.DEFINE_string("pairs", "0", "How many of each split, stratified; 0: all. With --checkpoint: a file.")
+    flags.DEFINE_bool("constrained", None, "Of a workdir: judge under the grammar; by default as in eval.constrained.")
     flags.DEFINE_string("out", None, "Where to write the scorecard.")
     define_distributed_flag()
 
@@ -162,7 +171,7 @@ def main(argv: list[str]) -> None:
         if out.exists():
             tables.read(out)  # refuses what is no scorecard
         processes.connect(values.distributed)
-        cards = evaluate(values.workdir, values.stages, values.splits, int(values.pairs))
+        cards = evaluate(values.workdir, values.stages, values.splits, int(values.pairs), values.constrained)
     except ValueError as error:
         exit_with(error)
     except Exception as error:

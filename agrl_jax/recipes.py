@@ -256,6 +256,7 @@ def base() -> ConfigDict:
     c.eval.validation_pairs = 256  # pairs of each validation
     c.eval.pass_k = 8  # samples of each pair for pass@k and majority@k
     c.eval.pass_pairs = 128  # pairs sampled so
+    c.eval.constrained = False  # judge under the rule book's grammar, as agrl_jax.judge does
     c.eval.batch_size = 128  # pairs judged at once
     c.eval.bootstrap = 1000  # resamples of the 95% intervals
 

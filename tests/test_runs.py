@@ -12,6 +12,7 @@ import pytest
 import tiny
 from etils import epath
 from ml_collections import ConfigDict
+from workdirs import make_workdir
 
 from agrl_jax import evaluate, recipes
 from agrl_jax.evaluation import tables
@@ -212,6 +213,19 @@ def test_evaluated_splits_are_kept_beside_each_other_and_progress_moves_per_batc
         evaluate.evaluate(workdir, ["sft_end", "last"], [], 0)
     with pytest.raises(ValueError, match="'tset' is not a split of"):
         evaluate.evaluate(workdir, ["sft_end"], ["tset"], 0)
+
+
+@pytest.mark.slow
+def test_under_the_grammar_an_untrained_policy_is_read_in_full(tmp_path: Path) -> None:
+    workdir = str(make_workdir(tmp_path))
+    free, under = (
+        evaluate.evaluate(workdir, ["sft_end"], ["b_eval"], 16, constrained)["sft"]["b_eval"]
+        for constrained in (None, True)
+    )
+    assert free["format"]["value"] == free["pass@2"]["value"] == 0.0
+    assert under["format"]["value"] == 1.0
+    assert under["pass@2"]["value"] > 0
+    assert (free["settings"]["constrained"], under["settings"]["constrained"]) == (False, True)
 
 
 def test_splits_that_were_scored_at_another_step_do_not_stay(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ class EvalConfig:
     pass_pairs: int  # pairs sampled; 0: none
     temperature: float  # of those samples
     seed: int
+    constrained: bool = False  # judge and sample under the rule book's grammar: no answer is malformed
 
 
 class Evaluator:
@@ -59,7 +60,8 @@ class Evaluator:
         policy, instruct = instructed(policy, instructions)
         self._instruct = jax.jit(instruct)
         texts = statements(book, tokenizer, len(tables.token_class))
-        self._greedy = jax.jit(partial(judge_batch, policy, tables, texts, cfg.response_len), out_shardings=whole)
+        judge = partial(judge_batch, policy, tables, texts, cfg.response_len, constrained=cfg.constrained)
+        self._greedy = jax.jit(judge, out_shardings=whole)
         self._sample = jax.jit(partial(sample_tiers, policy, tables, cfg), out_shardings=whole)
 
     def sampled(self, pairs: int) -> int:
@@ -116,10 +118,11 @@ class Evaluator:
 
 
 def judge_batch(
-    policy: Policy, tables: RuleTables, texts: Statements, length: int, params: Params, batch: Batch
+    policy: Policy, tables: RuleTables, texts: Statements, length: int, params: Params, batch: Batch,
+    constrained: bool = False,
 ) -> dict[str, Array]:
     """Greedy judgements of a batch: the fields of `Judgements` that come from the policy, [B, ...] each."""
-    return judge_prompts(policy, tables, texts, length, params, batch.prompt, batch.prompt_len)[0]
+    return judge_prompts(policy, tables, texts, length, params, batch.prompt, batch.prompt_len, constrained)[0]
 
 
 def judge_prompts(
@@ -163,6 +166,7 @@ def sample_tiers(policy: Policy, tables: RuleTables, cfg: EvalConfig, params: Pa
     rolled = rollout(
         policy, params, prefix, keys,
         length=cfg.response_len, temperature=cfg.temperature, end_token=tables.end_token, other_ends=tables.other_ends,
+        grammar=tables if cfg.constrained else None,
         thought=tables.thought,
     )
     reading = reader.read(tables, rolled.tokens, rolled.valid)

@@ -344,6 +344,7 @@ RULES: Mapping[str, Rule] = {
     "eval.validation_pairs": _COUNT,
     "eval.pass_k": _SIZE,
     "eval.pass_pairs": _COUNT,
+    "eval.constrained": _FLAG,
     "eval.batch_size": _SIZE,
     "eval.bootstrap": _COUNT,
     "checkpoint.every": _SIZE,
@@ -547,9 +548,10 @@ def check_constrained(config: ConfigDict, shortest: int) -> None:
     """Raises ConfigError where answers are sampled under the grammar, and `shortest` tokens, in which one can be whole,
     do not fit."""
     length = config.data.response_len
-    if config.rl.constrained and length < shortest:
-        raise_problems([f"data.response_len={length} with rl.constrained=True: an answer can be sure to be whole only "
-                        f"in {shortest} tokens, the longest thought among them"])
+    under = [part for part in ("rl", "eval") if config[part].constrained]
+    if under and length < shortest:
+        raise_problems([f"data.response_len={length} with {under[0]}.constrained=True: an answer can be sure to be "
+                        f"whole only in {shortest} tokens, the longest thought among them"])
 
 
 def check_guidance(config: ConfigDict, pairs: int) -> None:

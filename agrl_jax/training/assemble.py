@@ -523,6 +523,7 @@ def make_evaluator(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh) ->
         pass_pairs=config.eval.pass_pairs,
         temperature=config.rl.temperature,
         seed=config.seed,
+        constrained=config.eval.constrained,
     )
     place = partial(sharding.put, shardings=sharding.batch_sharding(mesh))
     return Evaluator(
