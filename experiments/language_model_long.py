@@ -1,4 +1,4 @@
-"""The study of the language model with five times the steps, for an accelerator.
+"""The study of the language model with ten times the steps, for an accelerator.
 
     python -m experiments.language_model_long --minutes=9 [--config.data.test_path=PAIRS.csv]
 
@@ -11,7 +11,7 @@ import sys
 
 from experiments import language_model
 
-PLAN = language_model.Plan("language_model_long", __file__, times=5)
+PLAN = language_model.Plan("language_model_long", __file__, times=10)
 SWEEP = PLAN.sweep
 get_config = PLAN.get_config
 

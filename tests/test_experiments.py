@@ -220,7 +220,7 @@ def test_the_language_model_is_searched_first_and_then_seed_by_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, jobs = dataclasses.replace(PLAN, results=tmp_path), []
-    cost = {"steps": 60, "forward_equivalents": language_model.BUDGET // 2}
+    cost = {"steps": 30, "forward_equivalents": language_model.BUDGET // 2}
     best = {"slow": 0.5, "centre": 0.4, "fast": 0.3}
 
     def made(sweep: study.Sweep, *args: object) -> int:
@@ -233,22 +233,32 @@ def test_the_language_model_is_searched_first_and_then_seed_by_seed(
 
     monkeypatch.setattr(run_sweep, "run", made)
     monkeypatch.setattr(results, "read", read)
-    assert plan.run(tmp_path, 1, ["scarce", "head"], []) == 0
+    assert plan.run(tmp_path, 1, ["scarce", "head"], [], search=True) == 0
     after = jobs[9:]
     assert [seed for _, seed in after] == [0] * 15 + [1] * 15 + [2] * 15
     assert {run for run, seed in after[:7]} == {f"scarce/{name}" for name in language_model.REGIMES["scarce"][1]}
-    slow = {"rl.learning_rate": 3e-6, "rl.steps": 120}  # whose schedule ends with the whole budget
+    slow = {"rl.learning_rate": 7e-6, "rl.steps": 60}  # whose schedule ends with the whole budget
     assert json.loads(plan.tuned.read_text())["agrl"] == slow
     assert slow.items() <= plan.sweep.fields("head/rrs").items()  # as its neighbour
-    assert flatten(plan.get_config("scarce/dpo,seed=1"))["dpo.learning_rate"] == 3e-6
-    assert plan.search.fields("search/agrl.fast")["rl.learning_rate"] == 3e-5
+    assert flatten(plan.get_config("scarce/dpo,seed=1"))["dpo.learning_rate"] == 7e-6
+    assert plan.search.fields("search/agrl.fast")["rl.learning_rate"] == 6e-5
     assert "| agrl | slow | 0.5000 | chosen |" in (tmp_path / "language_model/search/table.md").read_text()
+
+
+def test_the_language_model_may_take_the_centre_of_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, jobs = dataclasses.replace(PLAN, results=tmp_path), []
+    monkeypatch.setattr(run_sweep, "run", lambda *args: jobs.extend(args[4]) or 0)
+    assert plan.run(tmp_path, 1, ["plain"], [], search=False) == 0
+    assert jobs == [(f"plain/{name}", seed) for seed in language_model.SEEDS for name in ("untrained", "tier_alone")]
+    assert not plan.tuned.exists()
+    chosen, centre = plan.get_config("scarce/grpo"), plan.get_config("search/grpo.centre")
+    assert chosen.rl.learning_rate == centre.rl.learning_rate
 
 
 def test_a_failed_search_stops_the_study_of_the_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
     monkeypatch.setattr(run_sweep, "run", lambda *args: called.append(args) or 1)
-    assert dataclasses.replace(PLAN, results=tmp_path).run(tmp_path, 1, ["head"], []) == 1 == len(called)
+    assert dataclasses.replace(PLAN, results=tmp_path).run(tmp_path, 1, ["head"], [], search=True) == 1 == len(called)
 
 
 def test_runs_share_the_files_of_a_warm_start_and_lose_only_their_own_checkpoints(tmp_path: Path) -> None:
