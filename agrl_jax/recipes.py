@@ -1,7 +1,7 @@
 """Every field of a run with its default and its meaning; the methods; what the configs in `configs/` import.
 
 A config is a function `get_config(arg)` that returns an ml_collections ConfigDict. Any field can be
-changed on the command line: `--config.rl.steps=100`. Ranges stand in `runtime/config.py`.
+changed on the command line: `--config.rl.steps=100`. Ranges are in `runtime/config.py`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from agrl_jax.runtime.config import FILES, flatten, last_branch, raise_problems
 def as_long_as_rl(c: ConfigDict) -> int:
     """Steps of supervised training that cost as many forward-equivalent tokens as RL does.
 
-    Counted at full lengths and without replays: a step of RL samples and scores (1 each) and trains (3) on B prompts
-    with G answers each; a supervised one trains on prompts with one answer. Shared instructions are left out.
+    All lengths count in full; replays and shared instructions are left out. A step of RL samples (1), scores with a
+    reference (1) and trains on (3 for each epoch) B prompts with G answers each. A supervised step trains on (3)
+    prompts with one answer.
     """
     s, t = c.data.prompt_len, c.data.response_len
     passes = 1 + (c.objective.kl != "none") + 3 * c.rl.epochs
@@ -26,8 +27,8 @@ def as_long_as_rl(c: ConfigDict) -> int:
     return round(c.rl.steps * rl / (3 * c.more.batch_size * (s + t)))
 
 
-# What a method is: the fields in which it differs from AGRL, or functions of the config that give them.
-# `--config=configs/quickstart.py:grpo`.
+# Each method by the fields in which it differs from AGRL; a function gives a field's value from the config.
+# `--config=configs/quickstart.py:grpo` chooses one.
 METHODS: dict[str, dict[str, object]] = {
     # Adaptive guided RL: rule-aware reward shaping and adaptive guided replay, on top of GRPO.
     "agrl": {},
@@ -37,13 +38,13 @@ METHODS: dict[str, dict[str, object]] = {
     "agr": {"reward.composition": "terminal"},
     # GRPO with process rewards: steps are rewarded too, added up without a gate.
     "grpo_pr": {"guidance.enabled": False, "reward.composition": "sum"},
-    # Group relative policy optimisation: the tier alone is rewarded.
+    # Group relative policy optimisation: only the tier is rewarded.
     "grpo": {"guidance.enabled": False, "reward.composition": "terminal"},
     # GRPO with dynamic sampling: groups whose answers all earn the same are replaced by others.
     "grpo_ds": {"guidance.enabled": False, "reward.composition": "terminal", "rl.candidates": 4},
     # Direct preference optimisation in place of RL, on answers sampled from the warm start.
     "dpo": {},
-    # Distillation in place of RL: the tier probabilities of another judge, by a student that states the tier first.
+    # Distillation in place of RL: a student that states the tier first learns the tier probabilities of another judge.
     "distill": {
         "rulebook.order": "respond_then_think", "guidance.enabled": False,
         "distill.learning_rate": lambda c: c.sft.learning_rate / 3,
@@ -63,27 +64,27 @@ def base() -> ConfigDict:
     """The defaults: AGRL for a small policy trained from scratch on the bundled benchmark."""
     c = ConfigDict()
     c.seed = 0  # of parameters, batches and sampling
-    c.method = "agrl"  # one of METHODS, with which the fields must agree; names the stage after the warm start
+    c.method = "agrl"  # one of METHODS; the fields must agree with it. It names the stage after the warm start
 
     c.rulebook = ConfigDict()  # the business's rules
     c.rulebook.path = "four_tier"  # a bundled rule book by name, or the path of a YAML file
     c.rulebook.order = "think_then_respond"  # or respond_then_think: the tier first
 
     c.data = ConfigDict()  # pairs and prompts
-    # What RL trains on and the scorecard is made on: the bundled benchmark; pairs: a file of yours; hf: a folder or
-    # file of the library `datasets`; esci, wands: the folder of the public release.
+    # The pairs of RL and of the scorecard. benchmark: the bundled one; pairs: a file of yours; hf: a folder or file of
+    # the library `datasets`; esci, wands: the folder of the public release.
     c.data.source = "benchmark"
     c.data.path = ""  # the file (CSV, TSV, JSON lines, perhaps compressed, or Parquet) or the folder
-    # Of pairs and hf: the test pairs; empty: they are split off, or the column `split` marks them. Of the benchmark: a
-    # file of pairs that are judged too, as the split `test`.
+    # For pairs and hf, the test pairs; empty: they are split off, or the column `split` marks them. For the benchmark,
+    # a file of pairs that are judged too, as the split `test`.
     c.data.test_path = ""
     c.data.columns = ""  # names of our columns in files and datasets, where they differ: "{title: product_title}"
     c.data.labels = ""  # the tier of each label, by name or grade, "{E: 4, S: 3, C: 2, I: 1}"
     c.data.bins = ""  # or the lowest rating of each tier but the worst, "[1.5, 2.5, 3.5]": 2.33 is the second lowest
-    c.data.on_bad_rows = "refuse"  # a row that cannot be used refuses the file; skip: it is left out, counted and said
+    c.data.on_bad_rows = "refuse"  # a file with a row that cannot be used; skip: such rows are left out and reported
     c.data.dir = ""  # where the benchmark is kept; empty: WORKDIR/data, or ~/.cache/agrl_jax if that is a bucket
     c.data.seed = 0  # of the benchmark, and of the split of a file without a `split` column
-    c.data.steps_known = -1  # training pairs that keep their steps; the others keep the tier alone. -1: all keep them
+    c.data.steps_known = -1  # training pairs that keep their steps; others keep only the tier. -1: all keep steps
     c.data.prompt_len = 40  # S, tokens after the instructions that all prompts share; longer item texts are shortened
     c.data.response_len = 17  # T, tokens
     c.data.style = "terse"  # full: with the rule book's instructions; chat: full, through the model's chat template
@@ -99,7 +100,7 @@ def base() -> ConfigDict:
     c.policy.kv_heads = 2  # K
     c.policy.head_dim = 32  # dimensions of each head; even
     c.policy.mlp = 352  # hidden width of the feed-forward network
-    c.policy.tied = False  # one matrix for embedding and head; apart, rare words keep their own direction
+    c.policy.tied = False  # one matrix for embedding and head; with two, rare words keep their own direction
     c.policy.qk_norm = True  # RMSNorm of queries and keys, as in Qwen3
     c.policy.bias = False  # of queries, keys and values, as in Qwen2
     c.policy.rope_theta = 10_000.0  # base of the rotary positions
@@ -111,25 +112,25 @@ def base() -> ConfigDict:
     c.policy.thought_len = 256  # tokens after which a thought is closed by force
 
     c.lora = ConfigDict()  # low-rank adapters, trained in place of the policy's weights
-    c.lora.rank = 0  # 0: none, all weights are trained; otherwise set learning rates some ten times larger
+    c.lora.rank = 0  # 0: no adapters, all weights are trained; with adapters, learning rates are about ten times larger
     c.lora.alpha = 16.0  # the adapters' product is scaled by alpha / rank
     c.lora.modules = "q,k,v,out,gate,up,down"  # matrices of each layer that have adapters
-    c.lora.stages = "both"  # or rl: the warm start trains all weights, and what it leaves is the base
+    c.lora.stages = "both"  # or rl: the warm start trains all weights, and its result is the base of the adapters
     c.lora.base_dtype = "bfloat16"  # of the base, which is not trained; the adapters are float32
 
     c.optim = ConfigDict()  # the optimiser of every stage
-    c.optim.kind = "adamw"  # or adafactor: no momentum, and the second moments of rows and columns alone
-    c.optim.moments = "float32"  # of AdamW and Muon as they are kept; bfloat16: half the memory
-    c.optim.clip_norm = 1.0  # the largest norm of the gradient, which is scaled down to it; 0: no limit
+    c.optim.kind = "adamw"  # or adafactor: no momentum, and second moments only of rows and columns
+    c.optim.moments = "float32"  # dtype in which AdamW and Muon keep moments; bfloat16: half the memory
+    c.optim.clip_norm = 1.0  # a gradient with a larger norm is scaled down to this norm; 0: no limit
     c.optim.b1 = 0.9  # decay of AdamW's mean gradient
     c.optim.b2 = 0.95  # decay of AdamW's mean squared gradient
     c.optim.eps = 1e-8  # added to the root that AdamW divides by
 
     c.sft = ConfigDict()  # the supervised warm start
-    # Pairs of the warm start, one or several joined by "+", as "benchmark_train+pairs". benchmark: the `sft` split of
-    # the bundled benchmark; benchmark_train: its `train` split; train: the pairs that RL sees; known: of these, the
-    # ones whose steps are all known; pairs, hf, esci, wands: the training pairs at sft.path; both: benchmark+train;
-    # mixture: of benchmark_train and train, as the fields of `mixture` say.
+    # Pairs of the warm start: one source or several, joined by "+", as in "benchmark_train+pairs". benchmark: the `sft`
+    # split of the bundled benchmark; benchmark_train: its `train` split; train: the pairs that RL sees; known: those
+    # pairs of train whose steps are all known; pairs, hf, esci, wands: the training pairs at sft.path; both:
+    # benchmark+train; mixture: benchmark_train and train, mixed by the fields of `mixture`.
     c.sft.source = "benchmark"
     c.sft.path = ""  # a file of pairs, read by data.columns, labels and bins, or the folder of the release
     c.sft.steps = 600  # updates
@@ -140,15 +141,15 @@ def base() -> ConfigDict:
     c.sft.warmup = 30  # steps in which the learning rate rises from 0
     c.sft.weight_decay = 0.01  # decoupled, of matrices alone
     c.sft.prompt_weight = 0.1  # of the prompts' own tokens in the loss: a policy from scratch learns from them too
-    # How pairs with unknown steps teach. fill: the policy fills these steps in, and the loss is of what is known; sum:
-    # the loss is of the label's probability, summed over all steps that agree with it.
+    # How pairs with unknown steps teach. fill: the policy fills these steps in, and the loss is over what is known;
+    # sum: the loss is of the label's probability, summed over all steps that agree with the label.
     c.sft.unknown_steps = "fill"
-    c.sft.by_length = False  # batches of pairs of like length, their prompts cut to the longest of them
+    c.sft.by_length = False  # batches have pairs of similar length, and are only as wide as their longest prompt
 
     c.mixture = ConfigDict()  # what sft.source=mixture is made of; see agrl_jax/data/mixture.py
     c.mixture.rows = 24_000  # pairs in all
-    c.mixture.real = 0.3  # share of `train`, the pairs of real shops, each as often as it takes
-    c.mixture.strangers = 0.05  # share of real queries with other queries' items, which are of the worst tier
+    c.mixture.real = 0.3  # share of `train`, the pairs of real shops; they are repeated to reach it
+    c.mixture.strangers = 0.05  # share of real queries with items of other queries; their tier is the worst
     c.mixture.disguised = 0.7  # share of the benchmark's pairs that are rewritten as a marketplace would write them
 
     c.rl = ConfigDict()  # reinforcement learning
@@ -157,13 +158,13 @@ def base() -> ConfigDict:
     c.rl.budget = 0  # forward-equivalent tokens (`budget/spent`) after which the stage ends, if sooner; 0: no limit
     c.rl.batch_size = 64  # B, examples
     c.rl.group_size = 4  # G, answers to each
-    c.rl.candidates = 1  # x B examples sampled at most, to replace groups with equal rewards; see rl/refill.py
-    c.rl.temperature = 1.0  # of sampling; the loss is of the same distribution
+    c.rl.candidates = 1  # at most this times B examples are sampled, to replace groups of equal rewards; rl/refill.py
+    c.rl.temperature = 1.0  # of sampling; the loss takes log-probabilities at the same temperature
     c.rl.constrained = False  # sample under the rule book's grammar; the loss is over the same allowed tokens
     c.rl.epochs = 1  # passes over each rollout
     c.rl.minibatches = 1  # updates in each pass
-    c.rl.micro_batches = 1  # pieces of each minibatch: less memory, and no work for those where no group can teach
-    c.rl.sample_batches = 1  # pieces in which the batch is sampled: less memory, for keys and values
+    c.rl.micro_batches = 1  # pieces of each minibatch: less memory, and no work for pieces where no group can teach
+    c.rl.sample_batches = 1  # pieces in which the batch is sampled: less memory for keys and values
     c.rl.learning_rate = 3e-4  # peak
     c.rl.matrix_rate = 0.004  # as in sft
     c.rl.schedule = "cosine"  # after warm-up: to 0 at the end; or constant
@@ -172,15 +173,15 @@ def base() -> ConfigDict:
     c.rl.max_skipped = 10  # updates in a row skipped as not finite before the run stops
 
     c.difficulty = ConfigDict()  # sampling of examples by the policy's own pass rates; see agrl_jax/rl/difficulty.py
-    c.difficulty.pool = 1  # x B examples, of which the B to roll are chosen by the band; 1: no choice
-    c.difficulty.low = 0.01  # least pass rate of the band: rows of which no answer passes lie below
-    c.difficulty.high = 0.99  # greatest: rows of which all answers pass lie above
+    c.difficulty.pool = 1  # each step chooses its B examples from this times B, by the band; 1: no choice
+    c.difficulty.low = 0.01  # lowest pass rate of the band; rows of which no answer passes are below it
+    c.difficulty.high = 0.99  # highest pass rate of the band; rows of which all answers pass are above it
     c.difficulty.again = 100  # steps after which a row outside the band comes back, since the policy has changed
 
     c.dpo = ConfigDict()  # in place of rl where the method is dpo; see agrl_jax/supervised/dpo.py
     c.dpo.samples = 8  # answers to each training pair, at rl.temperature; right ones are preferred to wrong ones
-    c.dpo.mined = 12_800  # training pairs sampled from, stratified; 0: all
-    c.dpo.pairs = 1  # preferences taken from one training pair at most
+    c.dpo.mined = 12_800  # training pairs that are answered, stratified; 0: all
+    c.dpo.pairs = 1  # most preferences from one training pair
     c.dpo.beta = 0.1  # how strongly the policy is held to the reference
     c.dpo.steps = 400  # updates
     c.dpo.batch_size = 64  # preferences
@@ -190,7 +191,7 @@ def base() -> ConfigDict:
     c.dpo.warmup = 20  # steps in which the learning rate rises from 0
 
     c.more = ConfigDict()  # in place of rl where the method is sft_more or sft_all: supervised training goes on
-    c.more.source = "sft"  # the pairs of the warm start; or train: those that RL sees, see rl.source
+    c.more.source = "sft"  # the pairs of the warm start; or train: the pairs that RL sees, see rl.source
     c.more.steps = 400  # updates; sft_more and sft_all set it to what RL would cost
     c.more.batch_size = 32  # pairs
     c.more.micro_batches = 1  # as in sft
@@ -200,8 +201,8 @@ def base() -> ConfigDict:
 
     c.distill = ConfigDict()  # in place of rl where the method is distill; see agrl_jax/supervised/distill.py
     c.distill.path = ""  # judged pairs, as agrl_jax.judge writes them; they need no labels
-    c.distill.columns = ""  # its names of our columns, "{title: product_title}"
-    c.distill.teacher = ""  # the judge whose weights are the start, for agrl_jax.distill; empty: the warm start's
+    c.distill.columns = ""  # the file's names of our columns, "{title: product_title}"
+    c.distill.teacher = ""  # the judge whose weights the student starts from, for agrl_jax.distill; empty: warm start
     c.distill.steps = 1000  # updates
     c.distill.batch_size = 32  # pairs; the method takes this, the pieces and the rates from sft
     c.distill.micro_batches = 1  # as in sft
@@ -212,7 +213,7 @@ def base() -> ConfigDict:
 
     c.reward = ConfigDict()  # what an answer earns; see agrl_jax/rl/reward.py
     c.reward.composition = "gated"  # terminal, sum, gated, gated_tier
-    c.reward.tier_kind = "exact"  # ordinal: less by each tier off; brier, rps: as probabilities, see its file
+    c.reward.tier_kind = "exact"  # or ordinal: the nearer the tier the more; brier, rps: scores of probabilities
     c.reward.tier_weight = 1.0  # of the right tier
     c.reward.step_weight = 1.0  # of each step; if it is far below tier_weight, wrong steps that give the right tier pay
     c.reward.consistent_weight = 0.25  # of steps that imply the stated tier
@@ -222,33 +223,33 @@ def base() -> ConfigDict:
 
     c.objective = ConfigDict()  # the loss; see agrl_jax/rl/objective.py
     c.objective.loss = "grpo"  # grpo, dr_grpo, dapo, gspo, cispo, rloo
-    c.objective.credit = "step"  # each step's reward to the tokens of that step; or sequence: all to all
+    c.objective.credit = "step"  # a step's reward goes to the tokens of that step; or sequence: to all tokens
     c.objective.clip_low = 0.2  # the ratio of new to old probability is clipped at 1 - clip_low from below
     c.objective.clip_high = 0.2  # and at 1 + clip_high from above; DAPO takes 0.28
-    c.objective.gspo_clip_low = 3e-4  # the same for gspo, whose ratios are geometric means over an answer
-    c.objective.gspo_clip_high = 4e-4  # as in its paper
+    c.objective.gspo_clip_low = 3e-4  # clip_low of gspo, whose ratios are geometric means over an answer
+    c.objective.gspo_clip_high = 4e-4  # clip_high of gspo; both as in its paper
     c.objective.clamp = 0.0  # advantages of tokens are limited to -clamp ... clamp; 0: no limit
-    c.objective.kl = "none"  # to the end of the warm start: none; k1, taken from the reward; k2 or k3, in the loss
+    c.objective.kl = "none"  # to the end of the warm start; k1: subtracted from the reward; k2, k3: in the loss
     c.objective.kl_weight = 0.0  # of the KL term
     c.objective.entropy_weight = 0.003  # of the entropy bonus
     c.objective.mask_truncated = False  # answers without an end give no gradient
-    c.objective.logprob_chunk = 0  # positions whose logits a device holds at once, and recomputes; 0: all, kept
+    c.objective.logprob_chunk = 0  # positions whose logits a device holds at once, then recomputes; 0: all are kept
 
     c.guidance = ConfigDict()  # guided replay; see agrl_jax/rl/guidance.py
     c.guidance.enabled = True  # groups that fail answer again, after being given the first parts of the gold answer
     c.guidance.threshold = 0.0  # a group fails where at most this share of its answers passes
-    c.guidance.capacity = 0.5  # groups guided at most, as a share of the batch
+    c.guidance.capacity = 0.5  # largest share of the batch's groups that are guided
     c.guidance.replace = 2  # answers of a guided group that are rolled again
     c.guidance.source = "gold"  # own: where the truth is unknown, the policy's latest right answer to the pair
     c.guidance.treatment = "imitate"  # of forced tokens in the loss: shaped, imitate, importance, mask
-    c.guidance.gamma = 0.1  # of shaped, whose loss is -p / (p + gamma)
+    c.guidance.gamma = 0.1  # of treatment shaped: a forced token of probability p has loss -A p / (p + gamma)
     c.guidance.imitate_weight = 1.0  # of imitate; 1: as a sampled token with advantage 1 in an answer of T tokens
-    c.guidance.baseline = "pooled"  # over a guided group's answers; unguided_only: over its unguided ones
+    c.guidance.baseline = "pooled"  # mean over a guided group's answers; unguided_only: over its unguided answers
     c.guidance.level = "adaptive"  # or fixed, at initial_level
     c.guidance.initial_level = 4.0  # parts of the gold response revealed at first
     c.guidance.eta = 0.2  # how fast the level follows the guided pass rate
     c.guidance.per_family = True  # one level for each query family
-    c.guidance.cap = "none"  # linear or cosine: a ceiling of the level falls to 0 over training
+    c.guidance.cap = "none"  # linear or cosine: an upper bound of the level, which falls to 0 over training
 
     c.eval = ConfigDict()  # validation and the scorecard
     c.eval.every = 50  # RL steps between validations; 0: only at the end
@@ -260,20 +261,20 @@ def base() -> ConfigDict:
     c.eval.batch_size = 128  # pairs judged at once
     c.eval.bootstrap = 1000  # resamples of the 95% intervals
 
-    c.checkpoint = ConfigDict()  # what a run that is resumed goes on from
+    c.checkpoint = ConfigDict()  # a resumed run goes on from the last checkpoint
     c.checkpoint.every = 50  # steps
-    c.checkpoint.keep = 2  # besides the best by validation and the end of the warm start
+    c.checkpoint.keep = 2  # latest ones, besides the best by validation and the end of the warm start
 
     c.log = ConfigDict()  # metrics and samples
     c.log.every = 1  # steps
     c.log.samples_every = 25  # steps between decoded rollouts
     c.log.samples = 2  # examples decoded each time
 
-    c.mesh = ConfigDict()  # devices along each axis; -1: all that remain
+    c.mesh = ConfigDict()  # devices along each axis; -1: all remaining ones
     c.mesh.data = -1  # the batch is split over them
     c.mesh.fsdp = 1  # the batch, the parameters and the optimiser are split over them
     c.mesh.tensor = 1  # heads, feed-forward, vocabulary and experts are split over them
-    c.mesh.gather_decode = True  # gather weights for decoding once per rollout; False: for each token, in less memory
+    c.mesh.gather_decode = True  # gather weights once for each rollout; False: for each token, which takes less memory
     return c
 
 
@@ -285,7 +286,7 @@ def pairs() -> ConfigDict:
     c.policy.vocab_size = 4000  # and their words more varied
     c.rl.steps = 150
     c.guidance.source = "own"  # most real pairs have the tier alone
-    c.guidance.threshold = 0.25  # a group with one right answer of four is guided by it, even at the first meeting
+    c.guidance.threshold = 0.25  # a group with one right answer of four is guided by that answer, the first time too
     c.eval.every = 25
     return c
 
@@ -294,18 +295,18 @@ def language_model() -> ConfigDict:
     """AGRL for a language model that can follow instructions, on the bundled benchmark."""
     c = base()
     c.data.style = "chat"  # the rule book's instructions, through the model's own chat template
-    c.data.prompt_len = 112  # query and item take some 60 tokens; the instructions, 650, are run once for all
+    c.data.prompt_len = 112  # query and item take about 60 tokens; the instructions, 650 tokens, are run once for all
     c.data.response_len = 40  # a subword vocabulary spells the longest gold answer in about 30
     c.reward.overlong_from = 32
 
     c.policy.compute_dtype = "bfloat16"  # parameters stay in float32: in bfloat16 they would lose small updates
-    c.policy.remat = True  # else attention weights alone take 32 x 432 x 760 x 4 bytes a head and layer: 42 MB
+    c.policy.remat = True  # without it, attention weights alone take 32 x 432 x 760 x 4 bytes a head and layer: 42 MB
 
-    # The model knows its language; it has to learn the form of the answer, and then to judge.
+    # The model knows its language. It has to learn the form of the answer, and then to judge.
     c.sft.steps = 300
     c.sft.batch_size = 32
     c.sft.learning_rate = 2e-5
-    c.sft.matrix_rate = 0.0  # AdamW alone: orthogonalised steps would rewrite what pretraining left
+    c.sft.matrix_rate = 0.0  # AdamW alone: Muon's orthogonalised steps would overwrite what pretraining learnt
     c.sft.weight_decay = 0.0
     c.sft.prompt_weight = 0.0  # the language of prompts is known too
     c.rl.steps = 200
@@ -317,7 +318,7 @@ def language_model() -> ConfigDict:
     c.dpo.update(mined=3200, batch_size=32, learning_rate=1e-6, matrix_rate=0.0)
     c.more.update(learning_rate=1e-5, matrix_rate=0.0)
     c.distill.matrix_rate = 0.0
-    c.objective.logprob_chunk = 1024  # with 150,000 tokens in a vocabulary, 0.6 GB of logits
+    c.objective.logprob_chunk = 1024  # 0.6 GB of logits with a vocabulary of 150,000 tokens
     c.guidance.replace = 4  # of 8
     c.eval.batch_size = 32
     return c
@@ -333,13 +334,13 @@ def with_method(config: ConfigDict, method: str) -> ConfigDict:
 
 
 def check(config: ConfigDict) -> None:
-    """Raises ConfigError where the fields are not those of the method, or where a changed field has no effect beside
-    the others; one message lists all problems."""
+    """Raises ConfigError if the fields do not agree with the method, or if a changed field has no effect with the
+    others. One message lists all problems."""
     raise_problems([*_method_problems(config), *_idle_problems(config)])
 
 
 def rl_method(config: ConfigDict) -> str:
-    """The method that RL with these fields is."""
+    """The name of the method of RL that these fields make."""
     terminal = config.reward.composition == "terminal"
     if config.guidance.enabled:
         return "agr" if terminal else "agrl"
@@ -369,7 +370,7 @@ def _method_problems(config: ConfigDict) -> Iterator[str]:
         yield f"method={method} with {values}: that is {rl_method(config)}; {advice}, or set method to what it is"
 
 
-# (field, other field, test): the field acts only beside values of the other field that pass the test.
+# (field, other field, test): the field has an effect only if the value of the other field passes the test.
 _ACTS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("data.path", "data.source", lambda source: source != "benchmark"),
     ("data.test_path", "data.source", lambda source: source in ("pairs", "hf", "benchmark")),
