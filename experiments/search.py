@@ -14,15 +14,14 @@ from ml_collections import ConfigDict
 
 from experiments import study
 
-RL = ("grpo", "grpo_ds", "grpo_pr", "rrs", "agr", "agrl")
-SETTINGS = {
+COMMON = {
     "centre": {},
     "slow": {"rl.learning_rate": 3e-5, "rl.matrix_rate": 0.0004},
     "fast": {"rl.learning_rate": 3e-4, "rl.matrix_rate": 0.004},
     "entropy": {"objective.entropy_weight": 0.02},
-    "kl": {"objective.kl": "k3", "objective.kl_weight": 0.05},
-    "cool": {"rl.temperature": 0.8},
-}  # fmt: skip
+}
+RL = COMMON | {"kl": {"objective.kl": "k3", "objective.kl_weight": 0.05}, "cool": {"rl.temperature": 0.8}}
+GUIDED = COMMON | {"light": {"guidance.imitate_weight": 0.3}, "heavy": {"guidance.imitate_weight": 3.0}}
 # DPO has no clipping; beta is its weight of the KL.
 DPO = {
     "centre": {},
@@ -38,7 +37,10 @@ MORE = {
     "slow": {"more.learning_rate": 3e-4, "more.matrix_rate": 0.0013},
     "fast": {"more.learning_rate": 3e-3, "more.matrix_rate": 0.013},
 }  # fmt: skip
-SEARCHED = dict.fromkeys(RL, SETTINGS) | {"dpo": DPO, "sft_more": MORE, "sft_all": MORE}
+SEARCHED = {
+    **dict.fromkeys(("grpo", "grpo_ds", "grpo_pr", "rrs"), RL), **dict.fromkeys(("agr", "agrl"), GUIDED),
+    "dpo": DPO, "sft_more": MORE, "sft_all": MORE,
+}  # fmt: skip
 
 
 def runs() -> dict[str, dict[str, object]]:

@@ -89,9 +89,11 @@ def test_more_of_the_same_goes_on_with_the_next_pairs() -> None:
 def test_every_method_has_the_same_search() -> None:
     searched = {run.split(".")[0] for run in search.SWEEP.runs}
     assert searched == set(main_table.METHODS) - {"sft"}
-    for method in search.RL:
-        settings = {run.split(".")[1] for run in search.SWEEP.runs if run.startswith(f"{method}.")}
-        assert settings == set(search.SETTINGS)
+    settings = {
+        method: [run.split(".")[1] for run in search.SWEEP.runs if run.startswith(f"{method}.")] for method in searched
+    }
+    assert {len(some) for method, some in settings.items() if not method.startswith("sft")} == {6}
+    assert settings["agrl"] == list(search.GUIDED) and settings["grpo"] == list(search.RL)
 
 
 def test_results_of_another_config_do_not_count() -> None:
@@ -314,9 +316,9 @@ def test_the_search_chooses_by_the_last_validations_and_never_what_diverged(monk
     }
     monkeypatch.setattr(results, "read", lambda sweep: found)
     fields, rows = choose.choose()
-    assert fields["grpo"] == {**search.SETTINGS["slow"], "rl.steps": 50}
+    assert fields["grpo"] == {**search.RL["slow"], "rl.steps": 50}
     assert [row[3] for row in rows if row[0] == "grpo"].count("chosen") == 1
-    del found["agrl.kl"]
+    del found["agrl.light"]
     assert set(choose.choose()[0]) == set(search.SEARCHED) - {"agrl"}
     found.clear()
     with pytest.raises(ConfigError, match="no method of search has been searched"):
