@@ -29,14 +29,14 @@ class Contender:
     """A module of `benchmarks.contenders`, and the packages of its environment."""
 
     module: str
-    install: tuple[tuple[str, ...], ...] = ()  # one pip command after the other; none: this environment
-    gpu_install: tuple[str, ...] = ()  # on a GPU, too
+    install: tuple[tuple[str, ...], ...] = ()  # packages of each pip command, in order; none: it uses this environment
+    gpu_install: tuple[str, ...] = ()  # packages of one more pip command on a GPU
     needs_gpu: bool = False
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def answers_of(contender: Contender, python: str, task: Any) -> tuple[list[dict[str, Any]], dict[str, str] | None]:
-    """What a contender answers to a task, a dataclass, in a process of its own; and its error, if it failed."""
+    """The answers of a contender to a task (a dataclass), in a process of its own; and its error, if it failed."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(dataclasses.asdict(task), file)
         file.flush()
@@ -59,13 +59,13 @@ def cache_beside(out: Path) -> Path:
 
 
 def machine(dtype: str) -> dict[str, Any]:
-    """The machine as it is now, from a process of its own, so that this one holds no memory of a GPU."""
+    """The machine as it is now, measured in a process of its own, so that this process takes no memory of a GPU."""
     command = [sys.executable, "-m", "benchmarks.machine", f"--dtype={dtype}"]
     return json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def weights(model: str, cache: Path) -> Path:
-    """The folder of a model by the name of its shape, written if it does not exist."""
+    """The Hugging Face folder of a model, by the name of its shape. It is written if it does not exist."""
     folder = cache / f"{model}-{'pretrained' if workload.is_pretrained(model) else 'random'}"
     if not folder.exists():
         fresh = folder.with_suffix(".part")

@@ -2,10 +2,10 @@
 
     python -m benchmarks.growth [--base=quickstart] [--base_work=quickstart] [--factors=1,2,4,8] [--out=FILE.json]
 
-One of them grows at a time, from the base. Each point is a process of its own, so that its peak memory (RSS; on a GPU
-the device's) is its own too; the compiler gives the memory of the program's temporary arrays. Each curve is fitted by a
-power of the size: the slope of the logarithms. Writes the results as they come, and a plot beside them; the same
-command continues one that was broken off.
+One size at a time grows from the base. Each point is measured in a process of its own, so that its peak memory is its
+own (RSS, or the device's on a GPU). The compiler gives the memory of the program's temporary arrays. A power of the
+size is fitted to each curve: its exponent is the slope of the logarithms. Results are written as they come, with a plot
+beside them; the same command continues one that was stopped.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ AXES = ("group_size", "prompt_len", "response_len", "vocab_size", "parameters")
 
 
 def grown(shape: PolicyConfig, work: Work, axis: str, factor: int) -> tuple[PolicyConfig, Work]:
-    """Shape and work with one size `factor` times as large; a model grows in width, so its parameters grow with the
+    """Shape and work with one size `factor` times as large. A model grows in width, so its parameters grow with the
     square of the factor."""
     if axis == "parameters":
         wider = {name: getattr(shape, name) * factor for name in ("width", "heads", "kv_heads", "mlp")}
@@ -118,7 +118,7 @@ def _fits(points: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """The points and their slopes, everything over the base."""
+    """Plots the points, each divided by the base's, with the slopes in the legend."""
     figure, panels = plt.subplots(1, len(table.MEASURES), figsize=(11, 3.6), layout="constrained")
     for panel, (name, title) in zip(panels, table.MEASURES.items(), strict=True):
         for axis in AXES:

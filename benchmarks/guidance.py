@@ -1,11 +1,11 @@
-"""The cost of adaptive guided replay: a step with 0%, 25% and 50% of its groups guided, over the step without guidance.
+"""The cost of guided replay: steps with 0%, 25% and 50% of the groups guided, divided by a step without guidance.
 
     python -m benchmarks.guidance [--models=quickstart,smollm2] [--works=quickstart,A] [--repeats=3] [--out=FILE.json]
 
 Half of a guided group's answers are sampled again after the first part of the gold response; no answer ends early. All
-groups fail here, and the data decide which can be guided: so one program, compiled once, makes steps with no group
-guided, where the replay is skipped, and up to its capacity. A program always replays as many groups as it has capacity
-for, used or not: so 25% is measured with a capacity of 25% and, the worst case, of 50%.
+groups fail here, and the data decide which of them can be guided. So one program, compiled once, makes steps with any
+number of guided groups up to its capacity; with none, the replay is skipped. A program always replays as many groups as
+its capacity, used or not. So 25% is measured with a capacity of 25% and, as the worst case, with one of 50%.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CAPACITIES = (0.0, 0.25, 0.5)  # 0: the step without guidance
 
 
 def measure(model: str, work_name: str, repeats: int, dtype: str) -> dict[str, Any]:
-    """Seconds of steps by capacity and share guided, raw, and the number of compilations of each program."""
+    """All seconds of steps by capacity and share of guided groups, and how often each program was compiled."""
     work = workload.WORKS[work_name]
     policy = workload.draw(dataclasses.replace(workload.SHAPES[model], compute_dtype=dtype))
     loads = {capacity: workload.build(policy, work, _config(work, capacity)) for capacity in CAPACITIES}
@@ -78,7 +78,7 @@ def _config(work: workload.Work, capacity: float) -> StepConfig:
 
 
 def _guidable(load: Workload, share: float) -> Batch:
-    """The batch, with a known truth for a `share` of its groups; the others fail, but have nothing to reveal."""
+    """The batch, with a known truth for a `share` of its groups. The others fail too, but have nothing to reveal."""
     known = jnp.arange(load.work.prompts) < round(share * load.work.prompts)
     return load.batch.replace(known_parts=jnp.where(known, load.batch.known_parts, 0))
 

@@ -1,10 +1,10 @@
-"""What running the instructions once saves: a supervised step and judging, with them once and in every prompt.
+"""Measures what running the instructions once saves, in a supervised step and in judging.
 
     python -m benchmarks.instructions [--model=smollm2] [--rows=16] [--repeats=3] [--layouts=once,terse]
 
 `once` is what training and judging do. `in every prompt` puts the same tokens at the head of each prompt, which gives
 the same numbers (tests/test_instructions.py). `terse` has no instructions. All figures are medians over the repeats of
-one run, taken in turns. Processor time is measured beside the clock's: a busy machine adds only to the clock's.
+one run, taken in turns. Processor time is measured as well as clock time, since a busy machine adds only to clock time.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def supervised(model: Model, batch: Batch, shared: np.ndarray) -> Callable[[], A
 
 
 def judging(model: Model, batch: Batch, shared: np.ndarray) -> Callable[[], Any]:
-    """The likeliest value of each part, and the probabilities of all, compiled and run once; instructions before."""
+    """Judging, compiled and run once: the likeliest value of each part, and the probabilities of all values. The
+    instructions have been run before."""
     shape, params, tokenizer = model
     policy, instruct = instructed(transformer.build(shape)[0], shared)
     texts = statements(book.load(), tokenizer, shape.vocab_size)
@@ -97,7 +98,7 @@ def judging(model: Model, batch: Batch, shared: np.ndarray) -> Callable[[], Any]
 
 
 def measure(make: Callable[..., Callable[[], Any]], model: Model, kinds: dict[str, Layout], repeats: int) -> Any:
-    """Median seconds of each layout and their ratios to `once`, by both clocks; and all measured seconds."""
+    """Median seconds of each layout, divided by those of `once` too, in clock and processor time; and all seconds."""
     runs = {name: make(model, *layout) for name, layout in kinds.items()}
     taken: dict[str, list[np.ndarray]] = {name: [] for name in kinds}
     for _ in range(repeats):

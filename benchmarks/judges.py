@@ -3,10 +3,10 @@
     python -m benchmarks.judges [--rows=32] [--repeats=3] [--only=ours,llama,hf] [--model=smollm2] [--out=FILE.json]
 
 Every contender is given the same tokens of each prompt, instructions included. Ours judges with `Judge`, which also
-tokenises them and gives the tiers' probabilities. llama.cpp (through llama-cpp-python, from a GGUF file) goes on from
-the longest start that a prompt shares with the one before it, and decodes under the rule book's grammar; Hugging Face
-has no grammar, and generates as many tokens as the longest answer has. All are greedy. They run in turn, each in a
-process of its own, after one round to warm up; `--cache` and `--here` as in `benchmarks.peers`.
+tokenises the prompts and gives the probabilities of the tiers. llama.cpp (through llama-cpp-python, from a GGUF file)
+reuses the longest start that a prompt shares with the one before it, and decodes under the rule book's grammar. Hugging
+Face has no grammar, and generates as many tokens as the longest answer has. All are greedy. They run in turn, each in a
+process of its own, after one round to warm up. `--cache` and `--here` are those of `benchmarks.peers`.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     if wrong := set(_ONLY.value) - set(CONTENDERS):
         raise app.UsageError(f"--only={wrong.pop()}: not one of {', '.join(CONTENDERS)}")
-    jax.config.update("jax_platforms", "cpu")  # in this process alone: the device is the contenders'
+    jax.config.update("jax_platforms", "cpu")  # in this process alone: the contenders use the device
     out = results.path_of(OUT.value, f"judges_{MODEL.value}")
     cache = environments.cache_beside(out)
     folder = environments.weights(MODEL.value, cache)

@@ -2,11 +2,11 @@
 
     python -m benchmarks.limits [--work=A|B|...] [--model=smollm2|llama_1b|...] [--batches=64,256] [--out=FILE.json]
 
-For each phase: operations and bytes per second, as shares of what a large matrix product and a large copy reach on the
-same device in the same run; `roofline` is the least time that both allow, over the time taken. The launch floor of
-decoding is the time of a policy with as many layers that is as narrow as can be: its arithmetic is negligible, so it
-takes the time to start kernels. `--batches` decodes for other numbers of answers too. The arithmetic and traffic are
-those of `benchmarks.phases`: lower bounds.
+For each phase it gives operations and bytes per second, as shares of what a large matrix product and a large copy reach
+on the same device in the same run; `roofline` is the least time that both rates allow, divided by the time taken. The
+launch floor of decoding is the time of a policy with as many layers, but as narrow as possible: its arithmetic is
+negligible, so its time is that of starting kernels. `--batches` decodes other numbers of answers too. The arithmetic
+and traffic are the lower bounds of `benchmarks.phases`.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def measure(load: Workload, limits: dict[str, float]) -> Iterator[tuple[str, dic
 
 
 def decode(shape: PolicyConfig, work: Work, limits: dict[str, float]) -> dict[str, Any]:
-    """The same for decoding alone."""
+    """The figures of `measure` for decoding alone."""
     return next(figures for name, figures in measure(_load(shape, work), limits) if name == "decode")
 
 
 def launch_floor(shape: PolicyConfig, work: Work, limits: dict[str, float]) -> float:
-    """Seconds of decoding with a policy as deep as this one and as narrow as can be."""
+    """Seconds of decoding with a policy as deep as this one and as narrow as possible."""
     narrow = dataclasses.replace(shape, vocab_size=600, width=8, heads=1, kv_heads=1, head_dim=8, mlp=8)
     return decode(narrow, dataclasses.replace(work, prompts=1, prompt_len=8, group_size=2), limits)["seconds"]
 

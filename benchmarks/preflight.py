@@ -1,9 +1,9 @@
-"""The table of docs/tpu.md: what a step takes on TPUs, from compiled programs; it needs no TPU.
+"""Makes the table of docs/tpu.md: what a step takes on TPUs, by compiled programs. It needs no TPU.
 
     python -m benchmarks.preflight [--only=qwen3_8b@v6e:8x8]
 
-Compiles the rows that are named (`--only=all` for all of them, an hour on two cores), keeps their figures in
-docs/preflight.json, and prints the table of all rows in it. Needs `pip install -e '.[preflight]'`.
+It compiles the rows that are named (`--only=all` names all of them, an hour on two cores), keeps their figures in
+docs/preflight.json, and prints the table of all rows there. It needs `pip install -e '.[preflight]'`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Row(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As `--only` names it."""
+        """The name of the row in `--only`."""
         return f"{self.config}@{self.topology}"
 
 
@@ -49,7 +49,7 @@ ROWS = (
 
 
 def compile_row(row: Row) -> dict[str, Any]:
-    """The figures of a row; guided replay in every step."""
+    """The figures of a row, with guided replay in every step."""
     config = importlib.import_module(f"configs.{row.config}").get_config()
     config.update_from_flattened_dict(row.fields)
     shape = _SHAPES / f"{row.config}.json"
@@ -57,7 +57,7 @@ def compile_row(row: Row) -> dict[str, Any]:
 
 
 def markdown(found: dict[str, dict[str, Any]]) -> str:
-    """The table, a row for each that is in `found`."""
+    """The table of the rows in `found`."""
     columns = [
         "config", "chips", "set", "fits", "GiB a chip", "a step takes at least", "tokens/s at most", "bound by"
     ]  # fmt: skip

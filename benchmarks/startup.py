@@ -1,10 +1,10 @@
-"""Measures the time to the first step, with a cold and a warm compilation cache; the host's share; tokenising.
+"""Measures the time to the first step (with a cold and a warm compilation cache), the host's share, and tokenising.
 
     python -m benchmarks.startup [--config=configs/quickstart.py] [--loop_steps=40] [--out=FILE.json]
 
-The training command is started twice, with one compilation cache that is empty at first, and timed to the first row of
-its log. Then the training loop runs in this process, and each of its steps is compared with the compiled step within
-it: the difference is the host's time that the device does not hide. Last, pairs are tokenised and batched; the target
+The training command is started twice, with one compilation cache that is empty at first. It is timed to the first row
+of its log. Then the training loop runs in this process, and each of its steps is compared with the compiled step in it:
+the difference is time in which the host works and the device waits. Last, pairs are tokenised and batched; the target
 is 100,000 a minute on two cores.
 """
 
@@ -46,7 +46,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py", "th
 _STEPS = flags.DEFINE_integer("loop_steps", 40, "RL steps of the loop that is timed", lower_bound=2)
 _PAIRS = flags.DEFINE_integer("pairs", 20_000, "pairs that are tokenised", lower_bound=32)
 
-SHORT = {  # the same programs for steps, and as little else as possible
+SHORT = {  # a run with the same compiled steps, and as little else as possible
     "sft.steps": 2, "sft.warmup": 1, "eval.every": 0, "eval.pairs": 8, "eval.validation_pairs": 8, "eval.pass_pairs": 1,
     "eval.bootstrap": 2, "checkpoint.every": 1_000_000, "log.samples_every": 0, "log.every": 1,
 }  # fmt: skip
@@ -85,8 +85,8 @@ def _timed_run(command: Sequence[str], environment: dict[str, str], log: Path) -
 
 
 def host_share(config: ConfigDict, steps: int, folder: str) -> dict[str, float]:
-    """Seconds of a step of the training loop and of the compiled step within it; and the share of the difference, in
-    which the host works and the device is idle."""
+    """Seconds of a step of the training loop and of the compiled step in it; and the difference as a share of the step:
+    time in which the host works and the device is idle."""
     written: list[float] = []
     compiled: list[Future[float]] = []
     run_stage, write = run._run_stage, MetricsWriter.write
@@ -126,7 +126,7 @@ def host_share(config: ConfigDict, steps: int, folder: str) -> dict[str, float]:
 
 
 def _now(arrays: Any) -> float:
-    """The time at which arrays are there."""
+    """Waits until the arrays are computed, and returns the time."""
     jax.block_until_ready(arrays)
     return time.perf_counter()
 

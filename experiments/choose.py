@@ -1,9 +1,10 @@
-"""Chooses each method's settings from the search: the highest mean validation macro-F1 of the last three validations.
+"""Chooses the settings of each method from the search.
 
     python -m experiments.choose
 
-Writes `results/tuned.json`, {method: fields}, and prints what was tried. The schedule of each method is set to
-end where its budget does.
+The best settings have the highest macro-F1, as a mean over the last three validations. The command writes
+`results/tuned.json`, {method: fields}, and prints what was tried. The schedule of each method is set to end with its
+budget.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from agrl_jax.runtime.console import console_table, say
 from experiments import results, search, study
 from experiments.study import Sweep
 
-LAST = 3  # validations: one alone is noisy
+LAST = 3  # validations that are averaged: a single one is noisy
 
 
 def choose(
@@ -28,8 +29,10 @@ def choose(
     searched: Mapping[str, Mapping[str, Mapping[str, object]]] = search.SEARCHED,
     budget: int = study.BUDGET,
 ) -> tuple[dict[str, dict[str, object]], list[list[object]]]:
-    """The fields chosen for each method that was searched to the end, and rows of all settings tried: method, setting,
-    validation macro-F1, chosen. Raises ConfigError if no method was searched to the end.
+    """The fields chosen for each method that was searched to the end, and a row for each setting that was tried.
+
+    A row is (method, setting, validation macro-F1, "chosen" or ""). Raises ConfigError if no method was searched to the
+    end.
 
     Args:
       sweep: its runs are named METHOD.SETTING.
@@ -54,7 +57,7 @@ def choose(
     fields = {method: dict(searched[method][setting]) for method, setting in best.items()}
     for method, chosen in fields.items():
         steps, tokens = (_cost(found[f"{method}.{best[method]}"], name) for name in ("steps", "forward_equivalents"))
-        # Where its schedule should end with the whole budget.
+        # The schedule should end when the whole budget is spent.
         chosen[f"{last_branch(method)}.steps"] = math.ceil(budget * steps / tokens)
     return fields, rows
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from experiments import study
 
-# A shorter warm start than the study's: each step fills in unknown steps of the pairs, and takes longer.
+# The warm start is shorter than the study's, since its steps take longer: they fill in unknown steps of the pairs.
 PAIRS = {
     "data.source": "pairs", "data.prompt_len": 64, "policy.vocab_size": 4000, "sft.source": "both", "sft.steps": 1000,
     "guidance.source": "own", "guidance.threshold": 0.25, "rl.batch_size": 32,

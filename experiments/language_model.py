@@ -3,10 +3,10 @@
     python -m experiments.language_model [--config.data.test_path=PAIRS.csv]
 
 One command searches the settings, makes every run that is missing, and writes the tables after each run. It can be
-stopped at any point, by Ctrl-C or `--minutes=N`, and given again. The first seed of all methods comes first. A run
-takes about a quarter of an hour of two cores, all of them half a day. `--search=False` spares the nine runs of the
-search: all methods take its centre. No run trains on the real pairs of PAIRS.csv: they are judged beside the benchmark,
-as the split `test`.
+stopped at any point, by Ctrl-C or `--minutes=N`, and started again. The first seed of all methods comes first. A run
+takes about a quarter of an hour on two cores, all of them half a day. `--search=False` leaves out the nine runs of the
+search: all methods take its middle setting. No run trains on the real pairs of PAIRS.csv: they are judged beside the
+benchmark, as the split `test`.
 
 The regimes differ in what the warm start, and RL after it, learn from:
 
@@ -15,7 +15,7 @@ The regimes differ in what the warm start, and RL after it, learn from:
     all     every pair with its steps
     plain   none: the model untrained, and trained on the tier alone
 
-The results lie in `experiments/results/language_model/REGIME/`. A single run by hand:
+The results are in `experiments/results/language_model/REGIME/`. This makes a single run:
 
     python -m agrl_jax.main --config=experiments/language_model.py:scarce/agrl,seed=0 --workdir=runs/scarce
 """
@@ -68,8 +68,9 @@ REGIMES: dict[str, tuple[Fields, Mapping[str, Fields]]] = {
         {"sft.source": "train", "sft.steps": 1200},
         {"sft": {}, "sft_more": {"labels": "tier, steps"}, "dpo": {}, "grpo": {}, "agrl": {}},
     ),
-    # As many pairs as the start on the head and `sft_more` after it, with the tier alone. The tier is stated first, and
-    # the rest of the answer has no loss. `untrained` asks the model as it is, through its chat template and grammar.
+    # `tier_alone` learns the tiers of as many pairs as the warm start of `head` and `sft_more` after it. It states the
+    # tier first, and the rest of the answer has no loss. `untrained` asks the model as it is, through its chat template
+    # and under the grammar.
     "plain": (
         {"method": "sft"},
         {
@@ -84,13 +85,13 @@ REGIMES: dict[str, tuple[Fields, Mapping[str, Fields]]] = {
     ),
 }  # fmt: skip
 
-# The search: the rates of the three methods that differ most, one seed, after the warm start on the head.
+# The search tries learning rates of the three methods that differ most, with one seed, after the warm start of `head`.
 _RATES = {"slow": 7e-6, "centre": 2e-5, "fast": 6e-5}
 SEARCHED = {
     method: {setting: {f"{branch}.learning_rate": rate} for setting, rate in _RATES.items()}
     for method, branch in (("dpo", "dpo"), ("grpo", "rl"), ("agrl", "rl"))
 }
-NEIGHBOURS = {"grpo_pr": "grpo", "rrs": "agrl", "agr": "agrl"}  # methods that take another's settings
+NEIGHBOURS = {"grpo_pr": "grpo", "rrs": "agrl", "agr": "agrl"}  # methods that take the settings of another one
 
 
 def base(times: int = 1) -> ConfigDict:
@@ -113,7 +114,7 @@ def base(times: int = 1) -> ConfigDict:
 
 @dataclass(frozen=True)
 class Plan:
-    """The study under a name, with runs `times` as long."""
+    """The study under a name; the stage after the warm start is `times` as long in every run."""
 
     name: str
     file: str  # where its `get_config` is
@@ -122,13 +123,13 @@ class Plan:
 
     @property
     def sweep(self) -> Sweep:
-        """All runs but the search's, as REGIME/METHOD."""
+        """All runs but those of the search, named REGIME/METHOD."""
         runs = {f"{regime}/{name}": fields for regime in REGIMES for name, fields in self._runs(regime).items()}
         return self._sweep(self.name, runs, SEEDS, self.tuned)
 
     @property
     def search(self) -> Sweep:
-        """The search's runs, half as long, as search/METHOD.SETTING."""
+        """The runs of the search, half as long, named search/METHOD.SETTING."""
         half = {
             "rl.budget": self.times * BUDGET // 2, "rl.steps": 30 * self.times, "dpo.steps": 32 * self.times,
             "dpo.mined": 192 * self.times, "eval.every": 10 * self.times,
@@ -141,7 +142,7 @@ class Plan:
         return self._sweep(self.name, runs, SEEDS[:1], None)
 
     def part(self, whole: Sweep, name: str) -> Sweep:
-        """The runs of one regime, or of the search, as a sweep of its own, under their own names."""
+        """The runs of one regime, or of the search, as a sweep of their own; names lose the part before the slash."""
         runs = {run.partition("/")[2]: fields for run, fields in whole.runs.items() if run.startswith(f"{name}/")}
         return dataclasses.replace(whole, name=f"{self.name}/{name}", runs=runs)
 
@@ -163,12 +164,12 @@ class Plan:
         return self.results / self.name / "tuned.json"
 
     def get_config(self, arg: str | None = None) -> ConfigDict:
-        """The config of one run: `REGIME/METHOD,seed=K`, or of the search, `search/METHOD.SETTING`."""
+        """The config of one run: `REGIME/METHOD,seed=K`, or `search/METHOD.SETTING` for a run of the search."""
         sweep = self.search if arg and arg.startswith("search/") else self.sweep
         return sweep.get_config(arg)
 
     def jobs(self, regimes: Sequence[str]) -> Iterator[list[tuple[str, int]]]:
-        """The runs of the study, in pieces that share a warm start: all regimes of a seed before the next seed."""
+        """The runs of the study, in lists that share a warm start; all regimes of a seed come before the next seed."""
         for seed in SEEDS:
             for regime in regimes:
                 yield [(f"{regime}/{name}", seed) for name in REGIMES[regime][1]]

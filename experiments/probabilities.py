@@ -1,13 +1,13 @@
-"""Measures what probabilities through the rule book are worth, over finished runs of several seeds.
+"""Measures what probabilities through the rule book are worth, on finished runs of several seeds.
 
     python -m experiments.probabilities --workdirs=runs/quick-0,runs/quick-1,runs/quick-2
 
-The workdirs are of one config with different seeds. Each run's best checkpoint judges b_eval and w_eval. Before:
-the probabilities of the tier's text after the policy's own steps, and the tier that the answer states. After: the
-probabilities through the decision table, at the temperature that is fitted on validation, and the likeliest tier.
+The runs have one config and different seeds. The best checkpoint of each run judges b_eval and w_eval. "Before" means
+the probabilities of the tier's text after the policy's own steps, and the tier that the answer states. "After" means
+the probabilities through the decision table, at the temperature fitted on validation, and the likeliest tier.
 
-Writes `experiments/results/probabilities/SEED.json` for each run, and `table.md` of all such files, so that runs can be
-added one by one.
+The command writes `experiments/results/probabilities/SEED.json` for each run, and `table.md` from all such files, so
+that runs can be added one by one.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def measure(workdir: epath.Path, stage: str, pairs: int) -> dict[str, Any]:
 def tier_alone(
     model: assemble.Model, batch_size: int, length: int, params: Params, split: EncodedSplit, rows: np.ndarray
 ) -> np.ndarray:
-    """[N, tiers] probabilities of the tiers' texts, after all that the policy's greedy answer says before them."""
+    """[N, tiers] probabilities of the tiers' texts, after the part of the policy's greedy answer before the tier."""
     texts = probabilities.statements(model.book, model.tokenizer, len(model.tables.token_class))
     texts = dataclasses.replace(texts, scored=(texts.order.index(len(model.book.steps)),))
     policy, instruct = instructed(model.policy, model.instructions)
@@ -97,7 +97,7 @@ def tier_alone(
 
 
 def compare(before: Judgements, after: Judgements, rules: RuleBook) -> dict[str, dict[str, float | None]]:
-    """The metrics of both; macro-F1 is of the stated tiers before, and of the likeliest tiers after."""
+    """The metrics of both. macro-F1 is that of the stated tiers before, and that of the likeliest tiers after."""
     scored = {name: intervals.score(one, rules, bootstrap=0) for name, one in (("before", before), ("after", after))}
     found = {name: {metric: card[metric]["value"] for metric in METRICS} for name, card in scored.items()}
     found["after"]["macro_f1"] = scored["after"]["likeliest_macro_f1"]["value"]
@@ -131,7 +131,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """All results in a folder, by seed. A field that a result's config lacks has its default.
+    """All results in a folder, in the order of seeds. A field that the config of a result lacks has its default.
 
     Raises:
       ConfigError: their configs differ in more than the seed.

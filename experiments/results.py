@@ -1,4 +1,4 @@
-"""Keeps the result of a run: a small JSON file with its scores and how training went, and its judgements beside it."""
+"""Keeps the result of a run: a small JSON file with scores and figures of training, and its judgements beside it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from agrl_jax.runtime.files import write_text
 from agrl_jax.runtime.logs import read_jsonl
 from experiments.study import Sweep
 
-# Metrics of every step that tell how steady training was.
+# Metrics of the steps that show how steady training was.
 WATCHED = ("reward/equal_groups", "policy/entropy", "policy/kl", "optim/grad_norm", "guide/share", "guide/level")
 
 
@@ -30,7 +30,7 @@ def write(sweep: Sweep, run: str, seed: int, workdir: Path, diverged: bool, dige
     config = json.loads((workdir / "config.json").read_text())
     method = sweep.method(run)
     rows = read_jsonl(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
-    after = [row for row in rows if row["stage"] != "sft"]  # of the shared warm start
+    after = [row for row in rows if row["stage"] != "sft"]  # after the warm start, which runs share
     cards = tables.read(workdir / "scorecard.json")
     stage = method if method in cards else "sft"
     result = {
@@ -65,19 +65,19 @@ def write(sweep: Sweep, run: str, seed: int, workdir: Path, diverged: bool, dige
 
 
 def _device() -> str:
-    """The kind of device, seen without taking its memory, which the runs need."""
+    """The kind of device. Its memory is not allocated for this: the runs need it."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     return jax.devices()[0].device_kind
 
 
 def is_there(sweep: Sweep, run: str, seed: int, digest: str) -> bool:
-    """Whether there is a result of exactly this config. A result of another config has to be made again."""
+    """Whether there is a result of exactly this config. If the config has changed, the run is made again."""
     path = sweep.result(run, seed)
     return path.exists() and json.loads(path.read_text())["digest"] == digest
 
 
 def read(sweep: Sweep) -> dict[str, dict[int, dict[str, Any]]]:
-    """Results that are there, by run and seed, in the order of the sweep; `judged` are the judgements by split."""
+    """The results so far, by run and seed, in the order of the sweep; `judged` has the judgements by split."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for run in sweep.runs:
         for seed in sweep.seeds:
@@ -100,14 +100,14 @@ def rules(result: Mapping[str, Any]) -> RuleBook:
 
 
 def _keep_judgements(workdir: Path, stage: str, path: Path) -> None:
-    """Keeps what the tables need of a stage's judgements, with numbers for the queries: small enough to commit."""
+    """Keeps the judgements of a stage, with numbers in place of queries, so that the file is small enough to commit."""
     frame = judgements.read(workdir / judgements.FILE).filter(pl.col("stage") == stage)
     number = pl.col("query").rank("dense").over("split").cast(pl.String)
     frame.with_columns(number).write_parquet(path, compression="zstd")
 
 
 def _values(card: metrics.Scores) -> dict[str, Any]:
-    """A scorecard without intervals, which are of no use for a single run."""
+    """The values of a scorecard, without its intervals."""
     cuts = ("by_family", "by_seen")
     values = {name: measure["value"] for name, measure in card.items() if name not in (*cuts, "settings")}
     for cut in cuts:
@@ -142,7 +142,8 @@ def _excursion(rows: list[dict[str, Any]], name: str) -> float | None:
 
 
 def _cost(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Tokens and seconds after the shared warm start; seconds of the median step, since machines are shared."""
+    """Tokens and seconds after the shared warm start. Seconds are the median step's times the number of steps, since
+    other jobs may slow some steps."""
     def total(name: str) -> float:
         return float(sum(row.get(name) or 0 for row in rows))
 

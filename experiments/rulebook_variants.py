@@ -4,9 +4,11 @@
 
 A variant has the steps, values and tiers of the rule book that a judge was trained with, but another table and other
 words around it. It replaces that book in the prompt, so the judge must have been trained with the instructions in its
-prompt (`data.style=full` or `chat`). The true steps of a pair stay; the variant's table gives its true tier. Prints,
-and writes to `--out`, accuracy, adherence (the stated steps imply the stated tier by the table in the prompt) and step
-accuracy: by the book of the training, and the mean over the variants. Only pairs whose steps are all known are judged.
+prompt (`data.style=full` or `chat`). The true steps of a pair stay; the variant's table gives its true tier. Only pairs
+whose steps are all known are judged.
+
+The command prints, and writes to `--out`, accuracy, macro-F1, adherence (the stated steps imply the stated tier, by the
+table in the prompt) and step accuracy, with the judge's own rule book and as a mean over the variants.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ from agrl_jax.types import UNKNOWN
 from experiments.table import Measure
 
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1", "adherence": "adherence", "step_accuracy": "step accuracy"}
-LEAST_CHANGED = 0.1  # least share of the combinations of values with another tier in a variant
-# Other words for what a prompt says around steps and table; the first is the rule book's own.
+LEAST_CHANGED = 0.1  # a variant gives at least this share of the combinations of values another tier
+# Other words for the texts around steps and table in a prompt; the rule book's own words may be drawn too.
 _WORDS = {
     "task": ("Decide how well an item answers a shopper's query.", "Rate an item against what a shopper searched for."),
     "steps": ("Answer these in turn, with one of the values given:", "Check these points. Each takes one value:"),
@@ -53,7 +55,7 @@ _WORDS = {
 
 
 def variant(book: RuleBook, seed: int) -> RuleBook:
-    """A rule book with the same steps, values and tiers, and another table and other words, by `seed`.
+    """A rule book with the same steps, values and tiers, but another table and other words; `seed` draws them.
 
     All rows of the table but the last are in another order, and some give a neighbouring tier. Every row can win, every
     tier can result, and at least `LEAST_CHANGED` of the combinations have another tier than in `book`.
@@ -77,7 +79,7 @@ def _neighbour(tier: int, tiers: int, rng: np.random.Generator) -> int:
 
 
 def _fit(other: RuleBook, book: RuleBook) -> bool:
-    """Whether all rows and tiers of a variant can result, and its table differs enough from the book's."""
+    """Whether every row of a variant can win, every tier can result, and its table differs enough from the book's."""
     table = other.tier_table()
     every_row = len(np.unique(winners(other.rows, other.num_values))) == len(other.rows)
     changed = np.mean(table != book.tier_table())
@@ -136,7 +138,7 @@ def scores(judged: Sequence[tuple[RuleBook, Judgements]], bootstrap: int) -> dic
 
 
 def _over(values: Sequence[float], bootstrap: int) -> dict[str, float | None]:
-    """The mean over the variants, with an interval over them."""
+    """The mean over the variants, with an interval by a bootstrap over variants."""
     drawn = np.random.default_rng(0).choice(values, size=(bootstrap, len(values))).mean(axis=1)
     low, high = intervals.interval(float(np.mean(values)), drawn)
     return {"value": float(np.mean(values)), "low": low, "high": high}

@@ -2,9 +2,9 @@
 
     python -m experiments.run --sweep=experiments/main_table.py --workers=2
 
-Each run is `python -m agrl_jax.main` in a workdir of its own, so a run that was cut off goes on where it was. Runs that
-differ only after the warm start share it. The workers share the cores, or the GPUs named in CUDA_VISIBLE_DEVICES. A
-run's result is `experiments/results/SWEEP/RUN-SEED.json`; a run that diverged is a result too. Arguments such as
+Each run is `python -m agrl_jax.main` in a workdir of its own, so a run that was stopped goes on where it was. Runs that
+differ only after the warm start share it. The workers share the cores, or the GPUs named in CUDA_VISIBLE_DEVICES. The
+result of a run is `experiments/results/SWEEP/RUN-SEED.json`; a run that diverged is a result too. Arguments such as
 `--config.data.path=FILE` go to every run.
 """
 
@@ -33,12 +33,12 @@ from agrl_jax.runtime.processes import DIVERGED
 from experiments import results, study
 from experiments.study import Sweep
 
-KEPT = ("tokenizer.json", "policy.json", "scorecard.json", "judgements.parquet")  # of a warm start, with its end
+KEPT = ("tokenizer.json", "policy.json", "scorecard.json", "judgements.parquet")  # copied from a warm start to its runs
 
 
 @dataclass
 class Runner:
-    """Makes runs in child processes, each within the cores or on the device of a slot."""
+    """Makes runs in child processes. Each uses the cores or the device of a slot."""
 
     file: str  # of the sweep
     folder: Path
@@ -49,7 +49,7 @@ class Runner:
     stopping: threading.Event = field(default_factory=threading.Event)
 
     def main(self, run: str, seed: int, workdir: Path, *more: str) -> int:
-        """`agrl_jax.main` to its end; its exit code. What it prints goes to WORKDIR/log.txt."""
+        """Runs `agrl_jax.main` to its end and returns its exit code. Its output goes to WORKDIR/log.txt."""
         if self.stopping.is_set():
             return -signal.SIGTERM
         slot = self.slots.get()
@@ -65,7 +65,7 @@ class Runner:
         }  # fmt: skip
         try:
             with (workdir / "log.txt").open("ab") as log:
-                # A session of its own: Ctrl-C reaches this process, which then tells its children once.
+                # In a session of its own, so that Ctrl-C reaches only this process, which then tells its children once.
                 child = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
                 if cores is not None:
                     os.sched_setaffinity(child.pid, cores)
@@ -88,7 +88,7 @@ class Runner:
 
 
 def select(sweep: Sweep, only: Sequence[str], seeds: Sequence[str]) -> list[tuple[str, int]]:
-    """The runs of a sweep with these names and seeds; none: all. Raises ConfigError for runs that it lacks."""
+    """The runs of a sweep with these names and seeds; an empty list means all. Raises ConfigError for unknown ones."""
     for flag, words, there in (("only", only, sweep.runs), ("seeds", seeds, map(str, sweep.seeds))):
         names = list(there)
         if unknown := [word for word in words if word not in names]:
@@ -115,7 +115,7 @@ def run(
     sweep: Sweep, file: str, folder: Path, workers: int, wanted: Sequence[tuple[str, int]], overrides: Sequence[str],
     after: Callable[[], None] = lambda: None,
 ) -> int:
-    """Makes the runs that have no result yet; returns how many failed.
+    """Makes the runs that have no result yet, and returns how many failed.
 
     Args:
       sweep: what to run.
@@ -155,7 +155,7 @@ def run(
     ready = [job for job in jobs if _made(starts[job])]
     if len(ready) < len(jobs):
         say(f"{len(jobs) - len(ready)} runs are left out: they have no warm start")
-    # The name of a workdir depends on its config: a changed config starts anew in another workdir.
+    # The name of a workdir depends on its config, so a changed config starts in a new workdir.
     places = {job: folder / sweep.name / f"{job[0]}-{job[1]}-{digests[job][:6]}" for job in ready}
     return failed + _all(runner, sweep.name, [(*job, place) for job, place in places.items()], one, after)
 
@@ -164,7 +164,7 @@ def _all(
     runner: Runner, title: str, jobs: Sequence[tuple[str, int, Path]], one: Callable[[str, int, Path], int],
     after: Callable[[], None] = lambda: None,
 ) -> int:
-    """Makes all jobs, as many at a time as there are slots; returns how many failed."""
+    """Makes all jobs, as many at a time as there are slots, and returns how many failed."""
     failed = 0
     if not jobs:
         return failed
@@ -197,7 +197,7 @@ def _made(start: Path) -> bool:
 
 
 def _share(start: Path, workdir: Path) -> None:
-    """Gives a fresh workdir the end of a warm start, as if it were its own."""
+    """Puts the end of a warm start into a fresh workdir, as if it had been made there."""
     if (workdir / "checkpoints").exists():
         return
     half = workdir / "checkpoints.tmp"
@@ -211,7 +211,7 @@ def _share(start: Path, workdir: Path) -> None:
 
 
 def _link(source: str, target: str) -> None:
-    """A hard link, so that a large warm start is on the disk once; a copy where that fails."""
+    """Makes a hard link, so that a large warm start is on the disk once, or a copy where links fail."""
     try:
         os.link(source, target)
     except OSError:

@@ -1,11 +1,11 @@
-"""The same small search for every method: one setting at a time differs from a centre, one seed, on validation alone.
+"""The same small search for every method: each run changes one setting of a centre. One seed, on validation alone.
 
-Each run spends half of the main table's budget.
+Each run spends half of the main table's budget. After `python -m experiments.run --sweep=experiments/search.py`,
+`python -m experiments.choose` writes the best settings of each method to `results/tuned.json`, which the other sweeps
+read.
 
-After `python -m experiments.run --sweep=experiments/search.py`, `python -m experiments.choose` writes the best settings
-of each method to `results/tuned.json`, which the other sweeps read. Clip-higher is not searched: a rollout has one
-update here, so the ratio is 1 and nothing is clipped (GRPO with `objective.clip_high=0.28` gave exactly the figures of
-its centre).
+Clip-higher is not searched. A rollout has one update here, so the ratio is 1 and nothing is clipped: GRPO with
+`objective.clip_high=0.28` gave exactly the figures of its centre.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def half() -> ConfigDict:
     c.dpo.mined //= 2
     c.dpo.steps //= 2
     c.more.steps //= 2
-    c.eval.every = 13  # five times; the last three count
+    c.eval.every = 13  # five validations; the last three count
     return c
 
 

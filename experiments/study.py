@@ -1,7 +1,7 @@
 """The study's policy, and sweeps.
 
-Every sweep is a file beside this one with a `SWEEP`, and is a config file too, so that a single run of it can be made
-by hand:
+Every sweep is a file beside this one with a `SWEEP`. It is a config file too, so `agrl_jax.main` can make a single run
+of it:
 
     python -m agrl_jax.main --config=experiments/main_table.py:grpo,seed=3 --workdir=runs/grpo-3
 """
@@ -23,19 +23,19 @@ from ml_collections import ConfigDict
 from agrl_jax import recipes
 from agrl_jax.runtime.config import ConfigError, config_digest, flatten, last_branch, matches, parse_arg, resolve
 
-RESULTS_VARIABLE = "AGRL_EXPERIMENT_RESULTS"  # tells a run where other results are, such as a search's
+RESULTS_VARIABLE = "AGRL_EXPERIMENT_RESULTS"  # tells a run where other results are, such as those of a search
 RESULTS = Path(os.environ.get(RESULTS_VARIABLE) or Path(__file__).parent / "results")
 TUNED = RESULTS / "tuned.json"  # what the search chose: {method: fields}
 BUDGET = 1_400_000  # forward-equivalent tokens of each run after the warm start: two minutes of AGRL on one core
-SFT_STEP = 3411  # of them in a step of the study's warm start, the mean of its `budget/tokens`
+SFT_STEP = 3411  # forward-equivalent tokens of a step of the study's warm start, the mean of `budget/tokens`
 
-# The fields that a warm start depends on: runs with equal ones share it.
+# The fields that a warm start depends on. Runs in which they are equal share a warm start.
 START = (
     "seed", "rulebook", "data", "policy", "lora", "sft", "eval.pairs", "eval.pass_k", "eval.pass_pairs",
     "eval.batch_size", "eval.bootstrap", "objective.logprob_chunk",
 )  # fmt: skip
 
-# What each method learns from, after a warm start on tiers and steps.
+# The labels that each method learns from, after a warm start on tiers and steps.
 LABELS = {
     "sft": "tier, steps (sft split)", "sft_more": "tier, steps (sft split)", "sft_all": "tier, steps",
     "dpo": "tier", "grpo": "tier", "grpo_ds": "tier", "grpo_pr": "tier, steps", "rrs": "tier, steps",
@@ -46,10 +46,10 @@ LABELS = {
 def base() -> ConfigDict:
     """The quickstart's policy, with a longer warm start and a shorter RL stage that ends with the budget.
 
-    The warm start goes three times over its pairs, after which more of the same adds little. After only 600 steps, SFT
-    would gain three times as much with the budget of the RL stage as any RL method does.
+    The warm start sees its pairs three times; more of the same adds little after that. After a warm start of 600 steps,
+    more SFT would gain three times as much from the budget of the RL stage as any method of RL.
 
-    Half the quickstart's batch and a third of its rates do better with so few tokens.
+    With so few tokens, half the quickstart's batch and a third of its learning rates do better.
     """
     c = recipes.base()
     c.sft.steps = 2250
@@ -58,7 +58,7 @@ def base() -> ConfigDict:
     c.rl.learning_rate = 1e-4
     c.rl.matrix_rate = 0.0013
     c.rl.budget = BUDGET
-    c.dpo.mined = 2048  # with 8 answers each, a quarter of the budget
+    c.dpo.mined = 2048  # with 8 answers to each, mining takes a quarter of the budget
     c.dpo.steps = 120
     c.more.steps = round(BUDGET / SFT_STEP)
     c.eval.every = 22
@@ -73,16 +73,17 @@ def base() -> ConfigDict:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Runs by name, each with the fields in which it differs from its method on the study policy, and their seeds."""
+    """Runs by name, and their seeds. A run has the fields in which it differs from its method in the study."""
 
     name: str
-    runs: Mapping[str, Mapping[str, Any]]  # and `method`, if it is not the run's name; `labels`, if they differ
+    # The fields of each run; also `method`, if it is not the run's name, and `labels`, if they are not those of LABELS.
+    runs: Mapping[str, Mapping[str, Any]]
     seeds: tuple[int, ...]
     tuned: Path | None = TUNED  # the settings that a search chose for each method
     reference: str = "agrl"  # the run that others are compared with
     base: Callable[[], ConfigDict] = base
     results: Path = RESULTS
-    keep_checkpoints: bool = True  # else a run's checkpoints are deleted once its result exists
+    keep_checkpoints: bool = True  # False: the checkpoints of a run are deleted once its result exists
 
     def get_config(self, arg: str | None = None) -> ConfigDict:
         """The config of one run: `RUN` or `RUN,seed=K`."""
@@ -100,7 +101,7 @@ class Sweep:
         return self.runs[run].get("method", run)
 
     def fields(self, run: str) -> dict[str, Any]:
-        """The fields in which a run differs from its method on the study policy: its own, over the search's choice."""
+        """The fields in which a run differs from its method in the study; its own override the search's choice."""
         own = {name: value for name, value in self.runs[run].items() if name not in _ABOUT}
         return (tuned(self.tuned).get(self.method(run), {}) if self.tuned else {}) | own
 
@@ -121,7 +122,7 @@ _ABOUT = ("method", "labels")  # entries of a run that are not fields
 
 
 def digest(config: ConfigDict, overrides: Sequence[str]) -> str:
-    """A digest of what results depend on; of a path in the overrides only the file's name counts."""
+    """A digest of what results depend on. For a path in the overrides, only the name of the file counts."""
     return sha256(repr([config_digest(config), sorted(_named(overrides))]).encode()).hexdigest()[:16]
 
 
@@ -133,7 +134,7 @@ def start_digest(config: ConfigDict, overrides: Sequence[str]) -> str:
 
 
 def _named(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The fields and values of arguments such as `--config.data.path=FILE`; for a path, the file's name."""
+    """The fields and values of arguments such as `--config.data.path=FILE`; for a path, the name of its file."""
     for word in overrides:
         name, _, value = word.removeprefix("--config.").partition("=")
         yield name, Path(value).name if name.endswith("path") else value
@@ -150,7 +151,7 @@ def start_of(config: ConfigDict) -> dict[str, Any]:
 
 
 def load(path: str, folder: str) -> Sweep:
-    """The `SWEEP` of a file, with its results in `folder`. Raises ConfigError where there is none."""
+    """The `SWEEP` of a file, with its results in `folder`. Raises ConfigError if the file has none."""
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"--sweep={path}: not a file; there are {', '.join(sorted(_sweeps()))}")

@@ -2,8 +2,8 @@
 
     python -m experiments.table --sweep=experiments/main_table.py
 
-Writes `table.md`, `table.csv`, `scores.png`, `curves.png` and `training.png` to `experiments/results/SWEEP/`.
-Intervals are 95%, by a hierarchical bootstrap: seeds are drawn, then queries, the same ones for every method, so that
+It writes `table.md`, `table.csv`, `scores.png`, `curves.png` and `training.png` to `experiments/results/SWEEP/`.
+Intervals are 95%, by a hierarchical bootstrap: seeds are drawn, then queries. Every method gets the same draws, so that
 differences between methods are paired.
 """
 
@@ -27,19 +27,19 @@ from agrl_jax.runtime.console import say
 from experiments import results, study
 from experiments.study import Sweep
 
-matplotlib.use("Agg")  # a file, never a window
+matplotlib.use("Agg")  # draws into files and opens no window
 import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen before pyplot is first imported)
 
 METRICS = {
     "macro_f1": "macro-F1", "accuracy": "accuracy", "good_f1": "Good-F1", "step_accuracy": "step accuracy",
     "all_right": "all right", "adherence": "rule adherence", "format": "well-formed",
 }  # fmt: skip
-_LEGEND_ROWS = 18  # of a column
+_LEGEND_ROWS = 18  # of each column of a legend
 _NOTE = "An interval without 0 in it is a difference that other seeds and queries would most likely show too."
 COMPARED = ("macro_f1", "accuracy", "step_accuracy", "all_right", "adherence")
 Found = Mapping[str, Mapping[int, Mapping[str, Any]]]  # results by run and seed
 Part = Callable[[Judgements], Judgements]  # selects a part of a split
-Measured = Mapping[str, Mapping[str, np.ndarray]]  # by run and metric, [1 + bootstrap]: the mean, and its resamples
+Measured = Mapping[str, Mapping[str, np.ndarray]]  # by run and metric, [1 + bootstrap]: the mean, then its resamples
 
 
 class Measure(NamedTuple):
@@ -71,7 +71,7 @@ class Table(NamedTuple):
 
 
 def resampled(found: Found, split: str, bootstrap: int, part: Part = lambda judged: judged) -> Measured:
-    """The metrics of each run on a split, or on a part of it: means over seeds."""
+    """The metrics of each run on a split, or on a part of it, as means over seeds."""
     measured = {}
     for run, seeds in found.items():
         judged = [part(result["judged"][split]) for result in seeds.values() if not result["diverged"]]
@@ -84,7 +84,7 @@ def resampled(found: Found, split: str, bootstrap: int, part: Part = lambda judg
 def ahead(
     found: Found, measured: Measured, split: str, reference: str, bootstrap: int
 ) -> dict[str, dict[str, np.ndarray]]:
-    """By run and metric, the reference less each other run, over the seeds that both have."""
+    """By run and metric, the reference minus each other run, over the seeds that both have."""
     differences = {}
     for run in measured:
         seeds = [_finished(found[name]) for name in (reference, run)]
@@ -196,7 +196,7 @@ def _families(split: str, found: Found, bootstrap: int) -> Table:
 
 
 def _held_out(split: str, found: Found, bootstrap: int) -> Table:
-    """Accuracy on pairs whose product types, brands or phrasings no training pair has, and on the others."""
+    """Scores on pairs whose product types, brands or phrasings no training pair has, and on the others."""
     shown = {metric: METRICS[metric] for metric in ("macro_f1", "accuracy", "step_accuracy")}
     seen = _some_judgements(found, split).seen.astype(bool)
     parts = {f"seen ({seen.sum()})": _seen(True), f"unseen ({(~seen).sum()})": _seen(False)}
@@ -245,7 +245,7 @@ def _mean(values: Sequence[float | None]) -> str:
 
 
 def _cost(found: Found) -> Table:
-    """Means over seeds; seconds as a ratio to GRPO's, and the budget needed to reach GRPO's last score."""
+    """Costs as means over seeds; seconds divided by GRPO's, and the budget needed to reach GRPO's last score."""
     seconds = {run: np.mean([result["cost"]["seconds"] for result in seeds.values()]) for run, seeds in found.items()}
     goal = goal_of(found.get("grpo", {}))
     rows = []
@@ -260,10 +260,10 @@ def _cost(found: Found) -> Table:
     columns = ["method", "steps", "labelled pairs", "tokens rolled", "tokens trained", "forward-equivalents",
                "time / GRPO's", "budget to reach GRPO's end"]  # fmt: skip
     note = (
-        "After the shared warm start. A labelled pair met again counts again. Forward-equivalents: a token sampled or "
-        "scored counts 1, one trained on 3; a prompt once for its group. The budget to reach GRPO's end is that at "
-        "which the mean validation macro-F1 first was what GRPO's was at its end, as a share of what GRPO had spent "
-        "then."
+        "All figures are after the shared warm start. A labelled pair that is met twice counts twice. In "
+        "forward-equivalents, a token that is sampled or scored counts 1, a token trained on 3, and a prompt once for "
+        "its group. The last column is the budget at which the mean validation macro-F1 first reached that of GRPO's "
+        "end, as a share of the budget that GRPO spent."
     )
     return Table("Cost", columns, rows, note)
 
@@ -287,7 +287,7 @@ def needed(seeds: Mapping[int, Mapping[str, Any]], goal: tuple[float, float] | N
 
 
 def mean_curve(seeds: Mapping[int, Mapping[str, Any]]) -> np.ndarray:
-    """[points, 2]: tokens spent and validation macro-F1, means over seeds at each validation that all of them had."""
+    """[points, 2]: tokens spent and validation macro-F1, means over seeds, at each validation that all seeds had."""
     curves = [
         [(point["tokens"] or 0, point["macro_f1"]) for point in result["validation"]] for result in seeds.values()
     ]
@@ -310,7 +310,7 @@ def write_csv(path: Path, found: Found, measured: Mapping[str, Measured]) -> Non
 
 
 def _label(found: Found, run: str) -> str:
-    """The name of a run in a plot, with its seeds where others have more."""
+    """The name of a run in a plot, with the number of its seeds if other runs have more."""
     number, most = len(found[run]), max(map(len, found.values()))
     return run if number == most else f"{run} ({number} of {most} seeds)"
 
@@ -353,7 +353,7 @@ def plot_curves(path: Path, found: Found) -> None:
 
 
 def plot_training(path: Path, found: Found) -> None:
-    """How steady training was: metrics of every RL step, means over seeds and short stretches of steps."""
+    """Plots how steady training was: metrics of the RL steps, as means over seeds and short stretches of steps."""
     every = [result["watched"] for seeds in found.values() for result in seeds.values()]
     names = [name for name in results.WATCHED if any(watched[name] for watched in every)]
     if not names:

@@ -15,7 +15,7 @@ def make(task: JudgeTask) -> Callable[[], list[str]]:
         raise ValueError("llama.cpp needs a GGUF file of the model")
     longest = max(map(len, task.prompts)) + task.longest
     threads = len(os.sched_getaffinity(0))
-    # llama.cpp keeps the start that a prompt shares with the one before it: the instructions are run once.
+    # llama.cpp keeps the start that a prompt shares with the one before it, so the instructions are run once.
     llama = Llama(task.gguf, n_ctx=longest, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False)
     grammar = LlamaGrammar.from_string(task.grammar, verbose=False)
 

@@ -1,7 +1,7 @@
 """agrl_jax's own step.
 
-Settings: `micro_batches`, `logprob_chunk`, `remat` as in the configs; `parts` also times the step's parts, each
-compiled by itself, after the steps.
+Settings: `micro_batches`, `logprob_chunk` and `remat` as in the configs. With `parts`, the parts of the step are timed
+too, after the steps, each compiled by itself.
 """
 
 from __future__ import annotations

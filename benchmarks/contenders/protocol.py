@@ -4,8 +4,8 @@ A contender is a module with a function `run(task, report)`, started in a proces
 
     python -m benchmarks.contenders.NAME TASK.json
 
-It makes `task.warmup + task.steps` full GRPO steps with a reference policy: sample, score, reference log-probabilities,
-loss and gradient, AdamW. Each answer has exactly `task.response_len` tokens: nothing ends it early.
+It makes `task.warmup + task.steps` full GRPO steps with a reference policy: sampling, scoring, log-probabilities of the
+reference, loss and gradient, AdamW. Each answer has exactly `task.response_len` tokens: nothing ends it early.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Task:
     prompt_len: int  # tokens of each prompt
     group_size: int  # answers to each
     response_len: int  # tokens of each answer
-    dtype: str  # float32, or bfloat16: of the arithmetic; parameters stay in float32
-    warmup: int  # steps before those that are timed
+    dtype: str  # of the arithmetic, float32 or bfloat16; parameters stay in float32
+    warmup: int  # steps before the timed ones
     steps: int
     settings: dict[str, Any]  # of this contender
     shared_len: int = 0  # tokens that all prompts begin with; a contender may run them once
@@ -50,12 +50,12 @@ class JudgeTask:
     prompts: list[list[int]]  # the tokens of each row's prompt, instructions included
     grammar: str  # of the answers, as GBNF
     longest: int  # tokens of the longest answer
-    batch: int  # rows judged at once, where a contender batches
+    batch: int  # rows judged at once, by contenders that can
     rounds: int
 
 
 class Report:
-    """Prints what a contender found; usable as the clock of the parts of a step."""
+    """Prints what a contender found. It is also the clock for the parts of a step."""
 
     def __init__(self, task: Task, synchronise: Callable[[], None] = lambda: None) -> None:
         self._task = task
@@ -72,7 +72,8 @@ class Report:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Adds the time of the block to a part of this step; a part around the block does not count it."""
+        """Adds the time of the block to a part of this step. If parts are nested, time counts for the inner one alone.
+        """
         self.synchronise()
         began, inside = time.monotonic(), sum(self._parts.values())
         yield
@@ -81,7 +82,7 @@ class Report:
         self._parts[name] = self._parts.get(name, 0.0) + time.monotonic() - began - inside
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, its calls timed as a part of the step."""
+        """`function` with its calls timed as a part of the step."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with self.part(name):

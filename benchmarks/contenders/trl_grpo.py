@@ -1,7 +1,7 @@
 """TRL's GRPOTrainer, with Hugging Face's `generate` or with vLLM in the same process (settings: {"vllm": true}).
 
-Settings beside it: `micro_batch`, the answers that go through the gradient at once (all: no accumulation), and
-`checkpointing`, which recomputes activations in the backward pass.
+Other settings: `micro_batch`, the number of answers that go through the gradient at once (by default all, without
+accumulation), and `checkpointing`, which recomputes activations in the backward pass.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ def run(task: Task, report: Report) -> None:
 
 
 def _reward(completions: list[str], **_: Any) -> list[float]:
-    """Some number that differs between answers."""
+    """A number that differs between answers."""
     return [float(len(set(text))) for text in completions]
 
 
 class _Steps(transformers.TrainerCallback):
-    """Tells where steps and updates begin and end, and how many tokens a step had."""
+    """Reports where steps and updates begin and end, and how many tokens a step had."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
@@ -88,7 +88,7 @@ class _Steps(transformers.TrainerCallback):
 
 
 def _time_parts(trainer: trl.GRPOTrainer, report: Report, steps: _Steps) -> None:
-    """Times generation and the reference's log-probabilities; what is left of a training step is loss and gradient."""
+    """Times generation and the reference's log-probabilities. The rest of a training step is loss and gradient."""
     generate, score = trainer._generate_single_turn, trainer._get_per_token_logps_and_entropies
 
     def generating(prompts: list[list[int]], *args: Any) -> Any:

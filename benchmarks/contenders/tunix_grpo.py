@@ -1,7 +1,7 @@
 """Tunix's GRPO learner with its vanilla rollout.
 
-Settings: `micro_batch` and `logps_batch`, the prompts that go through the gradient and the reference at once (all: no
-accumulation).
+Settings: `micro_batch` and `logps_batch`, the numbers of prompts that go through the gradient and the reference at once
+(by default all, without accumulation).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def run(task: Task, report: Report) -> None:
     shape = _shape(task)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
     tokenizer = AutoTokenizer.from_pretrained(task.folder)
-    tokenizer.bos_token = None  # the other contenders put none before a prompt
+    tokenizer.bos_token = None  # the other contenders put no beginning token before a prompt
     tokenizer.pad_token = tokenizer.eos_token
     number = len(task.texts)
     training = rl_cluster.RLTrainingConfig(
@@ -99,12 +99,12 @@ def _load(task: Task, shape: model.ModelConfig, mesh: jax.sharding.Mesh) -> Any:
 
 
 def _reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-    """Some number that differs between answers."""
+    """A number that differs between answers."""
     return [float(len(set(text))) for text in completions]
 
 
 def _time_parts(learner: GRPOLearner, report: Report) -> None:
-    """Times the parts that Tunix has as functions; loss, gradient and update are one of them."""
+    """Times the parts that are functions in Tunix; loss, gradient and update are one of these parts."""
     cluster, tokens = learner.rl_cluster, [0, 0]
     generate, run_step = cluster.generate, learner._run_global_step
 
