@@ -1,4 +1,4 @@
-"""Commands run in this process, where JAX, which takes seconds to start, is there already."""
+"""Runs commands in this process, in which JAX has started already: starting it takes seconds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from absl import app, flags
 
 
 def exit_code(main: Callable[[list[str]], None], *arguments: str) -> int:
-    """Runs the `main` of a command and forgets its flags; what it prints is for `capsys` and `capfd`."""
+    """Runs the `main` of a command and forgets its flags. `capsys` and `capfd` catch what it prints."""
     app.define_help_flags()
     with _without_benchmarks():
         others = set(flags.FLAGS)
@@ -26,7 +26,7 @@ def exit_code(main: Callable[[list[str]], None], *arguments: str) -> int:
 
 @contextmanager
 def _without_benchmarks() -> Iterator[None]:
-    """Takes away the flags that benchmarks define when they are imported, of which some have a command's names."""
+    """Takes away the flags that benchmarks define when they are imported. Some have the names of a command's flags."""
     definers = {name: flags.FLAGS.find_module_defining_flag(name, "") for name in flags.FLAGS}
     aside = [(flags.FLAGS[name], module) for name, module in definers.items() if module.startswith("benchmarks.")]
     for flag, _ in aside:

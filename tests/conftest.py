@@ -1,5 +1,5 @@
 """What the tests of sampling and training share: a rule book of two steps, a vocabulary in which each part of a
-response is one token, a policy small enough to compile in a second, and batches whose truth is known. And a browser."""
+response is one token, a policy small enough to compile in a second, batches whose truth is known, and a browser."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from agrl_jax.rulebook.automaton import compile_tables
 from agrl_jax.rulebook.book import RuleBook, load
 from agrl_jax.types import Batch, Params, Policy, RuleTables
 
-# Programs are compiled once for all tests, for the processes that they start, and for the next time.
+# Compiled programs are kept, for all tests, for the processes that they start, and for the next time.
 _CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{Path(__file__).parent.parent}/.pytest_cache/compiled")
 _SECONDS = os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 jax.config.update("jax_compilation_cache_dir", _CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", float(_SECONDS))
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick.COMPILING['XLA_FLAGS']}".strip()  # read late
 jax.config.update("jax_disable_most_optimizations", True)
-jax.config.update("jax_default_matmul_precision", "highest")  # a GPU multiplies float32 with 10 bits of it, else
+jax.config.update("jax_default_matmul_precision", "highest")  # by default, a GPU keeps 10 bits of float32
 
 # Steps fit (yes 0, part 1, no 2) and brand (ok 0, off 1); tiers good 0, fair 1, bad 2.
 BOOK = """\
@@ -66,12 +66,12 @@ class Small(NamedTuple):
     tables: RuleTables
     config: PolicyConfig
     policy: Policy
-    params: Params  # larger than untrained ones, whose logits are all but equal
+    params: Params  # larger than untrained ones, whose logits are almost equal
 
     def batch(
         self, steps: Sequence[Sequence[int]], tiers: Sequence[int] | None = None, rows: Sequence[int] | None = None
     ) -> Batch:
-        """Examples with these true step values; tiers are by the table unless given. A prompt follows from its row."""
+        """Examples with these true step values. Tiers are those of the table unless given; a row decides its prompt."""
         rows = range(len(steps)) if rows is None else rows
         tiers = [self.book.tier_for(values) for values in steps] if tiers is None else tiers
         prompts = [_prompt(row) for row in rows]
@@ -120,7 +120,7 @@ def make_small(folder: Path, **shape: int) -> Small:
 
 
 def lenient(tables: RuleTables) -> RuleTables:
-    """The tables with every answer well-formed: what an untrained policy samples hardly ever is, and would not pass."""
+    """The tables, changed so that every answer is well-formed: an untrained policy hardly ever samples one that is."""
     return tables.replace(grammar_distance=0 * tables.grammar_distance)
 
 
@@ -147,7 +147,7 @@ def close() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The benchmark where a run finds it, with some pairs of each split: reading all takes longer than such a run."""
+    """A folder with some pairs of each split of the benchmark: reading all pairs takes longer than a test's run."""
     folder, make = tmp_path_factory.mktemp("data"), catalog.splits
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(catalog, "splits", lambda seed: make(seed, dict.fromkeys(catalog.SIZES, 1000)))
@@ -171,7 +171,7 @@ def empty_bucket() -> type[MemoryFileSystem]:
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A bucket in memory: its name, as paths begin."""
+    """The name of a bucket in memory, with which paths begin."""
     Bucket = empty_bucket()
     monkeypatch.setattr(epath.backend.fsspec_backend, "_get_filesystem", lambda name: Bucket())
     return "gs://bucket"
@@ -179,12 +179,12 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def quick_compiles() -> None:
-    """What all tests have."""
+    """Settings of all tests."""
 
 
 @pytest.fixture(scope="module")
 def scanned() -> Iterator[None]:
-    """Policies of three layers are scanned, as deep ones are: they compile in a third of the time."""
+    """Scans the layers of policies with three layers too, as in deep ones: they compile in a third of the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformer, "_UNROLLED", 2)
         yield
@@ -192,7 +192,7 @@ def scanned() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator:
-    """Headless Chromium, driven by selenium; without either the test is skipped."""
+    """Headless Chromium, driven by selenium. If either is missing, the test is skipped."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not chromium or not driver:

@@ -22,7 +22,7 @@ _LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "orig
 _YARN = {"factor": 4.0, "original_max_position_embeddings": 128}
 _MIXTURE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
-# Each family, tied and untied, and each rotary scaling; the parts of a config.json that differ.
+# Each family, tied and untied, and each rotary scaling, by the parts of a config.json that differ.
 CASES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "tie_word_embeddings": False, "rope_theta": 10_000.0},
     "llama_linear": {
@@ -71,7 +71,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def tokenizer() -> Tokenizer:
-    """A small vocabulary, whose words are cut as Qwen2's are: so a model of any family can be exported with it."""
+    """A small vocabulary that cuts words as Qwen2's does, so that a model of any family can be exported with it."""
     small = train_bpe(["red shoes", "blue shoes, not leather", "Tier: 4-Excellent"], 280)
     core = tokenizers.Tokenizer.from_str(small._core.to_str())
     core.normalizer = tokenizers.normalizers.NFC()
@@ -135,8 +135,8 @@ def weights(config: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def chat_tokenizer(texts: Sequence[str], vocab_size: int, template: str) -> Tokenizer:
-    """A vocabulary with tokens that begin and end turns, and a chat template; `<|end|>`, which ends texts, ends
-    responses too, as the makers of base models have it."""
+    """A vocabulary with a chat template and tokens that begin and end turns. As in base models, `<|end|>` ends texts
+    and responses."""
     with tempfile.TemporaryDirectory() as folder:
         train_bpe(texts, vocab_size).save(folder)
         core = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")

@@ -1,4 +1,4 @@
-"""A sweep that is over in a minute, to try the machinery on."""
+"""A sweep that takes a minute, for tests of the machinery."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from experiments.study import Sweep
 
 
 def base() -> ConfigDict:
-    """The tiny policy, with steps that are not over before a test can interrupt them."""
+    """The tiny policy, with steps that last long enough for a test to interrupt them."""
     c = tiny()
     c.sft.steps = 6
     c.rl.steps = 8

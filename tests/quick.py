@@ -1,8 +1,8 @@
-"""How the tests compile, and the processes that they start: quickly, for programs that run for milliseconds."""
+"""Settings for tests and the processes that they start: compile quickly, for programs that run for milliseconds."""
 
 import jax
 
-# A quarter of the time to compile for a CPU. Later versions do not know the flag, and do not start with it.
+# This flag saves a quarter of the time to compile for a CPU. Later versions of JAX do not start with it.
 _FLAGS = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
 COMPILING = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": _FLAGS}
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", **COMPILING}

@@ -37,7 +37,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def drawn(model: Path):
-    """Adapters that add something, rounded to what bfloat16 holds."""
+    """Adapters that add something, with values that bfloat16 holds exactly."""
     shape, base, _ = loading.load_pretrained(model)
     fresh = lora.init(jax.random.key(0), base, build(shape)[2], CFG)
     return jax.tree.map(lambda x: np.asarray((x + 0.1).astype(jnp.bfloat16)), fresh)
@@ -83,7 +83,7 @@ def test_what_is_wrong_with_adapters_is_said(model: Path, drawn, folder: Path) -
 def test_a_folder_of_adapters_becomes_one_of_weights_with_its_record_and_temperature(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Their temperature goes by another name there: that of the weights as they are written."""
+    """Their temperature has another name there: the fingerprint of the weights as they are written."""
     dtype, out, rules = "bfloat16", tmp_path_factory.mktemp("out") / "whole", book.load()
     (folder / "rulebook.yaml").write_bytes(book.file_of("four_tier").read_bytes())
     record = {"rulebook": "rulebook.yaml", "rulebook_digest": rules.digest, "order": rules.order, "style": "terse",
@@ -127,7 +127,7 @@ def test_the_judge_in_the_box_judges_the_examples(tmp_path: Path) -> None:
     grades = {tier.name: tier.grade for tier in judge.book.tiers}
     truth = [int(row["label"][0]) for row in rows]
     assert sum(grades[one.tier] == grade for one, grade in zip(judged, truth, strict=True)) >= len(rows) / 2
-    for one, grade in zip(judged, truth, strict=True):  # it may be wrong, but not sure of the opposite
+    for one, grade in zip(judged, truth, strict=True):  # the judge may be wrong, but not sure of the opposite
         assert abs(grades[one.tier] - grade) < 3 or max(one.probs.values()) < 0.9
     boots = {row["title"]: one for row, one in zip(rows, judged, strict=True) if "hiking boots" in row["query"]}
     assert boots["Stainless Steel Garlic Press"].tier == "1-Irrelevant"

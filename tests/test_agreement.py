@@ -56,10 +56,10 @@ def test_kappa_is_that_of_scikit_learn(seed):
 
 
 def test_unequal_grades_weigh_as_they_differ():
-    """Grades 10, 1, 0: confusing the last two, as here once, is all but nothing."""
+    """Grades 10, 1, 0: confusing the last two, as happens once here, hardly counts."""
     one, other = np.array([0, 1, 2, 2]), np.array([0, 1, 2, 1])
     found = agreement.compare(one, other, list("abcd"), [10, 1, 0], bootstrap=0)["weighted_kappa"]["value"]
-    # The raters give 1, 1, 2 and 1, 2, 1 of each: chance gives squares of (162 + 100 + 81 + 1 + 200 + 4) / 4.
+    # Raters give the grades 1, 1, 2 and 1, 2, 1 times. By chance the squares are (162 + 100 + 81 + 1 + 200 + 4) / 4.
     assert found == pytest.approx(1 - 1 / (548 / 4))
 
 
@@ -133,11 +133,11 @@ def test_a_report_by_hand(tmp_path):
     rows = [row | of for row, of in zip(WIDE, probs, strict=True)]
     ratings = raters.read_ratings(write(tmp_path / "wide.csv", rows), BOOK, raters=("ann", "ben", "cleo"))
     found = raters.report(ratings, BOOK, wanted=0.9, bootstrap=0)
-    assert (found["no_majority"], found["unjudged"]) == (1, 1)  # of z: 1 against 2; the judge has none
+    assert (found["no_majority"], found["unjudged"]) == (1, 1)  # z: two tiers once each, and no judgement
     figures = {(pair["one"], pair["other"]): (pair["n"], pair["agreement"]["value"]) for pair in found["pairs"]}
     assert figures["judge", "majority"] == (2, 1.0) and figures["judge", "ben"] == (2, 0.5)
     assert figures["ann", "ben"] == (3, pytest.approx(1 / 3)) and figures["ann", "cleo"] == (1, 1.0)
-    assert figures["ann", "majority of the others"] == (2, 0.5)  # on b, y the others are tied; on z ben alone is left
+    assert figures["ann", "majority of the others"] == (2, 0.5)  # the others are tied on b and y; only ben is left on z
     assert found["by_tier"]["3-Related"]["n"] == 1 and found["by_family"]["all"]["n"] == 2
     assert found["abstain"]["coverage"] == 1.0 and found["alpha"]["people"]["n"] == 3
 

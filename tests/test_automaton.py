@@ -1,4 +1,4 @@
-"""The token tables: reading tokens on the device equals reading their text on the host, for any tokenisation."""
+"""The token tables: reading tokens on the device equals reading their text on the host, however it is tokenised."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def bpe_vocabulary(book: RuleBook) -> tuple[tuple[bytes | None, ...], int]:
 
 
 def adversarial_vocabulary(book: RuleBook) -> tuple[tuple[bytes | None, ...], int]:
-    """Every byte; whole responses; several phrases at once; tails and heads of neighbours; nothing at all."""
+    """Tokens of one byte, of whole responses, of several phrases, of pieces that cut phrases, and empty tokens."""
     rng = random.Random(1)
     response = some_response(book, rng).encode()
     parts = [part.encode() for part in every_part(book)]
@@ -137,7 +137,7 @@ CASES = ["think, bpe", "respond, adversarial", "japanese, bpe", "japanese betwee
 
 
 def text_of(case: Case, tokens: Sequence[int]) -> bytes:
-    """The text up to the end token. A special token is a byte that is in no phrase: it interrupts them all."""
+    """The text up to the end token. A special token becomes a byte that is in no phrase, so it interrupts phrases."""
     tokens = list(tokens)
     if case.end in tokens:
         tokens = tokens[: tokens.index(case.end)]
@@ -145,7 +145,7 @@ def text_of(case: Case, tokens: Sequence[int]) -> bytes:
 
 
 def oracle_positions(case: Case, tokens: Sequence[int], length: int) -> list[int]:
-    """For each part the index of the token after which the text states it for the first time."""
+    """For each part, the index of the token after which the text first states it."""
     positions = [length] * len(case.book.part_order)
     for t in range(len(tokens)):
         for part, count in enumerate(wording.read(case.book, text_of(case, tokens[: t + 1])).count):
@@ -163,7 +163,7 @@ def oracle_well_formed(case: Case, tokens: Sequence[int]) -> bool:
 def tokenise_at_random(case: Case, text: bytes, rng: random.Random) -> list[int]:
     """Some sequence of tokens with this text: usually not the one that the tokenizer would choose.
 
-    Bytes that start no token are left out; SmolLM2 has no token for those that never occur in UTF-8.
+    Bytes that start no token are left out: SmolLM2 has no token for bytes that never occur in UTF-8.
     """
     tokens = []
     while text:
@@ -239,7 +239,7 @@ def test_any_spelling_of_a_canonical_response_is_well_formed(name: str) -> None:
 def test_reading_by_hand() -> None:
     book = load()
     vocabulary = [
-        b"Tier: 4-Excellent",  # 0: the end token, whose own text is not read
+        b"Tier: 4-Excellent",  # 0: the end token; its own text is not read
         None,  # 1: another special token
         b"Category: ",
         b"same",
@@ -255,8 +255,8 @@ def test_reading_by_hand() -> None:
     assert tables.emits.shape[-1] == 4
     assert (tables.next_state[:, tables.token_class[[0, 1]]] == 0).all()
     tokens = np.array([[
-        [2, 4, 5, 6, 8, 0, 0],  # substitute, match, met twice
-        [2, 3, 2, 3, 7, 0, 0],  # same twice; three tiers that conflict, and a limit
+        [2, 4, 5, 6, 8, 0, 0],  # substitute, match, and met twice
+        [2, 3, 2, 3, 7, 0, 0],  # same twice, three tiers that conflict, and a limit
         [2, 1, 3, 2, 3, 2, 4],  # a special token breaks the first phrase; the last stays unfinished
         [0, 2, 3, 2, 3, 2, 3],  # nothing is read after the end
     ]])
@@ -278,7 +278,7 @@ def test_a_thought_may_stand_in_free_text_alone() -> None:
     answers = [
         ([1, 3, 1, *parts, 0], True),
         ([first, 1, 3, 1, *rest, 0], True),
-        ([1, *parts, 0], True),  # never closed: that is free text too
+        ([1, *parts, 0], True),  # a mark that is never closed is free text too
         ([2, *parts, 0], False),  # another special token
         ([*parts, 1, 0], False),  # nothing follows the last part
         ([1, *parts[:-1], 0], False),
@@ -301,7 +301,7 @@ def test_an_answer_ends_at_any_end_token() -> None:
     whole = [x for part in parts for x in (part, 2)][:-1]
     tokens = np.array([[[*whole, 0, parts[0]], [*whole, 1, parts[0]], [*whole, parts[0], 1]]])
     reading = read(tables, tokens, np.ones_like(tokens, bool))
-    assert (reading.count[0, :2] == 1).all()  # what follows the end is not read
+    assert (reading.count[0, :2] == 1).all()  # nothing is read after the end
     assert allowed(tables, jax.numpy.int32(0), 20)[:2].tolist() == [False, False]
     whole_valid = np.ones_like(tokens, bool)
     whole_valid[..., -1] = False

@@ -1,4 +1,4 @@
-"""What a judge has to beat: trained on pairs that tell the tier by a word, scored as a judge is."""
+"""The baselines: trained on pairs in which a word decides the tier, and scored as a judge is."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ THINGS = ("lamp", "chair", "kettle", "mug", "sofa", "desk", "rug", "clock")
 
 
 def pairs(name: str, count: int) -> list[Pair]:
-    """Half of them the thing asked for, of the best tier; half of them another thing, of the worst."""
+    """Half of the items are the thing asked for, with the best tier; half are another thing, with the worst."""
     kinds = [(THINGS[i % 8], THINGS[(i + 3 * (i % 2)) % 8], 3 * (i % 2)) for i in range(count)]
     return [
         Pair(id=f"{name}{i}", query=f"{asked} {name}{i}", title=f"new {thing}", tier=tier)
@@ -40,7 +40,7 @@ def test_tfidf_learns_whether_the_item_has_the_word_of_the_query() -> None:
     assert card["accuracy"] == {"value": 1.0, "low": 1.0, "high": 1.0}
     assert card["auc"]["value"] == 1.0 and found["chosen"][0]["C"] in (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     assert set(found["scores"]) == {"test"} and "scikit-learn" in found["versions"]
-    assert "adherence" not in card and "step_accuracy/brand" not in card  # it gives no reasons
+    assert "adherence" not in card and "step_accuracy/brand" not in card  # it states no steps
 
 
 def test_judgements_are_scored_as_scikit_learn_scores_them() -> None:

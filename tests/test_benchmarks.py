@@ -1,4 +1,4 @@
-"""The benchmarks run and say what they should, at the smallest size; nothing here depends on how fast anything is."""
+"""The benchmarks run and report what they should, at the smallest size. Nothing here depends on speed."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_what_prompts_share_is_counted_once(model: tuple) -> None:
     work = workload.WORKS["tiny_shared"]
     found = dict(phases.of(workload.build(model, work, workload.step_config(work))))
     layers = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
-    # 7 tokens that see 4 on average, and 4 times 5 that see 7 and 3 more.
+    # 7 tokens that see 4 positions on average; then 4 times 5 tokens that see these 7, and 3 more on average.
     assert found["prefill"].flops == 7 * (2 * layers + 2 * 4 * 32 * 4) + 20 * (2 * layers + 2 * 4 * 32 * 10)
     assert found["gradient"].flops == 3 * found["reference"].flops
 
@@ -110,7 +110,7 @@ def test_growth_goes_on_where_it_was_broken_off(tmp_path: Path) -> None:
     path.write_text(json.dumps(found))
     assert growth._broken_off(found | {"points": []}, path) == points
     assert growth._broken_off(found | {"machine": {"device": "d", "commit": "other"}}, path) == []
-    path.write_text(json.dumps(found | {"fits": {}}))  # it was finished: measure all again
+    path.write_text(json.dumps(found | {"fits": {}}))  # it was finished, so all is measured again
     assert growth._broken_off(found, path) == []
 
 

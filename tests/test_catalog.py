@@ -1,4 +1,4 @@
-"""The bundled benchmark: what it promises of its size, its truth, its splits, and its files."""
+"""The bundled benchmark: its size, truth, splits and files are as promised."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from agrl_jax.data.bundled.reasons import explain
 from agrl_jax.data.pairs import Pair, PairsError, item_text
 from agrl_jax.rulebook import book, wording
 
-# sha256 of the default splits of seed 0, and of their reasons. If one changes on purpose, `catalog.VERSION` rises too.
+# sha256 of the default splits of seed 0, and of their reasons. Whoever changes one raises `catalog.VERSION`.
 DIGEST = "bb72bb386da56c2b0761e26cb93eeb953209ccd517d22f499428eae008053241"
 REASONS_DIGEST = "1f2be0bdff3e198d0a7672741a8f6df73d57d243979f6cc93643e0da7fd2c04d"
 SMALL = {"sft": 60, "train": 120, "validation": 20, "b_eval": 40, "w_eval": 40}
@@ -69,7 +69,7 @@ def test_relations_hold_both_ways_and_exclude_one_another():
     assert w.relation(["running shoes"], "sneakers") == "substitute"
     assert w.relation(["running shoes"], "insoles") == "complement"
     assert w.relation(["running shoes"], "kettle") == "different"
-    # Of several types wanted, the one that the item fits best counts.
+    # If several types are wanted, the one that the item fits best counts.
     assert w.relation(["insoles", "sneakers"], "sneakers") == "same"
     assert w.relation(["insoles", "walking shoes"], "sneakers") == "substitute"
 
@@ -182,7 +182,7 @@ def test_a_denial_contradicts_what_was_asked_and_keeps_what_was_ruled_out():
         ([("cheaper", "Quillo")], {"brand": "", "price": 9_099}, "broken"),
         ([("cheaper", "Quillo")], {"brand": ""}, "unknown"),
         ([("cheaper", "Tavira")], {"brand": "Quillo"}, "kept"),
-        # Of several limits a broken one decides, then one that cannot be told.
+        # Of several limits, a broken one decides; without one, a limit that cannot be told.
         ([("not", "material", "leather"), ("under", "", 200)], {}, "broken"),
         ([("not", "material", "suede"), ("under", "", 200)], {}, "unknown"),
         ([("not", "material", "suede"), ("under", "", 200)], {"price": 9_999}, "kept"),
@@ -222,14 +222,14 @@ def test_the_text_of_an_item_says_what_the_item_says_and_no_more():
         assert pair.price == ("" if item.price is None else f"${item.price / 100:.2f}")
         if item.brand:
             assert item.brand in text
-        else:  # the brand of what an accessory is for may be named
+        else:  # an accessory may name the brand of the product that it is for
             assert not any(name in re.sub(r" for \w+", "", text) for name in w.brands)
         assert any(name in item.title for name in w.types[item.type].names)
     assert compared > 1000
 
 
 def said(w: world.World, item: Item, text: str) -> dict[str, str]:
-    """The attributes that a text says, found by looking for every way of saying every value."""
+    """The attributes that a text states, found by a search for every wording of every value."""
     kind, found = w.types[item.type], {}
     for attribute, values in kind.attributes.items():
         for value in values:
@@ -252,7 +252,7 @@ def without_reasons(splits: Splits) -> Splits:
 
 
 def reasons(item: Item, text: str = "", **query) -> tuple[str, ...]:
-    """The reasons, without the variety of their wording: facts as "asked / found"."""
+    """The reasons with one wording for all: facts as "asked / found"."""
     query = Query(text, "plain", **({"types": ("hiking boots",)} | query))
     asked = ("wanted", "brand asked", "asked", "ruled out", "at most", "the least at", "cheaper than")
     told = []
@@ -305,7 +305,7 @@ def test_what_a_reason_says_of_the_item_stands_in_its_text(made: Splits):
 
 
 def test_reasons_agree_with_the_steps(made: Splits):
-    """The brand by its reason alone; what is not asked has no fact of the item; each constraint has one."""
+    """The reason gives the brand. What is not asked has no fact of the item; each constraint has one fact."""
     rules = book.load()
     for pair in made["b_eval"]:
         _, brand, attributes, limits = (
@@ -394,7 +394,7 @@ def test_what_is_held_out_stays_out_of_training(made: Splits):
     text = "\n".join(f"{pair.query} | {item_text(pair)}" for name in HELD_IN for pair in made[name]).lower()
     words = set(re.findall(r"[\w'-]+", text))
     assert not words & {brand.lower() for brand in unseen.brands}
-    # A name that is part of another one, or of a use case, may occur: "tea" is in "tea ball".
+    # A name may occur as a part of another name or of a use case: "tea" is in "tea ball".
     known_names = [other for kind in seen.types for other in w.types[kind].names]
     others = "\n".join([*known_names, *(use for case in w.use_cases for use in case.uses)])
     names = [name for kind in unseen.types for name in w.types[kind].names if not world.says(others, name)]
@@ -505,7 +505,7 @@ benchmark.load_benchmark({str(tmp_path)!r}, 5)
     root = Path(__file__).parent.parent
     ran = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(root)}, cwd=root)
     assert ran.returncode == -signal.SIGKILL
-    assert list(tmp_path.glob("benchmark/*/*"))  # it had begun
+    assert list(tmp_path.glob("benchmark/*/*"))  # it had begun to write
     assert benchmark.load_benchmark(tmp_path, 5) == without_reasons(catalog.splits(5))
 
 

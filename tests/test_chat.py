@@ -1,4 +1,4 @@
-"""Prompts through a model's chat template: as `transformers` renders them, and what others wrote stays text."""
+"""Prompts go through a model's chat template as `transformers` renders it, and what others wrote stays text."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ GENERATION = "{% for message in messages %}{% generation %}{{ '<|im_start|>' + m
 )
 NAMING = CHATML + "{{ [bos_token, eos_token, unk_token] | tojson }}"
 
-# In the style of the families: what makes each of them different from ChatML.
+# Templates in the style of several families, with what makes them different from ChatML.
 GEMMA = """\
 {{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
 {% for message in messages %}
@@ -169,7 +169,7 @@ def prompt(tokenizer: Tokenizer, pair: Pair = PAIR, limit: int = 4000) -> list[i
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_equals_what_transformers_makes_of_the_messages(name: str, tmp_path: Path) -> None:
     tokenizer = load(tmp_path, TEMPLATES[name], bos_token="<|im_start|>", unk_token="<|end|>")
-    assert tokenizer.bos_token is None  # a template may spell it, though no text begins with it
+    assert tokenizer.bos_token is None  # a template may spell it, but no text begins with it
     system, user = wording.turns(BOOK)
     user = user.replace("{query}", PAIR.query).replace("{item}", item_text(PAIR))
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]

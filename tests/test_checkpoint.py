@@ -1,4 +1,4 @@
-"""Checkpoints: exact, bounded, whole or not there, and tied to the run they belong to."""
+"""Checkpoints: exact, limited in number, whole or absent, and tied to the run that they belong to."""
 
 import errno
 import os
@@ -94,7 +94,7 @@ def test_the_last_few_and_the_best_are_kept(tmp_path):
             checkpoints.save("rl", step, {"x": jnp.int32(step)}, metrics=None if score is None else {"macro_f1": score})
         checkpoints.wait()
         assert steps_on_disk(tmp_path, "rl") == [2, 5, 6]
-    with Checkpointer(tmp_path, keep=2, identity=IDENTITY) as checkpoints:  # the best is known after a restart
+    with Checkpointer(tmp_path, keep=2, identity=IDENTITY) as checkpoints:  # after a restart, the best is still known
         assert checkpoints.best_step("rl") == 2
         checkpoints.save("rl", 7, {"x": jnp.int32(7)}, metrics={"macro_f1": 0.95})
         checkpoints.wait()
@@ -204,7 +204,7 @@ def test_a_field_that_an_older_version_lacked_compares_with_its_default(saved):
 
 def test_a_part_that_is_known_later_is_checked_then_and_only_where_it_was_saved(saved):
     with Checkpointer(saved, identity=IDENTITY) as checkpoints:
-        checkpoints.identify({"pairs": {"train": "abc", "test": "def"}})  # the checkpoint knows of none
+        checkpoints.identify({"pairs": {"train": "abc", "test": "def"}})  # the checkpoint has no record of pairs
         checkpoints.save("sft", 6, {"x": jnp.int32(1)})
     with Checkpointer(saved, identity=IDENTITY) as checkpoints:
         checkpoints.identify({"pairs": {"train": "abc", "test": "def"}})
@@ -254,7 +254,7 @@ def test_a_half_written_checkpoint_is_not_loaded_and_is_cleared(tmp_path):
         checkpoints.save("rl", 1, make_state(1))
         checkpoints.save("rl", 2, make_state(2))
     folder = tmp_path / "checkpoints" / "rl"
-    (folder / "2").rename(folder / "2.orbax-checkpoint-tmp")  # as Orbax names it until all is there
+    (folder / "2").rename(folder / "2.orbax-checkpoint-tmp")  # Orbax's name for an unfinished one
     with Checkpointer(tmp_path, identity=IDENTITY) as checkpoints:
         found = checkpoints.restore(make_state())
         assert found.step == 1
@@ -297,7 +297,7 @@ def test_a_half_deleted_old_checkpoint_does_no_harm(tmp_path):
 
 
 def test_no_space_left_is_one_clear_error_and_the_last_good_checkpoint_survives(tmp_path, monkeypatch):
-    """The disk fills up in Orbax's background thread, when the finished checkpoint is to be put in place."""
+    """The disk fills up in Orbax's background thread, as it moves the finished checkpoint into place."""
 
     def full(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -350,7 +350,7 @@ def test_a_run_killed_while_saving_leaves_whole_checkpoints_only(tmp_path, delay
             begun = int(line)
             if begun == 6:
                 break
-        time.sleep(delay_ms / 1000)  # somewhere inside one of the next saves
+        time.sleep(delay_ms / 1000)  # stops during one of the next saves
         process.kill()
     template = {f"w{i}": jnp.zeros((64, 1024)) for i in range(8)}
     with Checkpointer(tmp_path, identity={"config": {}}) as checkpoints:

@@ -260,7 +260,7 @@ def test_the_preset_of_dyknow_rag_changes_what_was_published_and_the_batch_alone
 
 
 def test_what_a_method_leaves_open_can_be_chosen():
-    recipes.check(changed(reward__composition="sum"))  # AGRL without the gate
+    recipes.check(changed(reward__composition="sum"))  # AGRL without a gate
     plain = {"guidance__enabled": False, "reward__composition": "terminal"}
     recipes.check(changed(method="grpo_ds", rl__candidates=8, **plain))
     recipes.check(changed(method="dpo", guidance__enabled=False))
@@ -307,7 +307,7 @@ def test_own_answers_that_can_never_be_there_are_refused():
         cfg.check_guidance(changed(**own), pairs=80)
     assert "own can never act: in rl.steps=10 x rl.batch_size=8 none of the 80 pairs is met twice" in str(error.value)
     assert "use guidance.threshold=0.25, at least 11 steps" in str(error.value)
-    cfg.check_guidance(changed(**own), pairs=79)  # one pair is met again
+    cfg.check_guidance(changed(**own), pairs=79)  # so one pair is met a second time
     cfg.check_guidance(changed(**own, guidance__threshold=0.25), pairs=80)  # one right answer of four, and it fails
     cfg.check_guidance(changed(rl__steps=10), pairs=80)
     cfg.check_guidance(changed(**own, guidance__enabled=False), pairs=80)
@@ -374,13 +374,13 @@ def get_config(arg=None):
 
 @pytest.fixture
 def parse(tmp_path, monkeypatch):
-    """Parses a command line with fresh flags, FILE standing for a config file; returns the config."""
+    """The config of a command line that is parsed with fresh flags; FILE stands for a config file."""
     path = tmp_path / "tiny.py"
     path.write_text(CONFIG_FILE)
 
     def run(line: str) -> ConfigDict:
         argv = ["program", *line.replace("FILE", str(path)).split()]
-        sys.modules.pop("config_config", None)  # loading another file as a config goes on with what is there
+        sys.modules.pop("config_config", None)  # otherwise the module of the config loaded before is used again
         values = flags.FlagValues()
         config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
         flags.mark_flag_as_required("config", flag_values=values)

@@ -1,4 +1,4 @@
-"""Cut points: what they choose, that their fit finds the best ones, and the file that keeps them."""
+"""Cut points: the tiers that they choose, their fit, which finds the best ones, and the file that keeps them."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def test_macro_f1_is_that_of_scikit_learn() -> None:
 
 
 def test_a_tier_the_policy_is_shy_of_is_set_right() -> None:
-    """Good pairs get 0.35 or more for good, the others less: 0.5 misses them all, a cut point between misses none."""
+    """Good pairs get 0.35 or more for good, other pairs less. A cut at 0.5 misses all good pairs, a lower one none."""
     probs = np.array([[0.35, 0.05, 0.6], [0.4, 0.1, 0.5], [0.25, 0.5, 0.25], [0.2, 0.55, 0.25], [0.1, 0.1, 0.8]])
     truth = np.array([0, 0, 1, 1, 2])
     fitted = cuts.fit(probs, truth, before=probs.argmax(axis=1))
     assert fitted.macro_f1 == 1
     assert 0.25 < fitted.cuts[0] <= 0.35
-    # Without: good 0 of 2, fair both, bad once right and twice claimed in error: F1 0, 1 and 2/4.
+    # Without cuts: good 0 of 2, fair 2 of 2, bad once right and twice wrongly claimed: F1 0, 1 and 2/4.
     assert fitted.macro_f1_before == pytest.approx(0.5)
 
 
