@@ -1,4 +1,4 @@
-"""The decoding kernel gives what the products and sums give that it stands for; here interpreted, on a GPU compiled."""
+"""The decoding kernel gives the same as plain products and sums. It is interpreted here, and compiled on a GPU."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def both(
 @pytest.mark.parametrize(
     "shape",
     [
-        # Answers that do not fill a program, three heads to a key head, more than one block of prompt and answer.
+        # Answers that do not fill a program, three heads for each key head, more than one block of prompt and answer.
         (2, 5, 2, 3, 16, 70, 80, 65, [70, 1], 0),
-        # So too, after more than a block of instructions.
+        # The same after more than a block of instructions.
         (2, 5, 2, 3, 16, 70, 80, 65, [70, 1], 75),
-        # One answer, its first token, one head to a key head.
+        # The first token of one answer, one head for each key head.
         (1, 1, 1, 1, 16, 3, 4, 0, [2], 0),
     ],
     ids=str,

@@ -1,4 +1,4 @@
-"""Sampling by difficulty: which examples of a pool are rolled, what is remembered of them, and that none is lost."""
+"""Sampling by difficulty: which examples of a pool are rolled, what is remembered, and that no example is lost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NEW = (UNKNOWN, 0)
 
 
 def memory(*rows: tuple[float, int]) -> DifficultyState:
-    """Of rows 0, 1, ..: the pass rate, and when it was met."""
+    """The state in which rows 0, 1, ... have these pass rates and were last met in these steps."""
     rate, met = zip(*rows, strict=True)
     return DifficultyState(jnp.array(rate, jnp.float32), jnp.array(met, jnp.int32))
 
@@ -50,7 +50,7 @@ def test_rows_of_the_band_and_new_ones_come_first_in_the_order_of_the_pool(small
 def test_where_they_are_too_few_those_that_waited_longest_fill_the_batch(small):
     state = memory((0.0, 8), (0.5, 8), (1.0, 5), (0.0, 6))
     assert chosen(small, state, 12) == ([1, 2], [False, True])
-    assert chosen(small, memory((0.0, 8), (1.0, 5), (1.0, 9), (0.0, 6)), 12) == ([1, 3], [True, True])  # an empty band
+    assert chosen(small, memory((0.0, 8), (1.0, 5), (1.0, 9), (0.0, 6)), 12) == ([1, 3], [True, True])  # none inside
 
 
 def test_a_row_outside_comes_back_after_so_many_steps(small):
@@ -84,7 +84,7 @@ def test_rows_are_counted_by_their_place(small):
 
 @jax.jit
 def rolled_in(rate, pools, again):
-    """How often each row is rolled where its pass rate is always `rate` [N], over the `pools` [steps, 2] of rows."""
+    """How often each row is rolled if its pass rate is always `rate` [N]; `pools` [steps, 2] has the rows of pools."""
     blank = jnp.zeros((2, 1), jnp.int32)
 
     def one(state, now):
@@ -103,10 +103,10 @@ def rolled_in(rate, pools, again):
     rates=st.lists(st.sampled_from([0.0, 0.1, 0.5, 1.0]), min_size=12, max_size=12), seed=st.integers(0, 99),
 )
 def test_no_row_is_lost_whatever_the_pass_rates(rates, seed):
-    """Of two rows one is rolled in each step. In 900 steps, 150 pools hold a given row.
+    """One of two rows is rolled in each step. In 900 steps, 150 pools hold a given row.
 
-    Where rows outside the band come back so soon that nearly all have, chance decides whether those inside are rolled
-    more often. Where none comes back, those inside are.
+    If no row outside the band comes back, rows inside it are rolled more often. If rows outside come back soon, nearly
+    all have come back at any time, and chance decides.
     """
     rng = np.random.default_rng(seed)
     pools = np.stack([rng.permutation(12)[:2] for _ in range(900)]).astype(np.int32)
@@ -126,7 +126,7 @@ WITHOUT = dataclasses.replace(WITH, difficulty=None)
 
 
 def start(small):
-    """Rows 0 to 7 never pass, all others have not been met."""
+    """Rows 0 to 7 never passed; all others have not been met."""
     rates = difficulty.initial_state(N)
     rates = rates.replace(rate=rates.rate.at[:B].set(0.0))
     return jax.device_put(fresh_state(small.params, WITH).replace(difficulty=rates))
@@ -152,7 +152,7 @@ def test_a_step_learns_from_what_was_chosen_as_if_it_alone_were_given(small, ste
     close(after.params, expected.params)
     for name, value in of_alone.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
-    # The pass rates are those of the answers before any was replaced by a guided one, of which there are some.
+    # Pass rates are those of the answers before guided ones replaced some of them.
     assert metrics["guide/share"] > 0 and metrics["difficulty/outside"] == 0
     assert np.all(np.asarray(after.difficulty.rate)[2 * B :] == UNKNOWN)
     mine = np.asarray(after.difficulty.rate)[B : 2 * B]
@@ -173,7 +173,7 @@ def test_a_run_that_is_resumed_chooses_and_learns_the_same(small, step, tmp_path
         states.append(after)
         rows.append(seen.row.tolist())
     assert step._cache_size() == 1
-    assert len({tuple(row) for row in rows[::2]}) > 1  # what is chosen from the same pool depends on what is remembered
+    assert len({tuple(row) for row in rows[::2]}) > 1  # the choice from the same pool depends on memory
     with Checkpointer(tmp_path, identity={}) as checkpoints:
         checkpoints.save("rl", 3, states[3])
         state = checkpoints.restore(states[0]).state

@@ -1,4 +1,4 @@
-"""Distillation: the loss by hand, what is learnt from, and students of small teachers by the command."""
+"""Distillation: the loss by hand, the pairs that are learnt from, and students that the command trains."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TIERS = ("4-Excellent", "3-Related", "2-Mismatch", "1-Irrelevant")
 # --------------------------------------------------------------------------------------------------- the loss
 
 # Tokens: "Tier:" 0, "very" 1, "good" 2, "bad" 3, a step 4, the end 5, and a prompt of 6. The tiers "very good",
-# "very bad" and "bad" go apart at their second token or at their third.
+# "very bad" and "bad" part at their second or third token.
 NEXT = {6: {0: 1 / 2}, 0: {1: 3 / 4, 3: 1 / 4}, 1: {2: 2 / 3, 3: 1 / 3}, 2: {4: 1 / 2}, 3: {4: 1 / 8}, 4: {5: 1 / 4}}
 TEXTS = PartTexts(
     np.array([[[0, 1, 2], [0, 1, 3], [0, 3, 0]], [[4, 0, 0]] * 3], np.int32), np.array([[3, 3, 2], [1, 0, 0]], np.int32)
@@ -49,7 +49,7 @@ TEXTS = PartTexts(
 
 
 def bigrams(following: Mapping[int, Mapping[int, float]], size: int) -> Policy:
-    """A policy whose next token depends on the last one alone."""
+    """A policy whose next token depends only on the last one."""
     table = np.full((size, size), 1e-6)
     for token, after in following.items():
         for other, probability in after.items():
@@ -75,13 +75,13 @@ def test_the_loss_is_that_of_soft_targets_wherever_texts_go_apart_and_of_the_ste
     )
     loss, figures = distill.distill_loss(bigrams(NEXT, 7), {}, pairs, TEXTS, step_weight=0.4)
     log = math.log
-    # "Tier:", then 0.7 of the first judgement goes to "very" and 0.3 to "bad", of the 0.7 0.5 to "good", 0.2 to "bad".
+    # After "Tier:", 0.7 of the first judgement is on "very" and 0.3 on "bad"; of the 0.7, "good" has 0.5 and "bad" 0.2.
     first = log(1 / 2) + 0.7 * log(3 / 4) + 0.3 * log(1 / 4) + 0.5 * log(2 / 3) + 0.2 * log(1 / 3)
     second = log(1 / 2) + log(1 / 4)
-    steps = (log(1 / 2) + log(1 / 4)) + log(1 / 8)  # of the first a step and the end, of the second a step alone
+    steps = (log(1 / 2) + log(1 / 4)) + log(1 / 8)  # a step and the end, then a step alone
     np.testing.assert_allclose(loss, -(first + second) / 2 - 0.4 * steps / 2, rtol=1e-4)
     np.testing.assert_allclose(figures["policy/step_loss"], -steps / 2, rtol=1e-4)
-    # Among themselves, the tiers have the probabilities 1/2, 1/4 and 1/4.
+    # Normalised over the tiers, the probabilities are 1/2, 1/4 and 1/4.
     gaps = 0.2 * log(0.2 / 0.25) + 0.3 * log(0.3 / 0.25), log(1 / 0.25)
     np.testing.assert_allclose(figures["distill/kl"], sum(gaps) / 2, rtol=1e-4)
     assert figures["distill/agreement"] == 0.5
@@ -193,7 +193,7 @@ def flags(teacher: Path | str, student: Path, data_dir: Path, **changes: object)
 
 @pytest.fixture(scope="module")
 def student(teacher: Path, tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> tuple[Path, list[str]]:
-    """A student of a few pairs that goes on once."""
+    """A student of a few pairs; the command trained it twice, the second time for more steps."""
     folder = tmp_path_factory.mktemp("students") / "student"
     assert commands.exit_code(command.main, *flags(teacher, folder, data_dir, distill__steps=50), "--number=64") == 0
     more = flags(teacher, folder, data_dir, distill__steps=400)
@@ -221,7 +221,7 @@ def test_a_student_comes_to_judge_as_its_teacher_does_and_the_command_goes_on(st
         return float(np.mean(np.sum(q * (np.log(q + 1e-9) - np.log(p + 1e-9)), axis=1)))
 
     by_chance = divergence(theirs, np.broadcast_to(theirs.mean(axis=0), theirs.shape))
-    assert by_chance > 0.05  # the pairs are judged differently
+    assert by_chance > 0.05  # judgements differ between pairs
     assert divergence(theirs, raw) < by_chance / 2
     assert rows[-1]["distill/kl"] < rows[0]["distill/kl"] / 4
 
@@ -283,7 +283,7 @@ def test_bad_input_is_refused_in_a_line(teacher, tmp_path, data_dir, capfd, argu
 
 
 def test_the_judge_in_the_box_can_teach():
-    """Its config as a student's is in order, where there are pairs for validation and scorecard."""
+    """Its config is valid as a student's, if there are pairs for validation and scorecard."""
     try:
         smollm2.find_smollm2()
     except smollm2.NotInstalledError as error:

@@ -1,4 +1,4 @@
-"""The README and the documents name what there is: files, commands, fields."""
+"""The README and the documents name files, commands and fields that exist."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FIELDS = flatten(recipes.base())
 
 
 def anchors(page: Path) -> set[str]:
-    """The names by which headings of a page are linked to."""
+    """The names by which links reach the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

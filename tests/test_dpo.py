@@ -60,8 +60,8 @@ def test_the_kth_right_answer_goes_with_the_kth_wrong_one(batch):
     right = np.zeros((B, N), bool)
     wrong = np.zeros((B, N), bool)
     right[0, [1, 4, 6]], wrong[0, [0, 2, 7]] = True, True  # three pairs, of which two are taken
-    right[1, 3] = True  # nothing wrong
-    wrong[2, 5] = True  # nothing right
+    right[1, 3] = True  # no wrong answer
+    wrong[2, 5] = True  # no right answer
     right[5, 7], wrong[5, [2, 3]] = True, True
     tokens = np.arange(B * N * RESPONSE_LEN).reshape(B, N, RESPONSE_LEN)
     logp = -np.arange(B * N, dtype=np.float32).reshape(B, N)
@@ -81,7 +81,7 @@ def test_the_kth_right_answer_goes_with_the_kth_wrong_one(batch):
 
 
 def constant_policy(probability):
-    """A policy that gives every token the same probability wherever it stands."""
+    """A policy that gives a token the same probability at every place."""
 
     def apply_groups(params, prompt, prompt_len, tokens):
         return jnp.zeros((*prompt.shape, 1)), jnp.zeros((*tokens.shape, 1))
@@ -90,7 +90,7 @@ def constant_policy(probability):
 
 
 def test_the_loss_by_hand():
-    """Tokens of probability 1/2, 1/4 and 1/8; references a little off; what is not valid counts for nothing."""
+    """Tokens of probability 1/2, 1/4 and 1/8; references differ a little; invalid tokens do not count."""
     probability = np.array([1 / 2, 1 / 4, 1 / 8, 1 / 8])
     pairs = Preferences(
         prompt=np.zeros((2, 3), np.int32),
@@ -113,7 +113,8 @@ def test_the_loss_by_hand():
 
 
 def test_a_step_starts_at_the_reference_and_is_that_of_whole_sequences(small, batch, answers, close):
-    """At first the policy is the reference: no margins, loss log 2. The gradient is that of the usual layout."""
+    """At first the policy is the reference, so margins are 0 and the loss is log 2. The gradient is that of the usual
+    layout."""
     first, last = np.argsort(answers.logp, axis=1)[:, [0, -1]].T
     places = np.arange(B)[:, None], np.stack([first, last], axis=1)
     pairs = Preferences(

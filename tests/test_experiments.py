@@ -1,4 +1,4 @@
-"""The machinery of the experiments, on a sweep that is over in a minute: what is missing is run, and nothing twice."""
+"""The machinery of the experiments, on a sweep that takes a minute: missing runs are made, and no run twice."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_runs_share_a_warm_start_exactly_if_they_differ_after_it_alone() -> None
 def test_a_warm_start_is_another_where_an_argument_of_the_command_changes_it() -> None:
     config = main_table.get_config("agrl")
     start = study.start_digest(config, [])
-    assert start == study.start_digest(config, ["--config.rl.steps=3"])  # what comes after it
+    assert start == study.start_digest(config, ["--config.rl.steps=3"])  # RL comes after it
     assert start != study.start_digest(config, ["--config.sft.steps=3"])
     moved = [study.start_digest(config, [f"--config.data.test_path={folder}/esci.csv"]) for folder in ("/a", "/b")]
     assert moved[0] == moved[1] != start
@@ -83,7 +83,7 @@ def test_more_of_the_same_goes_on_with_the_next_pairs() -> None:
     config.more.batch_size = 8
     assert first_batch(config) == 2400
     config.more.source = "train"
-    assert first_batch(config) == 0  # pairs in an order of their own
+    assert first_batch(config) == 0  # these pairs have an order of their own
 
 
 def test_every_method_has_the_same_search() -> None:
@@ -162,7 +162,7 @@ def test_a_sweep_killed_and_started_again_makes_each_run_once_and_a_table_of_the
     (tmp_path / "runs" / "data").symlink_to(data_dir)
     kept = tmp_path / "results" / "mini"
     process = run(tmp_path)
-    while not list(kept.glob("*.json")):  # of the warm starts, which are results of their own
+    while not list(kept.glob("*.json")):  # warm starts are results too
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
@@ -239,9 +239,9 @@ def test_the_language_model_is_searched_first_and_then_seed_by_seed(
     after = jobs[9:]
     assert [seed for _, seed in after] == [0] * 15 + [1] * 15 + [2] * 15
     assert {run for run, seed in after[:7]} == {f"scarce/{name}" for name in language_model.REGIMES["scarce"][1]}
-    slow = {"rl.learning_rate": 7e-6, "rl.steps": 60}  # whose schedule ends with the whole budget
+    slow = {"rl.learning_rate": 7e-6, "rl.steps": 60}  # the schedule ends with the whole budget
     assert json.loads(plan.tuned.read_text())["agrl"] == slow
-    assert slow.items() <= plan.sweep.fields("head/rrs").items()  # as its neighbour
+    assert slow.items() <= plan.sweep.fields("head/rrs").items()  # it takes the settings of agrl
     assert flatten(plan.get_config("scarce/dpo,seed=1"))["dpo.learning_rate"] == 7e-6
     assert plan.search.fields("search/agrl.fast")["rl.learning_rate"] == 6e-5
     assert "| agrl | slow | 0.5000 | chosen |" in (tmp_path / "language_model/search/table.md").read_text()

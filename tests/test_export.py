@@ -31,7 +31,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a policy trained with a rule book of the user's own, tier first."""
+    """A workdir of a policy that was trained with a user's own rule book, tier first."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "mine.yaml").write_text(book.file_of("four_tier").read_text().replace("partly met", "half met"))
     (folder / "run").mkdir()
@@ -111,7 +111,7 @@ def test_transformers_loads_it_with_the_same_logits_and_tokens(workdir: Path, ex
 
 
 def test_transformers_judges_a_batch_as_it_judges_one_by_one(exported: Path) -> None:
-    """Prompts of two lengths at once, padded; and a tokenizer's whole output is what the model takes."""
+    """Two padded prompts of different lengths. The model takes the whole output of the tokenizer."""
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     texts = ["Query: red shoes\nItem: Nike\n", "Query: a\nItem: Nike running shoes, red\n"]
@@ -120,7 +120,7 @@ def test_transformers_judges_a_batch_as_it_judges_one_by_one(exported: Path) -> 
     assert together == [pipe(text, max_new_tokens=12)[0]["generated_text"] for text in texts]
     assert set(pipe.tokenizer("a")) == {"input_ids", "attention_mask"}
     settings = json.loads((exported / "tokenizer_config.json").read_text())
-    assert settings["model_input_names"] == ["input_ids", "attention_mask"]  # version 4 adds token_type_ids otherwise
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]  # otherwise version 4 adds token_type_ids
 
 
 def test_a_chat_template_goes_along(workdir: Path, tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_a_record_that_is_not_ours_is_refused(exported: Path, tmp_path: Path) ->
     with pytest.raises(TrainedError, match=r"agrl_jax\.json: not the record of an export"):
         trained.load(str(tmp_path))
     (tmp_path / "agrl_jax.json").unlink()
-    assert trained.load(str(tmp_path)).style == "full"  # without a record: as any other language model
+    assert trained.load(str(tmp_path)).style == "full"  # without a record, it is like any other language model
 
 
 def test_a_rule_book_changed_in_the_export_is_refused(exported: Path, tmp_path: Path) -> None:

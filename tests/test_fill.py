@@ -1,4 +1,4 @@
-"""Steps that are unknown: the policy fills them in, and only what is known is learnt."""
+"""Unknown steps: the policy fills them in, and only what is known is learnt."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ TEXTS = PartTexts(
 
 @pytest.fixture(scope="module")
 def batch(small):
-    """What is known: all; fair; bad, which implies fit no; fair and brand off; good, which implies both; fair and
-    fit part."""
+    """Pairs of which this is known: all; fair; bad, which implies fit no; fair and brand off; good, which implies both
+    steps; fair and fit part."""
     steps = [(1, 1), (UNKNOWN, UNKNOWN), (2, UNKNOWN), (UNKNOWN, 1), (0, 0), (1, UNKNOWN)]
     return small.batch(steps, tiers=[1, 1, 2, 1, 0, 1])
 
 
 def fill(small, batch):
-    """The responses of a batch as the policy fills them in."""
+    """The responses of a batch with unknown steps filled in by the policy."""
 
     @jax.jit
     def run(params, batch):
@@ -49,11 +49,11 @@ def filled(small, batch):
 
 
 def test_the_texts_of_all_values_of_an_unknown_step_are_scored(small, batch):
-    assert tokens_scored(small.tables, TEXTS, batch) == 3 + 2 + 2 + 3 + 2  # three fits or two brands, a token each
+    assert tokens_scored(small.tables, TEXTS, batch) == 3 + 2 + 2 + 3 + 2  # three fits or two brands, of one token each
 
 
 def own_choice(small, batch, row):
-    """The likeliest fit, then the likeliest brand after it, of those that the table allows; by whole sequences."""
+    """The likeliest fit and then the likeliest brand that the table allows, by scores of whole sequences."""
     prompt = batch.prompt[row, : batch.prompt_len[row]].tolist()
 
     def likeliest(response, values):
@@ -113,7 +113,7 @@ def test_the_loss_falls_on_what_is_known(small, batch, filled):
 
 
 def test_the_label_of_a_pair_with_unknown_steps_has_the_sum_over_all_that_agree_with_it(small, batch, filled):
-    """By hand: each combination's product; beside it the tier's tokens count, and none of the steps' own."""
+    """By hand: the sum of each combination's product. The tokens of the tier count too, those of the steps do not."""
     tokens, known, *_ = (jnp.asarray(x) for x in filled)
     unknown = np.any(batch.steps == UNKNOWN, axis=1)
 

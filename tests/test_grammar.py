@@ -19,7 +19,7 @@ from agrl_jax.rulebook.book import RuleBook, RuleBookError, load
 from agrl_jax.rulebook.grammar import GrammarError
 
 ORDERS = ["think_then_respond", "respond_then_think"]
-# What dialects could take for more than a character; letters that recur, so that phrases start within each other.
+# Characters that dialects could take for syntax, and letters that recur, so that phrases begin inside each other.
 LETTERS = ["abc", "abcdefgh", 'a"\\[]^-.*(){}|?+$/#\'é判👟 \n']
 
 
@@ -29,7 +29,7 @@ def in_text(book: RuleBook, free_text: str) -> RuleBook:
 
 @st.composite
 def books(draw: st.DrawFn) -> RuleBook:
-    """Rule books of one or two steps, most of whose wording could be mistaken for syntax."""
+    """Rule books of one or two steps, with wording that could mostly be mistaken for syntax."""
     letters = draw(st.sampled_from(LETTERS))
     word = st.text(letters.strip(), min_size=1, max_size=4)
     tiers = draw(st.lists(word, min_size=2, max_size=3, unique_by=str.casefold))
@@ -56,7 +56,7 @@ def books(draw: st.DrawFn) -> RuleBook:
 
 
 def texts(book: RuleBook) -> st.SearchStrategy[str]:
-    """Whole responses, some with text in them, some broken; pieces of phrases in any order."""
+    """Whole responses, some with free text, some broken; and pieces of phrases in any order."""
     parts = [[phrase.text for phrase in book.phrases if phrase.part == part] for part in book.part_order]
     everything = "".join(phrase.text for phrase in book.phrases) + book.response.separator
     text = st.one_of(st.just(""), st.text(everything, max_size=3), st.text(max_size=2))
@@ -82,7 +82,7 @@ def recognised(book: RuleBook) -> Callable[[str], bool]:
 
 @functools.cache
 def xgrammar() -> tuple[type, Callable]:
-    """Its grammars, and whether one accepts a text."""
+    """The class of its grammars, and the function that tells whether a grammar accepts a text."""
     engine = pytest.importorskip("xgrammar", reason="pip install --no-deps xgrammar apache-tvm-ffi")
     from xgrammar import testing
 
@@ -90,7 +90,7 @@ def xgrammar() -> tuple[type, Callable]:
 
 
 def outlines(expression: str) -> Callable[[str], bool]:
-    """Whether `outlines_core` accepts a text: walked byte by byte, as with a vocabulary of bytes."""
+    """Whether `outlines_core` accepts a text, byte by byte, as with a vocabulary of bytes."""
     core = pytest.importorskip("outlines_core")
     vocabulary = core.Vocabulary(0, {bytes([byte]): [byte + 1] for byte in range(256)})
     index = core.Index(expression, vocabulary)
@@ -152,7 +152,7 @@ def test_any_rule_book(book: RuleBook, data: st.DataObject) -> None:
     checks = [functools.partial(accepts, make.from_ebnf(grammar.ebnf(book)))]
     try:
         expression = grammar.regex(book)
-    except GrammarError:  # of free text, where phrases overlap
+    except GrammarError:  # free text with phrases that overlap
         assert book.response.free_text == "between"
     else:
         checks += [functools.partial(accepts, make.from_regex(expression)), outlines(expression)]

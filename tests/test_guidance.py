@@ -1,4 +1,4 @@
-"""Guided replay: which groups, how much, what is remembered, and how answers find their way back."""
+"""Guided replay: which groups are guided, how much is shown, what is remembered, and how answers are replaced."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def having(**changes) -> GuidanceConfig:
 
 
 def slots(selection: Selection) -> list[list[int]]:
-    """For each shard the places of the groups in use, in order."""
+    """For each shard, the places of its guided groups, in order."""
     return [
         [int(i) for i, used in zip(*shard, strict=True) if used]
         for shard in zip(selection.index, selection.chosen, strict=True)
@@ -40,7 +40,7 @@ def test_the_hardest_failing_groups_come_first_up_to_the_capacity():
     pass_rate = np.array([0.25, 0.0, 0.9, 0.125, 0.0, 0.26, 1.0, 0.2])
     everyone = np.ones(8, bool)
     chosen = slots(guidance.select(pass_rate, everyone, BASE, shards=1))
-    assert [set(chosen[0][:2]), chosen[0][2:]] == [{1, 4}, [3, 7]]  # four slots; the place 0, at 0.25, finds none left
+    assert [set(chosen[0][:2]), chosen[0][2:]] == [{1, 4}, [3, 7]]  # four slots: none is left for group 0, at 0.25
     assert slots(guidance.select(pass_rate, everyone, having(capacity=1.0), shards=1))[0][4:] == [0]
 
 
@@ -53,7 +53,7 @@ def test_each_shard_selects_within_itself():
     pass_rate = np.array([0.1, 0.0, 0.2, 0.25, 1.0, 1.0, 0.25, 1.0])
     selection = guidance.select(pass_rate, np.ones(8, bool), BASE, shards=2)
     assert selection.index.shape == (2, 2)
-    assert slots(selection) == [[1, 0], [2]]  # the second shard has one failing group, and leaves a slot empty
+    assert slots(selection) == [[1, 0], [2]]  # the second shard has one failing group, and an empty slot
 
 
 def test_groups_to_which_nothing_can_be_revealed_are_told_and_take_no_slot():
@@ -68,7 +68,7 @@ def test_groups_to_which_nothing_can_be_revealed_are_told_and_take_no_slot():
 
 @pytest.fixture(scope="module")
 def batch(small):
-    """Rows 0 to 3 (families 0, 1, 0, 1): all known; brand not known; nothing known but the tier; all known."""
+    """Rows 0 to 3 (families 0, 1, 0, 1): all known; brand unknown; only the tier known; all known."""
     return small.batch([(0, 0), (1, UNKNOWN), (UNKNOWN, UNKNOWN), (2, 1)], tiers=[0, 1, 1, 2])
 
 
@@ -80,7 +80,7 @@ def memory(level=(1.0,), offset=(0, 0, 0, 0), seen=(UNKNOWN,) * 4) -> GuidanceSt
     ("state", "progress", "changes", "expected"),
     [
         (memory([1.0]), 0.0, {}, [1, 1, 1, 1]),
-        (memory([1.0], (1, 0, -1, -2)), 0.0, {}, [2, 1, 0, 0]),  # from 0 to the 2 steps, never the tier
+        (memory([1.0], (1, 0, -1, -2)), 0.0, {}, [2, 1, 0, 0]),  # between 0 and the 2 steps; never the tier
         (memory([1.4], (2, 0, 0, 0)), 0.0, {}, [2, 1, 1, 1]),
         (memory([1.6], (-1, 0, 0, 0)), 0.0, {}, [1, 2, 2, 2]),
         (memory([1.0], (1, 1, 1, 1)), 0.0, {"level": "fixed"}, [1, 1, 1, 1]),
@@ -109,7 +109,7 @@ def test_the_first_state(batch):
 
 
 def revealed(batch, level, own=None, order=(0, 1, 2)):
-    """The tokens revealed to each group, or None where it cannot be guided."""
+    """The tokens revealed to each group, or None if it cannot be guided."""
     seen = guidance.reveal(batch, jnp.array(level), own, order)
     return [
         row[:length].tolist() if most else None
@@ -138,14 +138,14 @@ def test_what_is_asked_for_and_what_is_shown_are_told_apart(batch):
     np.testing.assert_array_equal(tier_first.gives_tier, [False, True, False, True])
 
 
-# What the groups said themselves: two answers each. A right answer of tokens brand-free, then 2 (F:no), 4, 7, end.
+# Two answers of each group. In the second, 8 and 9 are free text, 2 is F:no, 4 is B:off, 7 the tier and 11 the end.
 OWN = np.array([[[0, 3, 5, 11, 11, 11], [8, 2, 9, 4, 7, 11]]] * 4, np.int32)
 ENDS = np.array([[[0, 1, 2], [1, 3, 4]]] * 4, np.int32)  # where fit, brand and tier were complete
 NOTHING = OwnAnswers(jnp.zeros((4, 6), jnp.int32), jnp.zeros((4, 3), jnp.int32))
 
 
 def remembered(batch, right, own=NOTHING, order=(0, 1, 2), position=ENDS) -> OwnAnswers:
-    """What is remembered of answers of which these are `right`: [2], or [4, 2]."""
+    """What is remembered if these answers are `right`: [2], or [4, 2]."""
     blank = np.ones(OWN.shape, bool)
     rolled = Rollout(OWN, np.zeros(OWN.shape, np.float32), blank, blank, blank[..., 0])
     reading = Reading(value=position, count=position, position=position, well_formed=blank[..., 0])
@@ -154,7 +154,7 @@ def remembered(batch, right, own=NOTHING, order=(0, 1, 2), position=ENDS) -> Own
 
 def test_own_answers_are_revealed_where_gold_is_not_known_that_far(batch):
     own = remembered(batch, (False, True))
-    # Known far enough: gold. Otherwise the right answer up to where its first parts were complete, detours included.
+    # Gold, where enough of it is known. Otherwise the right answer to the end of its first parts, with its free text.
     assert revealed(batch, [0, 0, 0, 0], own) == [[], [], [], []]
     assert revealed(batch, [1, 1, 1, 1], own) == [[0], [1], [8, 2], [2]]
     assert revealed(batch, [2, 2, 2, 2], own) == [[0, 3], [8, 2, 9, 4], [8, 2, 9, 4], [2, 4]]
@@ -163,19 +163,19 @@ def test_own_answers_are_revealed_where_gold_is_not_known_that_far(batch):
 
 
 def test_a_row_that_fails_is_shown_what_it_once_said(batch):
-    """Row 2, of which nothing is known, had a right answer when it was met first, and has none now."""
+    """Row 2, of which no step is known, had a right answer when it was first met, and has none now."""
     first = remembered(batch, [[False, False], [False, False], [False, True], [False, False]])
     assert revealed(batch, [2] * 4, first) == [[0, 3], [1], [8, 2, 9, 4], [2, 4]]
     later = remembered(batch, (False, False), first)
     assert revealed(batch, [2] * 4, later) == revealed(batch, [2] * 4, first)
     newer = remembered(batch, (True, False), later)
     assert revealed(batch, [2] * 4, newer)[2] == [0, 3]  # the latest one
-    other = jax.tree.map(lambda x: x[[2, 3, 0, 1]], batch)  # by row, wherever it stands in the batch
+    other = jax.tree.map(lambda x: x[[2, 3, 0, 1]], batch)  # found by row, at any place in the batch
     assert revealed(other, [2] * 4, first)[0] == [8, 2, 9, 4]
 
 
 def test_own_answers_in_another_order_of_parts(batch):
-    """respond_then_think: the first part is the tier, complete where `position` of part R says."""
+    """respond_then_think: the first part is the tier; `position` of part R says where it is complete."""
     order, nothing_known = (2, 0, 1), dataclasses.replace(batch, known_parts=np.zeros(4, np.int32))
     own = remembered(nothing_known, (False, True), order=order, position=ENDS[..., [1, 2, 0]])
     assert revealed(nothing_known, [1, 1, 1, 1], own, order) == [[8, 2]] * 4
@@ -186,7 +186,7 @@ def test_own_answers_in_another_order_of_parts(batch):
 
 
 def seen(shown=1, asked=None, most=2, gives_tier=False) -> Revelation:
-    """What was revealed to four groups, one value for all or one each; by default what was asked for."""
+    """What was revealed to four groups (one value for all, or one each); by default, what was asked for."""
     shown, asked, most, gives_tier = (
         jnp.broadcast_to(jnp.array(x), 4) for x in (shown, shown if asked is None else asked, most, gives_tier)
     )
@@ -206,7 +206,7 @@ def test_the_level_moves_towards_a_pass_rate_of_one_half(batch):
     assert np.isclose(level(some, [0.0, 0.0, 9, 9]), 1 + 0.4 * 0.5)  # all fail: reveal more
     assert np.isclose(level(some, [1.0, 1.0, 9, 9]), 1 - 0.4 * 0.5)
     assert np.isclose(level(some, [0.75, 0.5, 9, 9]), 1 + 0.4 * (0.5 - 0.625))
-    assert level([False] * 4, [9.0] * 4) == 1.0  # nobody was guided
+    assert level([False] * 4, [9.0] * 4) == 1.0  # no group was guided
     assert level(some, [0.0, 0.0, 9, 9], start=1.9) == 2.0  # not beyond the steps
     assert level(some, [1.0, 1.0, 9, 9], start=0.1) == 0.0
     assert level(some, [0.0, 0.0, 9, 9], level="fixed") == 1.0
@@ -220,8 +220,8 @@ def test_the_level_does_not_wind_up_beyond_what_can_be_shown(batch):
     tier_only = seen(shown=1, asked=2, most=1)
     assert level(2.0, everyone, failing, tier_only) == 1.0  # no row could be shown more than one part
     assert np.isclose(level(2.0, everyone, [1.0] * 4, tier_only), 1.0)
-    assert level(1.0, everyone, failing, seen(shown=1, most=1)) == 1.0  # fails, and that was all there is
-    # One row of the two could be shown two parts: it alone asks for more, and passes.
+    assert level(1.0, everyone, failing, seen(shown=1, most=1)) == 1.0  # it fails, and no more can be shown
+    # One of the two rows could be shown two parts. It alone can ask for more, and it passes.
     mixed = seen(shown=[1, 2, 1, 1], asked=2, most=[1, 2, 1, 1])
     assert np.isclose(level(1.8, [True, True, False, False], [0.0, 0.75, 9, 9], mixed), 1.8 - 0.4 * 0.25 / 2)
     # Rows that were not guided do not hold the level down.
@@ -242,14 +242,14 @@ def test_offsets_and_memory_by_hand(batch):
     guided = [True, True, False, False]
     guided_pass, plain_pass = [0.25, 0.26, 0.0, 0.0], [0.0, 0.0, 0.26, 0.25]
     after = updated(batch, state, plain_pass, guided, guided_pass)
-    # Failed even guided: up. Passed guided: stays. Passes unguided: down, but not below -2. Fails, not guided: stays.
+    # Fails under guidance: up. Passes under guidance: stays. Passes unguided: down to -2. Fails unguided: stays.
     np.testing.assert_array_equal(after.offset, [1, 2, -2, 1, 5])
     np.testing.assert_array_equal(after.memory, [25, 26, UNKNOWN, UNKNOWN, 77])
     assert after.offset.dtype == after.memory.dtype == jnp.int8
     bounded = updated(batch, memory(offset=(2, 2, 2, 2)), plain_pass, guided, guided_pass)
     np.testing.assert_array_equal(bounded.offset, [2, 2, 1, 2])  # nor above 2
     at_the_end = updated(batch, state, plain_pass, guided, guided_pass, seen(shown=1, most=[1, 2, 2, 2]))
-    np.testing.assert_array_equal(at_the_end.offset, [0, 2, -2, 1, 5])  # row 0 was shown all there is
+    np.testing.assert_array_equal(at_the_end.offset, [0, 2, -2, 1, 5])  # row 0 was shown all that can be shown
 
 
 def test_a_pass_by_steps_is_not_kept_to_be_compared_with_a_pass_by_tier(batch):
@@ -271,7 +271,7 @@ def test_the_transfer_gap_is_over_rows_met_again(batch):
 
 @st.composite
 def selections(draw) -> Selection:
-    """Selections over 2 shards of 5 groups, 3 slots each, as `select` makes them: indices of a shard differ."""
+    """Selections over 2 shards of 5 groups with 3 slots, as `select` makes them: the indices of a shard differ."""
     index = [draw(st.permutations(range(5)))[:3] for _ in range(2)]
     chosen = draw(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=2, max_size=2))
     return Selection(jnp.array(index, jnp.int32), jnp.array(chosen), jnp.zeros(10, bool))
@@ -309,7 +309,7 @@ def test_groups_are_gathered_from_another_axis():
 
 
 def test_replayed_answers_take_the_place_of_failing_ones():
-    """One group of two is guided: of its four answers the second and third pass, and two are replaced."""
+    """One of two groups is guided. The second and third of its four answers pass, and two answers are replaced."""
 
     def rollout(values):
         values = np.array(values)
@@ -320,7 +320,7 @@ def test_replayed_answers_take_the_place_of_failing_ones():
     passed = np.array([[False] * 4, [False, True, True, False]])
     before, again = rollout([[1, 2, 3, 4], [5, 6, 7, 8]]), rollout([[-1, -2], [-3, -4]])
     merged = guidance.replace_answers(before, again, passed, selection)
-    expected = rollout([[1, 2, 3, 4], [-1, 6, 7, -2]])  # the slot not in use is dropped
+    expected = rollout([[1, 2, 3, 4], [-1, 6, 7, -2]])  # the unused slot is dropped
     jax.tree.map(np.testing.assert_array_equal, merged, expected)
     # With one failing answer only, the first of the passing ones goes as well.
     merged = guidance.replace_answers(before, again, np.array([[False] * 4, [True, True, False, True]]), selection)

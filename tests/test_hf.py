@@ -63,7 +63,7 @@ def test_the_splits_of_a_dataset_are_those_of_the_pairs(tmp_path: Path) -> None:
 
 
 def test_the_api_takes_a_dataset_and_the_names_of_its_classes() -> None:
-    """Class 3, E, is not grade 3."""
+    """The label 3 means class E, not grade 3."""
     pairs = read_labelled(made("ab", "EC"), BOOK, FORM).pairs
     assert [(pair.query, pair.tier) for pair in pairs] == [("a", 0), ("b", 2)]
 
@@ -82,7 +82,7 @@ def test_data_files_are_datasets_too(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "mine" / f"train.{'parquet' if kind == 'folder' else kind}"
     plain = made("ab", "ES").cast_column("esci", datasets.Value("string"))
     getattr(plain, f"to_{'parquet' if kind == 'folder' else kind}")(path)
-    labels = {"3": "4", "2": "3"}  # a class that is cast is its number
+    labels = {"3": "4", "2": "3"}  # a class that is cast to a number
     rows = open_dataset(path.parent if kind == "folder" else path)
     found = read_labelled(rows, BOOK, PairsFormat(FORM.columns, labels))
     assert [(pair.query, pair.tier, pair.row) for pair in found.pairs] == [("a", 0, 1), ("b", 1, 2)]

@@ -1,4 +1,4 @@
-"""Instructions run once give what they give at the head of every prompt: values, gradients, sampled tokens."""
+"""Instructions that run once give the same as at the head of every prompt: values, gradients, sampled tokens."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_a_step_on_preferences_is_that_of_whole_prompts(small, close):
 @pytest.mark.slow
 @pytest.mark.parametrize("cfg", [test_step.CONFIG, test_step.UPDATES], ids=["one piece", "pieces"])
 def test_a_step_of_rl_is_that_of_whole_prompts(small, close, cfg):
-    """Rollout, replay, reference and loss: the same tokens, log-probabilities and gradient."""
+    """Rollout, replay, reference and loss give the same tokens, log-probabilities and gradient."""
     batch = small.batch([(0, 0), (1, 0), (2, 1), (2, 0)] * 2, rows=range(8))
     reference = None if cfg.objective.kl == "none" else jax.tree.map(lambda x: 0.9 * x, small.params)
     make = partial(make_step, small.policy, lenient(small.tables), ("fit", "brand"), test_step.descend, cfg)

@@ -82,7 +82,7 @@ def test_the_tier_alone_is_the_tier_of_the_whole_answer(tier_first: Path, tmp_pa
         assert list(other.probs.values()) == pytest.approx(list(one.probs.values()), abs=2e-6)
         assert one.response.startswith(f"{other.response}\n") and len(one.steps) == len(whole.book.steps)
         assert other.response == f"Tier: {one.tier}" and other.steps == {} and other.consistent is None
-    # In a file, the columns of steps are there and empty.
+    # A file has the columns of steps, but they are empty.
     summary = judge_file(alone, str(write_csv(tmp_path / "in.csv", rows)), str(tmp_path / "out.parquet"))
     assert "do not imply" not in str(summary) and alone.identity != whole.identity
     table = pq.read_table(tmp_path / "out.parquet")
@@ -124,7 +124,7 @@ def test_an_untrained_policy_answers_in_form(judge: Judge) -> None:
         assert sum(one.probs.values()) == pytest.approx(1, abs=1e-5)
         assert list(one.probs) == [tier.name for tier in judge.book.tiers]
         assert one.error == ""
-    assert len({one.response for one in judged}) > 1  # the policy is not so small that all is one
+    assert len({one.response for one in judged}) > 1  # the policy is large enough for different answers
 
 
 @pytest.mark.slow
@@ -148,7 +148,7 @@ def test_a_judgement_does_not_depend_on_its_neighbours(judge: Judge) -> None:
 
 
 def test_probabilities_are_those_of_the_values_texts(judge: Judge, workdir: Path) -> None:
-    """Against a plain sum of log-probabilities over each text, one by one, and of all combinations of steps."""
+    """Against plain sums: of log-probabilities over the tokens of each text, and over all combinations of steps."""
     loaded = trained.load(str(workdir))
     (one,) = judge.judge([{"query": "red shoes", "title": "Nike running shoes"}])
     encode = loaded.tokenizer.encode
@@ -158,7 +158,7 @@ def test_probabilities_are_those_of_the_values_texts(judge: Judge, workdir: Path
     for step in loaded.book.steps:
         lead = "" if step is loaded.book.steps[0] else "\n"
         texts = [encode(f"{lead}{step.label}: {value}") for value in step.values]
-        tokens = np.zeros((len(texts), 1, 96), np.int32)  # of one length, to compile once
+        tokens = np.zeros((len(texts), 1, 96), np.int32)  # all of one length, so that it compiles once
         for row, text in zip(tokens, texts, strict=True):
             row[0, : len(before + text)] = before + text
         logp = np.asarray(jax.nn.log_softmax(run(np.pad(tokens, ((0, 5 - len(texts)), (0, 0), (0, 0))))))[:, 0]
@@ -198,7 +198,7 @@ def test_a_row_that_cannot_be_judged_says_why_and_spoils_no_other(judge: Judge, 
 
 
 class NAType:
-    """As pandas' NA: neither equal to itself nor not."""
+    """Like NA of pandas: a comparison with itself is neither true nor false."""
 
     def __ne__(self, other: object) -> bool:
         raise TypeError("boolean value of NA is ambiguous")
@@ -270,7 +270,7 @@ def test_work_that_was_stopped_goes_on_and_comes_out_the_same(
         judge_file(judge, source, str(tmp_path / "stopped.jsonl"))
     assert not (tmp_path / "stopped.jsonl").exists()
     partial = tmp_path / "stopped.jsonl.partial"
-    partial.write_bytes(partial.read_bytes()[:-20])  # as a kill while writing may leave it
+    partial.write_bytes(partial.read_bytes()[:-20])  # as a process that was killed while it wrote may leave the file
     judge_file(judge, source, str(tmp_path / "stopped.jsonl"))
     assert calls == [8, 8, 5, 8, 5]
     assert (tmp_path / "stopped.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -340,7 +340,7 @@ def test_a_file_without_titles_is_refused(judge: Judge, tmp_path: Path) -> None:
 
 
 def test_equal_pairs_are_judged_once(judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [*some_rows(2), *some_rows(2), {"query": "shoes  0", "title": "Nike", "price": 0.5}]  # the last as the first
+    rows = [*some_rows(2), *some_rows(2), {"query": "shoes  0", "title": "Nike", "price": 0.5}]  # as the first
     started, start = [], judge._start
     monkeypatch.setattr(judge, "_start", lambda prompts: started.append(len(prompts)) or start(prompts))
     before, told = judge.repeated, []
@@ -374,7 +374,7 @@ def test_shards_one_after_the_other_are_the_whole(judge: Judge, tmp_path: Path, 
     whole = judged("whole", (1, 1))[1]
     parts = [judged(f"part{i}", (i, 3)) for i in (1, 2, 3)]
     assert [len(part) for _, part in parts] == [2, 2, 3]
-    assert "row 7: query is empty" in parts[2][0]  # by its number in the file
+    assert "row 7: query is empty" in parts[2][0]  # the number is that in the file
     together = [row for _, part in parts for row in part]
     assert [row["query"] for row in together] == [row["query"] for row in rows]
     for one, other in zip(together, whole, strict=True):
@@ -515,7 +515,7 @@ def test_a_temperature_is_fitted_kept_and_used(judge: Judge, tmp_path: Path) -> 
     other = Judge.from_checkpoint(str(folder), batch_size=BATCH, settings=SHORT)
     plain = other.judge(rows)
     fitted = other.fit_temperature(labelled)
-    assert fitted.pairs == 24 and fitted.nll < fitted.nll_before  # labels are drawn without a look at the policy
+    assert fitted.pairs == 24 and fitted.nll < fitted.nll_before  # the labels do not depend on the policy
     kept = Judge.from_checkpoint(str(folder), batch_size=BATCH, settings=SHORT)
     assert kept.calibration == fitted and kept.identity == other.identity != judge.identity
     judged = kept.judge(rows)
@@ -526,7 +526,7 @@ def test_a_temperature_is_fitted_kept_and_used(judge: Judge, tmp_path: Path) -> 
     tiers = [tier.name for tier in judge.book.tiers]
     nll = -np.mean([np.log(one.probs[tiers[i % 4]]) for i, one in enumerate(judged)])
     assert nll == pytest.approx(fitted.nll, abs=1e-4)
-    # Another checkpoint of the same workdir has none of its own; cut points belong to a temperature.
+    # Another checkpoint of the same workdir has no temperature of its own. Cut points belong to a temperature.
     assert Judge.from_checkpoint(str(folder), stage="rl", settings=SHORT).calibration is None
     kept.fit_cuts(labelled)
     Judge.from_checkpoint(str(folder), settings=SHORT, use_cuts=True)

@@ -1,4 +1,4 @@
-"""What is kept of every judgement, and what several runs of the same pairs give together."""
+"""The file of judgements, and figures over several runs that judged the same pairs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_the_file_gives_back_what_was_judged_by_stage_and_split(tmp_path: Path) 
     first, second = random_judgements(1), random_judgements(2)
     kept.write(file, "sft", {"b_eval": second}, BOOK)
     kept.write(file, "agrl", {"b_eval": second, "w_eval": first}, BOOK)
-    kept.write(file, "sft", {"b_eval": first}, BOOK)  # again, as a run that was cut off would
+    kept.write(file, "sft", {"b_eval": first}, BOOK)  # written twice, as by a run that was stopped and continued
     frame = kept.read(file)
     assert frame.group_by("stage", "split").len().height == 3 and frame.height == 600
     judged = kept.of_frame(frame.filter(stage="sft"), BOOK)
@@ -44,10 +44,10 @@ def test_the_mean_over_runs_and_its_interval() -> None:
     found = over_seeds(runs, BOOK, bootstrap=400)
     alone = [score(judged, BOOK, bootstrap=0)["macro_f1"]["value"] for judged in runs]
     assert found["macro_f1"][0] == pytest.approx(np.mean(alone)) and found["macro_f1"].shape == (401,)
-    # Three runs that differ are less certain than the queries of one alone.
+    # With three runs that differ, the interval is wider than by the queries of one run.
     one = over_seeds(runs[1:2], BOOK, bootstrap=400)
     assert np.std(found["accuracy"][1:]) > 1.2 * np.std(one["accuracy"][1:])
-    # Of one run, it is the bootstrap by query.
+    # With one run, it is the bootstrap by query.
     interval = score(runs[1], BOOK, bootstrap=400)["accuracy"]
     assert np.percentile(one["accuracy"][1:], [2.5, 97.5]) == pytest.approx([interval["low"], interval["high"]])
 

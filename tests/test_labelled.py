@@ -1,4 +1,4 @@
-"""Judges scored on files of labelled pairs: ours, and anyone's whose judgements stand in the file."""
+"""Judges scored on files of labelled pairs: our judge, and any other whose judgements are in the file."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 
 def test_anyones_judgements_are_scored_under_their_own_names(tmp_path: Path) -> None:
-    """Right, one grade off, three grades off, and no answer, which counts as wrong by as much as it could be."""
+    """Right, one grade off, three grades off, and no answer, which counts as wrong by as many grades as possible."""
     said = [("4", "4-excellent"), ("3", "2"), ("1", "4"), ("2", "")]
     rows = [
         {"search": f"q{i}", "title": "a shoe", "human": human, "gpt": gpt} for i, (human, gpt) in enumerate(said)
@@ -112,7 +112,7 @@ def test_a_judge_is_scored_alike_by_its_file_and_by_itself(judge: Judge, tmp_pat
     ours, theirs = (scored.scores(judge.book, bootstrap=0) for scored in (itself, by_file))
     for name in ("accuracy", "macro_f1", "kappa", "mae", "step_accuracy", "adherence"):
         assert ours[name]["value"] == theirs[name]["value"], name
-    # The file has six decimals, so NLL, which lives on the smallest probabilities, is not the same.
+    # The file has six decimals, so NLL, which depends on the smallest probabilities, differs.
     assert ours["brier"]["value"] == pytest.approx(theirs["brier"]["value"], abs=1e-5)
     assert labelled.worst_first(itself, judge.book) == labelled.worst_first(by_file, judge.book)
 

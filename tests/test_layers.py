@@ -1,10 +1,10 @@
-"""The layers of the package, held over the imports of every module.
+"""The imports of every module keep to the layers of the package.
 
-On the ground stand `types`, `hints`, `policy`, `runtime` and `rulebook`. They do not know each other, but for `types`,
-`hints`, and `runtime.files`, by which all files are written. `rl` knows jax, `types` and how tokens are scored; `data`
-knows the rule book and the tokenizer. Above them stand supervised training and evaluation, then training, then judging
+The lowest layer has `types`, `hints`, `policy`, `runtime` and `rulebook`. They do not import each other, except
+`types`, `hints`, and `runtime.files`, which writes all files. `rl` knows jax, `types` and how tokens are scored; `data`
+knows the rule book and the tokenizer. Above them are supervised training and evaluation, then training, then judging
 and bounds. The other files at the top are commands: they may use all of these, but not `main`. Only configuration,
-recipes, training and what stands above it see a ConfigDict.
+recipes, training and the layers above training see a ConfigDict.
 """
 
 import ast
@@ -41,7 +41,7 @@ def modules() -> list[str]:
 
 
 def imports(source: str, module: str) -> set[str]:
-    """Absolute dotted names that the source of `agrl_jax.{module}` imports, those inside functions included."""
+    """Absolute dotted names that the source of `agrl_jax.{module}` imports, also inside functions."""
     package = ["agrl_jax", *module.split(".")][:-1]
     found = set()
     for node in ast.walk(ast.parse(source)):
@@ -55,7 +55,7 @@ def imports(source: str, module: str) -> set[str]:
 
 
 def violations(source: str, module: str) -> list[str]:
-    """What the source of `agrl_jax.{module}` imports and may not."""
+    """The names that the source of `agrl_jax.{module}` imports against the layers."""
     part = module.split(".")[0]
     allowed = MAY_IMPORT.get(part)
     found = []

@@ -1,4 +1,4 @@
-"""The lint of rule books: what pairs meet of a table, and what an edit of the book changes, all by hand."""
+"""The lint of rule books, by hand: the rows of a table that pairs meet, and the changes that an edit makes."""
 
 from __future__ import annotations
 
@@ -63,11 +63,11 @@ def pairs(path: Path, *rows: tuple[str, str, str]) -> Path:
 MINE = [
     ("Buy", "yes", "right"),  # row 2 of the table
     ("Buy", "", ""),  # row 2 whatever the steps are; it implies the size
-    ("3", "yes", ""),  # right or any: row 2
+    ("3", "yes", ""),  # row 2, with right or any
     ("Skip", "", "wrong"),  # row 1
     ("Buy", "yes", "wrong"),  # the table gives Look
-    ("Rent", "yes", "right"),  # no tier
-    ("Skip", "never", ""),  # no value
+    ("Rent", "yes", "right"),  # there is no such tier
+    ("Skip", "never", ""),  # there is no such value
 ]
 
 
@@ -77,8 +77,8 @@ def test_what_pairs_meet(tmp_path, book):
     assert found["pairs"] == 7 and unreadable == []
     assert [(row["line"], row["pairs"], row["may"]) for row in found["rows"]] == [(9, 2, 0), (10, 3, 0), (11, 0, 0)]
     assert found["tiers"] == {"Buy": 4, "Look": 0, "Skip": 2}
-    # Sizes: three and one implied by Buy; two implied by Skip. The pair that contradicts the table counts with what its
-    # label implies alone.
+    # Sizes: three stated and one implied by Buy; two implied by Skip. The pair that contradicts the table counts with
+    # what its label implies, and no more.
     assert found["values"] == {"size": {"yes": 4, "no": 2}, "colour": {"right": 1, "wrong": 1, "any": 0}}
     assert found["contradicting"] == [{"row": 5, "query": "q5", "title": "t5", "label": "Buy", "table": "Look"}]
     assert {(one["column"], one["value"]): one["pairs"] for one in found["foreign"]} == {
@@ -129,12 +129,12 @@ def test_every_text_that_differs_is_told(tmp_path, book):
 
 
 def test_pairs_whose_tier_an_edit_changes(tmp_path, book):
-    new = edited(tmp_path, ("colour: [right, any]", "colour: right"))  # any colour is Look now
+    new = edited(tmp_path, ("colour: [right, any]", "colour: right"))  # now any colour gives Look
     rows = ["Buy yes any", "Buy yes right", "Buy  ", "Skip no any", "Look yes any"]
     file = pairs(tmp_path / "mine.csv", *(tuple(row.split(" ")) for row in rows))
     groups, _ = coverage.read_stated(file, [new, book])
     found = coverage.changed(groups, book, new)
-    # The first changes, the third does if its colour is any. The last contradicts the old table.
+    # The first changes; the third changes if its colour is any. The last contradicts the old table.
     assert [(one["row"], one["old"], one["new"], one["surely"]) for one in found] == [
         (1, "Buy", ["Look"], True), (3, "Buy", ["Buy", "Look"], False)
     ]  # fmt: skip
@@ -162,7 +162,7 @@ def test_a_value_that_is_gone_and_a_step_that_is_new_leave_all_open(tmp_path, bo
 
 @given(st.data())
 def test_outcomes_are_those_of_every_new_combination(data):
-    """By enumeration: a new combination is possible where each step that both books have agrees, or is not known."""
+    """By enumeration: a new combination is possible if each step of both books agrees or is unknown."""
     names, values = ("a", "b", "c"), ("x", "y", "z")
 
     def draw(label: str) -> books.RuleBook:

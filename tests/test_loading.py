@@ -1,4 +1,4 @@
-"""Models from files and back, without PyTorch: what is loaded, what is written, and what is refused."""
+"""Models are loaded from files and written, without PyTorch; and bad files are refused."""
 
 from __future__ import annotations
 
@@ -302,7 +302,7 @@ def test_a_padding_token_past_the_embedding_does_no_harm(tmp_path):
 
 
 def test_a_tokenizer_is_not_exported_where_transformers_would_cut_other_words(tmp_path):
-    """Version 5 of `transformers` reads a Qwen2's tokenizer.json for its vocabulary alone."""
+    """For a Qwen2 model, version 5 of `transformers` takes only the vocabulary from tokenizer.json."""
     cfg, params, qwen2 = loading_of("qwen2", tmp_path / "in")
     text = "Item: shoe 12\n\n don't"
     other = tokenizers.train_bpe([text] * 3, 280)
@@ -322,7 +322,7 @@ def loading_of(case: str, folder: Path):
 
 
 def test_spoilt_bytes_never_end_in_another_error(tmp_path):
-    """Each byte of a header spoilt in turn: refused in one message, or loaded."""
+    """Each byte of a header is changed in turn: the file is refused in one message, or loaded."""
     hf_models.write(tmp_path, "llama")
     file = tmp_path / "model.safetensors"
     whole = file.read_bytes()
@@ -356,7 +356,7 @@ GGUF_NAMES = {
 
 
 def gguf_name(name: str) -> str:
-    """What llama.cpp calls a tensor; the experts of a layer share a name."""
+    """The name of a tensor in llama.cpp; the experts of a layer share a name."""
     *layer, stem, kind = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.(weight|bias)", name).groups()
     expert = re.fullmatch(r"mlp\.experts\.\d+\.(\w+)_proj", stem)
     short = f"ffn_{expert[1]}_exps" if expert else GGUF_NAMES[stem]
@@ -364,7 +364,7 @@ def gguf_name(name: str) -> str:
 
 
 def gguf_tensors(config: dict) -> dict[str, np.ndarray]:
-    """The weights of a case as llama.cpp's converter names, stacks and (for llama) reorders them."""
+    """The weights of a case, as llama.cpp's converter names, stacks and (for Llama) reorders them."""
     grouped: dict[str, list[np.ndarray]] = {}
     for name, weight in hf_models.weights(config).items():
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
@@ -425,7 +425,7 @@ def test_gguf_files_load_as_the_folders_they_were_made_from(case, tmp_path):
 
 
 def test_a_split_gguf_file_is_read_whole(tmp_path):
-    """As `llama-gguf-split` names the files: all metadata in the first, and some of the tensors in each."""
+    """Files as of `llama-gguf-split`: all metadata is in the first file, and each has some of the tensors."""
     config = hf_models.config("llama", 280)
     tensors = list(gguf_tensors(config).items())
     write_gguf(tmp_path / "whole.gguf", config, dict(tensors))
@@ -457,7 +457,7 @@ def test_a_split_gguf_file_is_read_whole(tmp_path):
 
 
 def random_blocks(kind: Q, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Any bytes below 0x3c are blocks whose scales, wherever they stand in them, are finite and below 1."""
+    """Random blocks of bytes below 0x3c: wherever their scales are in a block, these are finite and below 1."""
     rng = np.random.default_rng(seed)
     return rng.integers(0, 0x3C, gguf.quant_shape_to_byte_shape(shape, kind), dtype=np.uint8)
 
@@ -467,7 +467,7 @@ KINDS = [Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q2_K, Q.Q3_K, Q
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_quantised_tensors_are_dequantised_exactly(kind, tmp_path):
-    """Bit for bit as the `gguf` package does it; rows of q and k in their own order again."""
+    """Bit for bit as by the `gguf` package; the rows of q and k are in their own order again."""
     config = hf_models.config("llama", 280) | {
         "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "tie_word_embeddings": True,
     }  # fmt: skip
@@ -492,7 +492,7 @@ def test_quantised_tensors_are_dequantised_exactly(kind, tmp_path):
 
 
 def test_llama3_frequencies_are_recognised_in_gguf(tmp_path):
-    """llama.cpp stores the divisors alone; these are Llama 3.2's, worked out for this head."""
+    """llama.cpp stores only the divisors; these are Llama 3.2's, computed for this head."""
     config = hf_models.config("llama_llama3", 280)
     frequency = 500_000.0 ** (-np.arange(8) / 8)
     wavelength = 2 * np.pi / frequency
@@ -583,7 +583,7 @@ for case in ("llama", "qwen3_moe"):
 
 
 def run_python(source: str, *args: str, **environment: str) -> str:
-    """Runs a program in a process of its own, on the CPU; returns what it prints."""
+    """Runs a program in a process of its own, on the CPU, and returns its output."""
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent), *sys.path])
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": paths} | environment
     done = subprocess.run([sys.executable, "-c", source, *args], env=environment, capture_output=True, text=True)
@@ -617,7 +617,7 @@ print((memory("VmHWM") - before) / (count_parameters(params) * params["embedding
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("stored", ["safetensors", "gguf"])
 def test_loading_takes_little_more_memory_than_the_parameters(stored, tmp_path):
-    """100 million parameters: on the CPU, where they themselves are in host memory, at most 1.3 times their size."""
+    """With 100 million parameters on the CPU, where host memory holds them too: at most 1.3 times their size."""
     config = hf_models.config("llama", 32_000) | {
         "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 8,
     }  # fmt: skip

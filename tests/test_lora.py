@@ -1,4 +1,4 @@
-"""Low-rank adapters: what they add to a policy, what is trained and kept, and what comes out of a workdir."""
+"""Low-rank adapters: what they add to a policy, what is trained and kept, and what is exported."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ KEY = jax.random.key(0)
 
 
 def drawn(cfg: LoraConfig, zero: bool = False):
-    """Policy, base and adapters, which add something unless `zero`."""
+    """Policy, base and adapters. The adapters add something, unless `zero`."""
     policy, init, axes = build(SHAPE)
     base = init(KEY)
     adapters = lora.init(KEY, base, axes, cfg)
@@ -98,7 +98,7 @@ def test_sizes_axes_and_decay_of_adapters():
         "a": ("layers", "heads", "head_dim", "rank"), "b": ("layers", "rank", "embed")
     }
     assert jax.tree.structure(adapters) == jax.tree.structure(names, is_leaf=lambda x: isinstance(x, tuple))
-    sharding.param_shardings(sharding.make_mesh(), names, adapters)  # every axis has its rule
+    sharding.param_shardings(sharding.make_mesh(), names, adapters)  # every axis has a rule
     assert all(jax.tree.leaves(optim.decay_mask(names)))
 
 
@@ -170,7 +170,7 @@ def test_adapters_alone_are_trained_kept_resumed_and_merged_on_export(tmp_path: 
     rows = read_jsonl(workdir / "metrics.jsonl")
     assert [(row["stage"], row["step"]) for row in rows] == [("sft", 1), ("sft", 2), ("rl", 1), ("rl", 2)]
     assert {row["compiles"] for row in rows} == {1}
-    assert rows[2]["policy/kl"] < 1e-6 < rows[3]["policy/kl"]  # the reference is where RL began
+    assert rows[2]["policy/kl"] < 1e-6 < rows[3]["policy/kl"]  # the reference is the start of RL
 
     kept = ocp.PyTreeCheckpointer().metadata(workdir.resolve() / "checkpoints" / "rl" / "2" / "state")
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(kept.item_metadata.tree)]
@@ -178,7 +178,7 @@ def test_adapters_alone_are_trained_kept_resumed_and_merged_on_export(tmp_path: 
     assert len(weights) == 3 * 6 and all(path.endswith(("['a']", "['b']")) for path in weights)  # and their moments
 
     _, base, _ = loading.load_pretrained(model)
-    base = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), base)  # as it lay below the adapters
+    base = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), base)  # as below the adapters
     whole = params_of(config, workdir, "rl")
     changed = jax.tree.map(lambda x, y: not np.array_equal(x, y), base["blocks"], whole["blocks"])
     assert [name for name, yes in changed["attention"].items() if yes] == ["q", "v"]
@@ -201,7 +201,7 @@ def test_adapters_alone_are_trained_kept_resumed_and_merged_on_export(tmp_path: 
 
 @pytest.mark.slow
 def test_adapters_over_the_end_of_the_warm_start(tmp_path: Path) -> None:
-    """The reference policy is then the base itself, and the warm start's end holds all weights."""
+    """The reference policy is then the base itself, and the checkpoint of the warm start holds all weights."""
     config = get_config()
     config.lora.update(rank=2, stages="rl")
     config.sft.update(steps=2)
