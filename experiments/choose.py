@@ -28,6 +28,7 @@ def choose(
     sweep: Sweep = search.SWEEP,
     searched: Mapping[str, Mapping[str, Mapping[str, object]]] = search.SEARCHED,
     budget: int = study.BUDGET,
+    neighbours: Mapping[str, str] = search.NEIGHBOURS,
 ) -> tuple[dict[str, dict[str, object]], list[list[object]]]:
     """The fields chosen for each method that was searched to the end, and a row for each setting that was tried.
 
@@ -38,6 +39,7 @@ def choose(
       sweep: its runs are named METHOD.SETTING.
       searched: {method: {setting: fields}}.
       budget: forward-equivalent tokens at which the schedule of the chosen settings ends.
+      neighbours: {method: the method whose fields it takes}.
     """
     found = results.read(sweep)
     reached = {
@@ -59,7 +61,7 @@ def choose(
         steps, tokens = (_cost(found[f"{method}.{best[method]}"], name) for name in ("steps", "forward_equivalents"))
         # The schedule should end when the whole budget is spent.
         chosen[f"{last_branch(method)}.steps"] = math.ceil(budget * steps / tokens)
-    return fields, rows
+    return fields | {name: fields[other] for name, other in neighbours.items() if other in fields}, rows
 
 
 def _cost(seeds: Mapping[int, dict], name: str) -> float:

@@ -177,8 +177,7 @@ class Plan:
     def choose(self) -> None:
         """Writes the settings that the search chose, and those that it tried."""
         search = self.part(self.search, "search")
-        fields, rows = choose.choose(search, SEARCHED, self.times * BUDGET)
-        fields |= {name: fields[other] for name, other in NEIGHBOURS.items() if other in fields}
+        fields, rows = choose.choose(search, SEARCHED, self.times * BUDGET, NEIGHBOURS)
         if self.tuned.exists() and json.loads(self.tuned.read_text()) == fields:
             return
         cells = [[str(method), setting, f"{value:.4f}", chosen] for method, setting, value, chosen in rows]

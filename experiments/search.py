@@ -38,9 +38,10 @@ MORE = {
     "fast": {"more.learning_rate": 3e-3, "more.matrix_rate": 0.013},
 }  # fmt: skip
 SEARCHED = {
-    **dict.fromkeys(("grpo", "grpo_ds", "grpo_pr", "rrs"), RL), **dict.fromkeys(("agr", "agrl"), GUIDED),
+    **dict.fromkeys(("grpo", "grpo_ds", "grpo_pr", "rrs"), RL), "agrl": GUIDED,
     "dpo": DPO, "sft_more": MORE, "sft_all": MORE,
 }  # fmt: skip
+NEIGHBOURS = {"agr": "agrl"}  # a method that takes another's settings
 
 
 def runs() -> dict[str, dict[str, object]]:
