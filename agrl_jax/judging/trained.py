@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import shutil
 import tempfile
@@ -239,6 +240,7 @@ def _load_model(path: epath.Path, settings: Settings, mesh: jax.sharding.Mesh) -
     style = settings.style or record.get("style") or ("full" if tokenizer.chat_template is None else "chat")
     if style == "chat" and not record:  # an export's tokenizer already ends answers as in training
         tokenizer = tokenizer.ending_with(chat.end_of_turn(tokenizer))
+    shape = dataclasses.replace(shape, attention="auto").on(mesh.devices.flat[0].platform)
     policy, _, _ = transformer.build(shape, sharding.placing(mesh))
     padding = [None] * (shape.vocab_size - tokenizer.vocab_size)  # some models pad their vocabulary
     tables = automaton.compile_tables(

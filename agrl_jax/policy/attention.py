@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from agrl_jax.policy import decode_attention
+from agrl_jax.policy import blockwise_attention, decode_attention
 from agrl_jax.policy.layers import KEYS, PolicyConfig, cast, einsum, linear, norm_weight, param, rms_norm
 from agrl_jax.types import Array, Instructions, Placement
 
@@ -126,9 +126,17 @@ class Attention(nnx.Module):
         by_kernel = reach is None and decode_attention.supports(v.dtype, f)
         if n == 1 and offset is not None and prefix is not None and by_kernel:
             mixed = _attend_once(q[:, :, :, :, 0], k, v, offset, prefix, instructions, placement)[:, :, :, :, None]
+        elif n > 1 and self._blockwise(k, prefix, instructions):
+            mixed = _attend_blockwise(q, k, v, offset, prefix, instructions, reach, placement)
         else:
             mixed = _attend(q, k, v, 0 if offset is None else offset, prefix, instructions, reach)
         return jnp.moveaxis(mixed, 4, 2).astype(v.dtype).reshape(b, g, n, cfg.heads, f)
+
+    def _blockwise(self, k: Array, prefix: LayerPrefix | None, instructions: Instructions | None) -> bool:
+        """Whether scores over these keys are never held."""
+        sources = (k, *(x.k for x in (prefix, instructions) if x is not None))
+        many = sum(keys.shape[-2] for keys in sources) >= blockwise_attention.LONG
+        return self.cfg.attention == "blockwise" or (self.cfg.attention == "auto" and many)
 
     def attend_groups(
         self, q: Array, k: Array, v: Array, prompt_len: Array, size: tuple[int, int],
@@ -219,6 +227,32 @@ def _attend(
         part = einsum(f"{s.order}t,{s.axes}tf->{s.order}f", share.astype(v.dtype), s.v)
         mixed += _turned(part, s.order, _QUERY)
     return mixed / total[..., None]
+
+
+def _attend_blockwise(
+    q: Array, k: Array, v: Array, offset: Array | int | None, prefix: LayerPrefix | None,
+    instructions: Instructions | None, reach: Array | None, placement: Placement,
+) -> Array:
+    """`_attend` whose scores are never held, in the dtype of `v`. Each device goes through its own examples and heads;
+    the gradient of the instructions is summed over devices once, at the end."""
+    prompt = ("batch", *KEYS[2:])
+    named = {"q": (q, (*KEYS, None)), "k": (k, KEYS), "v": (v, KEYS)}
+    if offset is not None:
+        named["offset"] = jnp.asarray(offset), ()
+    if prefix is not None:
+        named |= {"prompt_k": (prefix.k, prompt), "prompt_v": (prefix.v, prompt), "length": (prefix.length, prompt[:1])}
+    if instructions is not None:
+        named |= {"shared_k": (instructions.k, KEYS[2:]), "shared_v": (instructions.v, KEYS[2:])}
+    if reach is not None:
+        named["reach"] = reach, ()
+
+    def attend(q: Array, *others: Array) -> Array:
+        given = dict(zip(list(named)[1:], others, strict=True))
+        segments = blockwise_attention.segments(q.shape[4], **given)
+        return blockwise_attention.attend(q, segments, blockwise_attention.BLOCK)
+
+    arrays, axes = zip(*named.values(), strict=True)
+    return placement.split(attend, axes, (*KEYS, None))(*arrays)
 
 
 def _attend_once(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from dataclasses import dataclass
@@ -81,6 +82,7 @@ class PolicyConfig:
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
     remat: bool = False
+    attention: str = "dense"  # holds all scores; blockwise: never; auto: blockwise where a token sees many keys
     max_positions: int = 4096  # written into exports; nothing here depends on it
     rope_scaling: RopeScaling | None = None
     unrotated_every: int = 0  # layers whose number (from 1) this divides have no rotary positions; 0: all have them
@@ -93,6 +95,8 @@ class PolicyConfig:
             raise ValueError(f"policy.kv_heads={self.kv_heads} must divide policy.heads={self.heads}")
         if self.norms not in ("before", "after", "both"):
             raise ValueError(f"policy.norms={self.norms!r} is not one of before, after, both")
+        if self.attention not in ("auto", "dense", "blockwise"):
+            raise ValueError(f"policy.attention={self.attention!r} is not one of auto, dense, blockwise")
         if self.activation not in ("silu", "gelu_tanh"):
             raise ValueError(f"policy.activation={self.activation!r} is not one of silu, gelu_tanh")
         if self.window and self.rope_scaling is not None and self.rope_scaling.attention != 1:
@@ -103,6 +107,11 @@ class PolicyConfig:
             raise ValueError("policy.unrotated_every goes with no rope_scaling that scales queries and keys")
         if self.experts and not 1 <= self.experts_per_token <= self.experts:
             raise ValueError(f"policy.experts_per_token={self.experts_per_token} must be 1 to {self.experts} (experts)")
+
+    def on(self, platform: str) -> PolicyConfig:
+        """The policy as it runs on "cpu", "gpu" or "tpu": on a CPU, `auto` attention is dense at any length."""
+        dense = self.attention == "auto" and platform == "cpu"
+        return dataclasses.replace(self, attention="dense") if dense else self
 
 
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], scale: float, dtype: str) -> nnx.Param:

@@ -110,7 +110,7 @@ def _forward(
     model = merge(params)
     start = 0 if prefix is None else prefix.length[:, None, None]
     if instructions is not None:
-        start += instructions.number
+        start = start + instructions.number  # not in place: `length` may be an array of numpy
     positions = start + offset + jnp.broadcast_to(jnp.arange(tokens.shape[2]), (tokens.shape[0], 1, tokens.shape[2]))
 
     def attend(

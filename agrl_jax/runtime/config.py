@@ -215,6 +215,7 @@ RULES: Mapping[str, Rule] = {
     "policy.param_dtype": _DTYPE,
     "policy.compute_dtype": _DTYPE,
     "policy.remat": _FLAG,
+    "policy.attention": _one_of("auto", "dense", "blockwise"),
     # Low-rank adapters.
     "lora.rank": _COUNT,
     "lora.alpha": _POSITIVE,

@@ -403,6 +403,7 @@ def _model(
         rules, [*tokenizer.token_bytes(), *padding], tokenizer.end_token, tokenizer.marks,
         pipeline.thought(rules, tokenizer), tokenizer.end_tokens[1:],
     )  # fmt: skip
+    shape = shape.on(jax.default_backend() if mesh is None else mesh.devices.flat[0].platform)
     policy, init, axes = transformer.build(shape, *([] if mesh is None else [sharding.placing(mesh)]))
     return Model(rules, tokenizer, jax.tree.map(np.asarray, tables), shape, policy, init, axes, instructions)
 
@@ -433,7 +434,8 @@ def load_pretrained(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh, d
     shape, params, _ = loading.load_pretrained(
         path, dtype or config.policy.param_dtype, config.policy.compute_dtype, partial(sharding.param_shardings, mesh)
     )
-    if shape != dataclasses.replace(model.shape, remat=shape.remat, param_dtype=shape.param_dtype):
+    how = {name: getattr(shape, name) for name in ("remat", "attention", "param_dtype")}
+    if shape != dataclasses.replace(model.shape, **how):
         raise ConfigError(f"{path}: is another model than the one whose shape {POLICY_FILE} holds; use a new workdir")
     return params
 
@@ -477,8 +479,8 @@ def _read_kept(workdir: epath.Path, asked: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _computing(config: ConfigDict, shape: PolicyConfig) -> PolicyConfig:
-    """A shape with the dtypes and the rematerialisation that the config sets."""
-    wanted = {name: config.policy[name] for name in ("param_dtype", "compute_dtype", "remat")}
+    """A shape with the dtypes, the rematerialisation and the attention that the config sets."""
+    wanted = {name: config.policy[name] for name in ("param_dtype", "compute_dtype", "remat", "attention")}
     return dataclasses.replace(shape, **wanted)
 
 
