@@ -1,4 +1,4 @@
-"""The real command, end to end: it trains, is killed, resumes, and refuses bad input in one clear message."""
+"""The real command, end to end: it trains, is killed, resumes, and refuses bad input with one clear message."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def finish(process: subprocess.Popen) -> str:
 
 
 def train(workdir: Path, data_dir: Path, fields: dict[str, object], variant: str = "benchmark") -> str:
-    """As the command does, in this process, where JAX has started; what it said."""
+    """Trains as the command does, in this process, in which JAX has started already. Returns the output."""
     config, said = tiny.get_config(variant), []
     config.update_from_flattened_dict({"data.dir": str(data_dir)} | fields)
     run.train(config, str(workdir), say=lambda *words: said.append(" ".join(map(str, words))))
@@ -55,7 +55,7 @@ def without_times(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> tuple[Path, str]:
-    """A run that was never disturbed, and what it printed."""
+    """A run that was never interrupted, and its output."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     return workdir, finish(start(workdir, data_dir))
 
@@ -74,11 +74,11 @@ def test_writes_everything_it_promises(whole: tuple[Path, str]) -> None:
     assert [row["step"] for row in rows if row["stage"] == "rl"] == list(range(1, 13))
     assert list((workdir / "tensorboard" / "rl").glob("events*"))
     assert json.loads((workdir / "config.json").read_text())["rl"]["group_size"] == 4
-    frame = judgements.read(workdir / "judgements.parquet")  # accuracy follows from it
+    frame = judgements.read(workdir / "judgements.parquet")  # the accuracy follows from this file
     mine = frame.filter(stage="agrl", split="b_eval")
     assert (mine["tier"] == mine["judged_tier"]).sum() / 24 == card["agrl"]["b_eval"]["accuracy"]["value"]
     assert frame.group_by("stage", "split").len()["len"].to_list() == [24] * 4
-    # A temperature for each checkpoint that was validated, by the name that the judge knows it by.
+    # Each checkpoint that was validated has a temperature, under the name that the judge looks up.
     kept = json.loads((workdir / "calibration.json").read_text())
     assert set(kept) == {"the end of the warm start", "step 6 of RL", "step 12 of RL"}
     assert trained.load(str(workdir)).checkpoint in kept
@@ -133,7 +133,7 @@ def test_the_stage_ends_with_the_step_that_reaches_the_budget_and_goes_on_if_it_
 ) -> None:
     rows = without_times(whole[0] / "metrics.jsonl")
     spent = [row["budget/spent"] for row in rows if row["stage"] == "rl"]
-    for _ in range(2):  # the second has nothing left to do
+    for _ in range(2):  # the second run has nothing left to do
         finish(start(tmp_path, data_dir, f"--config.rl.budget={spent[4] - 1:.0f}"))
         found = without_times(tmp_path / "metrics.jsonl")
         assert found[:-1] == rows[:16] and found[-1]["budget/spent"] == spent[4]
@@ -167,7 +167,7 @@ def test_sigterm_saves_and_the_same_command_continues(
 def test_preferences_are_mined_learnt_from_and_mined_again_by_a_run_that_resumes(
     tmp_path: Path, data_dir: Path, lora: dict[str, object]
 ) -> None:
-    """The warm start is long enough for answers that are right."""
+    """The warm start is long enough that some answers are right."""
     warm = {"sft.steps": 200, "sft.batch_size": 32, "sft.prompt_weight": 0.0}
     fields = warm | {"method": "dpo", "eval.pairs": 8} | lora
     assert "preferences: " in train(tmp_path, data_dir, fields | {"dpo.steps": 5})
@@ -178,7 +178,7 @@ def test_preferences_are_mined_learnt_from_and_mined_again_by_a_run_that_resumes
     assert [row["step"] for row in rows] == list(range(1, 9)) and {row["compiles"] for row in rows} == {1}
     assert rows[0]["policy/loss"] == pytest.approx(0.6931, abs=1e-3)  # the policy is the reference
     mined = rows[0]["budget/spent"] - rows[0]["budget/tokens"]
-    assert mined > 60 * 4  # paid once, whatever the number of starts
+    assert mined > 60 * 4  # mining is paid once, however often the run starts
     assert rows[-1]["budget/spent"] == mined + sum(row["budget/tokens"] for row in rows)
     assert rows[-1]["dpo/margin"] > 0 and "validation/macro_f1" in rows[-1]
 
@@ -226,7 +226,7 @@ def test_the_command_refuses_a_bad_field_in_one_message_and_without_a_traceback(
 
 
 def refusal(workdir: Path, variant: str, **fields: object) -> str:
-    """What `train`, whose user errors the command prints, raises for these fields of the tiny config."""
+    """The message of the error that `train` raises for these fields of the tiny config. The command prints it."""
     config = tiny.get_config(variant)
     config.update_from_flattened_dict(fields)
     with pytest.raises(run.USER_ERRORS) as error:

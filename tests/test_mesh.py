@@ -1,6 +1,6 @@
-"""The step on many devices: the same numbers as on one, every large array split, and nothing gathered in vain.
+"""The step on many devices gives the same numbers as on one. Large arrays are split, and nothing is gathered in vain.
 
-Each test starts processes of their own, with eight CPU devices between them, that run one of the functions below.
+Each test starts new processes, with eight CPU devices in all, which run one of the functions below.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MESHES = ("8x1x1", "1x8x1", "2x2x2", "1x2x4")
 
 
 def run_on_eight(function: str, *args: str, number: int = 1) -> str:
-    """Runs a function of this file in `number` processes of eight devices in all; what they printed."""
+    """Runs a function of this file in `number` processes with eight devices in all, and returns their output."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -75,7 +75,7 @@ def test_eight_devices_take_the_same_steps_as_one():
 
 @pytest.mark.slow
 def test_so_do_several_processes():
-    """Of two devices each, so that both data and fsdp reach over processes."""
+    """Each process has two devices, so that both data and fsdp span processes."""
     said = run_on_eight("compare", "2x2x2", number=4)
     assert said.count("compared: 2x2x2; flipped tokens: 0") == 4
 
@@ -102,7 +102,7 @@ INSTRUCTIONS = np.array([1, 4, 8, 2, 9], np.int32)  # before all prompts
 
 
 class Found(NamedTuple):
-    """What is compared, on the host."""
+    """The arrays that are compared, on the host."""
 
     draws: np.ndarray  # [B, G, T] uniform numbers of the first rollout
     steps: list[Any]  # of each step: parameters, gradient, guidance state, metrics, rollout
@@ -110,15 +110,15 @@ class Found(NamedTuple):
 
 
 def descend(grads, params, opt_state, skipped):
-    """Plain gradient descent, which leaves the gradient where an optimiser keeps its state."""
+    """Plain gradient descent. It returns the gradient in place of an optimiser's state."""
     return jax.tree.map(lambda p, g: p - RATE * g, params, grads), grads, skipped, {}
 
 
 def take_steps(small: Small, mesh: jax.sharding.Mesh, tokens: np.ndarray | None = None) -> Found:
-    """Three steps on a mesh, its borders pinned as training pins them; `tokens` [B, G, T] to be teacher-forced."""
+    """Three steps on a mesh, with inputs and outputs sharded as in training; also scores `tokens` [B, G, T]."""
     from test_step import CONFIG, KEY
 
-    # All failing groups are guided, and of each two examples one is chosen, however the batch is split.
+    # All failing groups are guided, and one of every two examples is chosen, however the batch is split.
     band = DifficultyConfig(pool=2, low=0.3, high=0.7, again=100)
     cfg = dataclasses.replace(CONFIG, shards=EXAMPLES, difficulty=band)
     policy, _, axes = transformer.build(small.config, sharding.placing(mesh))
@@ -140,7 +140,7 @@ def take_steps(small: Small, mesh: jax.sharding.Mesh, tokens: np.ndarray | None 
     )
     to_host = jax.jit(lambda x: x, out_shardings=whole)
     pool = small.batch([truth for truth in ((0, 0), (1, 0), (2, 1), (2, 0)) * 2 for _ in range(2)])
-    batch = sharding.put(jax.tree.map(lambda x: x[::2], pool), by_batch)  # chosen first, as none was met before
+    batch = sharding.put(jax.tree.map(lambda x: x[::2], pool), by_batch)  # chosen first, since none was met before
     pool = sharding.put(pool, by_batch)
     state = sharding.put(start, places)
     reference = sharding.put(jax.tree.map(lambda x: 0.9 * x, small.params), params)
@@ -172,7 +172,7 @@ def take_steps(small: Small, mesh: jax.sharding.Mesh, tokens: np.ndarray | None 
 
 
 def compare(*meshes: str, **shape: int) -> None:
-    """Three steps on each mesh are those on one device."""
+    """Three steps on each mesh equal those on one device."""
     processes.connect(os.environ["JAX_NUM_PROCESSES"] != "1")
     assert jax.device_count() == 8
     with tempfile.TemporaryDirectory() as folder:
@@ -206,8 +206,8 @@ def compare_constrained(*meshes: str) -> None:
 
 
 def compare_as_on(platform: str, *meshes: str) -> None:
-    """With weights as they are decoded with on a platform; and on a GPU with each device's attention as a function of
-    its own, whose place a kernel takes there."""
+    """`compare` with weights laid out for decoding on a platform. For "gpu", the attention of each device is also a
+    function of its own, as it is where the kernel runs."""
     gathered = sharding.gathered
     sharding.gathered = lambda *args: decoding.for_decoding(gathered(*args), platform)
     decode_attention.supports = lambda *_: platform == "gpu"
@@ -223,7 +223,7 @@ def close(sizes: str, path: Any, found: np.ndarray, expected: np.ndarray) -> Non
 
 
 class Sizes(NamedTuple):
-    """Of the step that is compiled; those of arrays, where they are large, differ."""
+    """The sizes of the step that is compiled. They are chosen so that large arrays differ in size."""
 
     batch: int = 64
     group: int = 4
@@ -241,7 +241,7 @@ class Sizes(NamedTuple):
 
 
 def compile_step(mesh: jax.sharding.Mesh, sizes: Sizes) -> jax.stages.Compiled:
-    """The program of reinforcement learning that training would run, with two micro-batches and a KL term."""
+    """The RL program that training would run, with two micro-batches and a KL term."""
     config = recipes.base()
     config.rl.update(batch_size=sizes.batch, group_size=sizes.group, micro_batches=2, matrix_rate=0.0)
     config.data.update(prompt_len=sizes.prompt, response_len=sizes.response)
@@ -277,13 +277,13 @@ class Operation(NamedTuple):
     """One line of a compiled module; shapes are those of one device."""
 
     kind: str
-    scope: str  # where in the program it comes from
+    scope: str  # the part of the program that it comes from
     shapes: list[tuple[str, tuple[int, ...]]]  # dtype and dimensions of its results
     line: str
 
     @property
     def bytes(self) -> int:
-        """Of its largest result."""
+        """Bytes of its largest result."""
         return max((_BYTES[dtype] * int(np.prod(dims)) for dtype, dims in self.shapes), default=0)
 
 
@@ -319,7 +319,7 @@ def look_at_program(sizes: str, kv_heads: str) -> None:
 
 
 def check_arrays(found: list[Operation], mesh: jax.sharding.Mesh, shape: Sizes) -> None:
-    """No array on a device is larger than the largest that it should hold, all of which are split."""
+    """No array on a device is larger than the largest of the expected ones, which are all split."""
     rows, tensor = shape.batch // sharding.data_shards(mesh), mesh.shape["tensor"]
     heads, kv = (size // tensor if size % tensor == 0 else size for size in (shape.heads, shape.kv_heads))
     positions = max(shape.prompt, shape.group * shape.response)
@@ -347,7 +347,7 @@ def check_arrays(found: list[Operation], mesh: jax.sharding.Mesh, shape: Sizes) 
 
 
 def check_decoding(found: list[Operation], mesh: jax.sharding.Mesh, shape: Sizes) -> None:
-    """Weights are gathered once, before the loop, and every gather inside is of the rows of this device's own batch."""
+    """Weights are gathered once, before the loop. In the loop, a gather has only rows of this device's own batch."""
     rows = shape.batch // sharding.data_shards(mesh)
     for scope in ("decode", "replay"):
         inside = [op for op in found if re.search(rf"/{scope}/.*while/body", op.scope)]
@@ -359,26 +359,26 @@ def check_decoding(found: list[Operation], mesh: jax.sharding.Mesh, shape: Sizes
 
 
 def check_data_axis(found: list[Operation], shape: Sizes) -> None:
-    """Between data shards go gradients, figures, the examples that are shown, and of guided replay ids and passes."""
+    """Only gradients, figures, shown examples, and the ids and passes of guided replay go between data shards."""
     per_layer = (
         shape.width, shape.head_dim, shape.width * shape.mlp, shape.width * shape.heads * shape.head_dim,
         shape.width * shape.kv_heads * shape.head_dim,
     )  # fmt: skip
     gradients = {shape.vocab * shape.width, *per_layer, *(shape.layers * size for size in per_layer)}
-    small = max(shape.batch * 4, shape.group * shape.response * 4)  # ids of a batch, or an array of an example shown
+    small = max(shape.batch * 4, shape.group * shape.response * 4)  # ids of a batch, or an array of a shown example
     crossing = [op for op in found if op.kind in _COLLECTIVES]
     for op in crossing:
         for dtype, dims in op.shapes:
             size = int(np.prod(dims))
             gradient = op.kind in ("all-reduce", "reduce-scatter") and dtype == "f32" and size in gradients
             assert gradient or size * _BYTES[dtype] <= small, op
-    # Whether any group is replayed is decided by all devices together.
+    # All devices decide together whether any group is replayed.
     assert any(op.kind == "all-reduce" and op.shapes == [("pred", ())] and "reduce_or" in op.scope for op in crossing)
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_vocabulary_times_length():
-    """The logits of a whole batch are never held: twice the vocabulary and twice the length add up, and no more."""
+    """The logits of a whole batch are never held: the costs of doubled vocabulary and doubled length only add up."""
     small = Sizes(batch=8, layers=1, vocab=2000, response=16)
     large = small._replace(vocab=4000, response=32)
 

@@ -1,4 +1,4 @@
-"""Logs that read back bit for bit and survive a kill; the progress bar; tables."""
+"""Logs are read back bit for bit and survive a kill; the progress bar; tables."""
 
 import io
 import json
@@ -52,7 +52,7 @@ def events(folder):
 def test_rows_hold_stage_step_and_sorted_values(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         writer.write("sft", 1, {"b": 2, "a": jnp.float32(0.1), "c": True})
-        assert read_jsonl(tmp_path / "metrics.jsonl")  # flushed at once
+        assert read_jsonl(tmp_path / "metrics.jsonl")  # rows are flushed at once
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "stage": "sft", "a": 0.1, "b": 2, "c": true}\n'
 
 
@@ -95,7 +95,7 @@ def test_an_unknown_stage_is_refused(tmp_path):
 WHOLE = [("sft", 1), ("sft", 2), ("sft", 3), ("rl", 1), ("rl", 2), ("rl", 3)]
 
 
-@pytest.mark.parametrize("resume", WHOLE[:5])  # no checkpoint lies past the rows that were written
+@pytest.mark.parametrize("resume", WHOLE[:5])  # no checkpoint is past the rows that were written
 @pytest.mark.parametrize("tail", ["", '{"step": 9, "sta'])
 def test_a_resumed_run_leaves_the_same_logs_as_one_never_killed(tmp_path, resume, tail):
     write_run(tmp_path / "whole", WHOLE)
@@ -138,7 +138,7 @@ def test_tensorboard_holds_the_scalars_and_is_purged_on_resuming(tmp_path):
     tags = {"reward/total", "accuracy"}
     assert set(events(tmp_path / "tensorboard" / "rl")) == {(step, tag) for step in (1, 2, 3) for tag in tags}
     write_run(tmp_path, [("rl", 2)], resume=("rl", 1))
-    assert (2, None) in events(tmp_path / "tensorboard" / "rl")  # what lies at step 2 or later before this is void
+    assert (2, None) in events(tmp_path / "tensorboard" / "rl")  # it voids earlier events from step 2 on
     write_run(tmp_path, [("sft", 3), ("rl", 1)], resume=("sft", 2))
     assert (3, None) in events(tmp_path / "tensorboard" / "sft")
     assert (0, None) in events(tmp_path / "tensorboard" / "rl")
@@ -170,7 +170,7 @@ def test_the_time_left_does_not_count_the_first_step_which_compiles(monkeypatch)
     out, clock = io.StringIO(), iter([0.0, 60.0, 62.0, 64.0, 70.0])
     monkeypatch.setattr(console_module.time, "monotonic", lambda: next(clock))
     with progress("rl", total=11, every_s=0, console=rich.console.Console(file=out)) as bar:
-        bar.update(1)  # 60 s, of which 58 to compile
+        bar.update(1)  # 60 s, of which compiling takes 58
         bar.update(2)
         bar.advance(1)
         bar.note("validation 8/24")
@@ -212,7 +212,7 @@ def test_logs_of_a_bucket_are_copied_there_and_resume_from_there():
         writer.write("rl", 2, {"a": 3.0})
     assert [row["a"] for row in read_jsonl(workdir / "metrics.jsonl")] == [1.0, 3.0]
     with MetricsWriter(workdir):
-        pass  # another run: nothing is left of the first
+        pass  # another run keeps nothing of the first
     assert read_jsonl(workdir / "metrics.jsonl") == [] and not (workdir / "tensorboard").exists()
     with Checkpointer(workdir) as checkpoints:
         assert str(checkpoints.directory) == "gs://bucket/run/checkpoints" and checkpoints.newest() is None

@@ -30,7 +30,7 @@ def test_the_shares_are_as_asked_and_each_tier_has_as_many_bundled_pairs():
     real = [pair for pair in pairs if pair.id.startswith("r")]
     assert (len(pairs), len(real)) == (100, 40)
     assert collections.Counter(pair.tier for pair in pairs if pair not in real) == dict.fromkeys(range(4), 15)
-    assert collections.Counter(pair.tier for pair in real) == {0: 16, 1: 14, 3: 10}  # the last: strangers
+    assert collections.Counter(pair.tier for pair in real) == {0: 16, 1: 14, 3: 10}  # tier 3 has the strangers
 
 
 def test_the_same_for_the_same_seed_and_another_for_another():

@@ -1,4 +1,4 @@
-"""The notebooks: as committed they hold no outputs; run from top to bottom in a fresh kernel, on a small setting."""
+"""The committed notebooks hold no outputs, and run from top to bottom in a fresh kernel, with small settings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_they_are_committed_clean_and_install_alike() -> None:
 
 
 def first_cell(folder: Path, path: str = "") -> subprocess.CompletedProcess:
-    """Runs the first cell in `folder`, by a Python that knows no installed packages, and says what was found."""
+    """Runs the first cell in `folder`, with a Python without installed packages, and prints the package it found."""
     notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
     source = next(cell.source for cell in notebook.cells if cell.cell_type == "code")
     return subprocess.run(
@@ -46,7 +46,7 @@ def first_cell(folder: Path, path: str = "") -> subprocess.CompletedProcess:
 
 def test_the_first_cell_finds_a_checkout_and_an_installed_package(tmp_path: Path) -> None:
     mine = str(ROOT / "agrl_jax" / "__init__.py")
-    assert first_cell(ROOT / "colab").stdout.strip() == mine  # the notebook in a checkout
+    assert first_cell(ROOT / "colab").stdout.strip() == mine  # a notebook in a checkout
     (tmp_path / "agrl_jax").symlink_to(ROOT)  # a checkout beside the notebook
     assert first_cell(tmp_path).stdout.strip() == str(tmp_path / "agrl_jax" / "agrl_jax" / "__init__.py")
     assert first_cell(tmp_path.parent, str(ROOT)).stdout.strip() == mine
@@ -60,7 +60,7 @@ def test_the_first_cell_says_what_to_do_where_there_is_no_package(tmp_path: Path
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Runs a notebook in a fresh kernel of this Python, the small setting after its parameters; its outputs as text."""
+    """The outputs, as text, of a notebook in a fresh kernel of this Python; `small` settings follow its parameters."""
     client = pytest.importorskip("nbclient", reason="nbclient is not installed")
     pytest.importorskip("ipykernel", reason="ipykernel is not installed")
     kernel = tmp_path / "kernels" / "python3"

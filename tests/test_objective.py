@@ -58,7 +58,7 @@ def advantage(earned, counted=True, guided=False, cfg=BASE, divergence=None) -> 
         ("grpo", [3**0.5, *[-1 / 3**0.5] * 3]),  # mean 1/4, variance 3/16
         ("dapo", [3**0.5, *[-1 / 3**0.5] * 3]),
         ("dr_grpo", [0.75, -0.25, -0.25, -0.25]),
-        ("rloo", [1, -1 / 3, -1 / 3, -1 / 3]),  # less the mean of the three others
+        ("rloo", [1, -1 / 3, -1 / 3, -1 / 3]),  # minus the mean of the three others
     ],
 )
 def test_one_right_answer_of_four(loss, by_hand):
@@ -72,7 +72,7 @@ def test_the_advantage_of_a_token_is_clamped():
 
 
 def test_a_token_is_clamped_in_all_that_it_has():
-    """By step, unscaled: the tier gives 0.5 and -0.5 to all tokens, the step the same to the first alone: 1 and -1."""
+    """Credit by step, unscaled: the tier gives 0.5 and -0.5 to all tokens, the step the same to the first: 1 and -1."""
     earned = jnp.array([[[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]])  # tier, a step, consistent
     unused = jnp.zeros((1, 2), bool)
     score = Score(raw=earned, earned=earned, counted=jnp.ones((1, 2, 3), bool), passed=unused, tier_forced=unused)
@@ -84,26 +84,26 @@ def test_a_token_is_clamped_in_all_that_it_has():
 
 
 def test_each_component_is_centred_over_the_answers_in_which_it_counts():
-    """The second component was forced on answers 2 and 3: they neither earn by it nor are compared."""
+    """The second component was forced on answers 2 and 3: they earn nothing by it, and are not compared in it."""
     earned = [[1, 1], [0, 0], [0, 1], [1, 1]]
     counted = [[True, True], [True, True], [True, False], [True, False]]
     centred = np.array([0.5 + 0.5, -0.5 - 0.5, -0.5, 0.5])
     np.testing.assert_allclose(advantage(earned, counted, cfg=having(loss="dr_grpo")), centred)
     np.testing.assert_allclose(advantage(earned, counted), centred / np.sqrt(2.5 / 4), rtol=1e-6)
-    left_out = [2 / 3 + 1, -2 / 3 - 1, -2 / 3, 2 / 3]  # the others are three in the first, one in the second
+    left_out = [2 / 3 + 1, -2 / 3 - 1, -2 / 3, 2 / 3]  # three others in the first component, one in the second
     np.testing.assert_allclose(advantage(earned, counted, cfg=having(loss="rloo")), left_out, rtol=1e-6)
 
 
 def test_answers_of_which_nothing_counts_are_no_part_of_the_spread():
-    """A part was forced on two of four answers: the two others are compared with each other alone."""
-    by_hand = [1, -1, 0, 0]  # and not 1.41 with two zeros among them
+    """A part was forced on two of four answers: the other two are compared only with each other."""
+    by_hand = [1, -1, 0, 0]  # with two zeros among them it would be 1.41
     half = [True, True, False, False]
     np.testing.assert_allclose(advantage([1, 0, 1, 0], np.array(half)[:, None]), by_hand, rtol=1e-6)
-    # The format counts in all answers and all have it: that makes nobody comparable.
+    # The format counts in all answers, but all have it, so it makes no answer comparable.
     earned = [[1, 0.1], [0, 0.1], [1, 0.1], [0, 0.1]]
     counted = [[known, True] for known in half]
     np.testing.assert_allclose(advantage(earned, counted), by_hand, rtol=1e-6)
-    # Where the format differs, all are compared: totals 0.45, -0.55, 0.05 and 0.05 about their mean.
+    # If the format differs, all are compared: components are centred one by one and added up.
     earned = [[1, 0.1], [0, 0.1], [1, 0.1], [0, 0.3]]
     centred = np.array([0.5 - 0.05, -0.5 - 0.05, -0.05, 0.15])
     np.testing.assert_allclose(advantage(earned, counted), centred / centred.std(), rtol=1e-5)
@@ -115,11 +115,11 @@ def test_spreads_are_over_the_answers_that_count():
 
 
 def test_k1_is_taken_from_the_reward():
-    """Rewards 1 and 0, of which 0.1 times log-ratios of 3 and 1 are taken: 0.7 against -0.1."""
+    """Rewards 1 and 0, minus 0.1 times log-ratios of 3 and 1: 0.7 against -0.1."""
     cfg = having(loss="dr_grpo", kl="k1", kl_weight=0.1)
     np.testing.assert_allclose(advantage([1, 0], cfg=cfg, divergence=[3, 1]), [0.4, -0.4], rtol=1e-6)
     np.testing.assert_allclose(advantage([0, 0], cfg=having(kl="k1", kl_weight=0.1), divergence=[3, 1]), [-1, 1],
-                               rtol=1e-6)  # equal rewards teach to come nearer
+                               rtol=1e-6)  # with equal rewards, the answer nearer the reference wins
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_k1_is_taken_from_the_reward():
     [("mask", [0, 1, 0, 0]), ("imitate", [0, 1, 1, 1]), ("shaped", [0, 1, 0, 1]), ("importance", [0, 1, 0, 1])],
 )
 def test_groups_that_are_learnt_from(treatment, by_hand):
-    """Four groups of two answers: no advantage; one of a sampled token; a forced token without one, and with one."""
+    """Four groups of two answers: no advantage; a sampled token has one; a forced token has none; it has one."""
     sampled, forced = np.ones((4, 2, 3), bool), np.zeros((4, 2, 3), bool)
     forced[2:, 0, 0], sampled[2:, 0, 0] = True, False
     values = np.zeros((4, 2, 3), np.float32)
@@ -142,7 +142,7 @@ def test_a_group_teaches_where_a_sampled_token_has_an_advantage():
     values[1, 0, 2], values[2, 1, 3] = 0.5, -0.5
     answers = rolled([[1, 1, 1, 0], [0, 1, 1, 0]], forced=[[0] * 4, [1, 0, 0, 0]])
     answers = jax.tree.map(lambda x: np.repeat(x, 3, axis=0), answers)
-    np.testing.assert_array_equal(teaches(values, answers), [False, True, False])  # the last one past its end
+    np.testing.assert_array_equal(teaches(values, answers), [False, True, False])  # the last: past its end
 
 
 def test_baselines_of_guided_answers():
@@ -150,11 +150,11 @@ def test_baselines_of_guided_answers():
     np.testing.assert_allclose(advantage([0, 0, 1, 1], guided=guided), [-1, -1, 1, 1], rtol=1e-6)
     unguided = having(baseline="unguided_only")  # mean 0 of the unguided; spread 1/2 of all
     np.testing.assert_allclose(advantage([0, 0, 1, 1], guided=guided, cfg=unguided), [0, 0, 2, 2], rtol=1e-6)
-    rloo = having(baseline="unguided_only", loss="rloo")  # an answer not in the mean is not taken out of it
+    rloo = having(baseline="unguided_only", loss="rloo")  # leave-one-out only for answers that are in the mean
     np.testing.assert_allclose(
         advantage([0, 0.5, 1, 1], guided=guided, cfg=rloo), [-0.5, 0.5, 0.75, 0.75], rtol=1e-6
     )
-    np.testing.assert_allclose(advantage([0, 1], guided=True, cfg=unguided), [-1, 1], rtol=1e-6)  # all with all
+    np.testing.assert_allclose(advantage([0, 1], guided=True, cfg=unguided), [-1, 1], rtol=1e-6)  # no unguided one: all
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -178,9 +178,9 @@ def reading_at(positions) -> Reading:
 @pytest.mark.parametrize(
     ("positions", "parts"),
     [
-        ((1, 2, 4), [0, 0, 1, 2, 2, 3]),  # fit by token 1, brand by 2, the tier by 4, then the end
-        ((2, 6, 0), [2, 0, 0, 3, 3, 3]),  # the tier first, brand never
-        ((1, 1, 5), [0, 0, 2, 2, 2, 2]),  # one token completes two parts: the first has it
+        ((1, 2, 4), [0, 0, 1, 2, 2, 3]),  # fit ends with token 1, brand with 2, the tier with 4; then the end
+        ((2, 6, 0), [2, 0, 0, 3, 3, 3]),  # the tier comes first, brand never
+        ((1, 1, 5), [0, 0, 2, 2, 2, 2]),  # one token completes two parts: it belongs to the first
         ((6, 6, 6), [3] * 6),
     ],
 )
@@ -196,10 +196,10 @@ def test_each_step_is_credited_to_its_own_tokens():
     reading = reading_at([(1, 2, 4), (0, 2, 3)])
     score = Score(raw=earned, earned=earned, counted=counted, passed=unused, tier_forced=unused)
     by_step = advantages(score, reading, unused, 6, having(credit="step"))
-    # All tokens have the tier's +-1; fit adds +-0.3 to its own, and brand, the other way round, to its own.
+    # All tokens have the tier's +-1. Fit adds +-0.3 to its own tokens, brand the opposite to its own.
     by_hand = [[1.3, 1.3, 0.7, 1, 1, 1], [-1.3, -0.7, -0.7, -1, -1, -1]]
     np.testing.assert_allclose(by_step[0], by_hand, rtol=1e-6)
-    # Where brand was forced on the second answer, nobody is left to be compared with.
+    # If brand was forced on the second answer, no other answer is left to compare with.
     alone = score.replace(counted=counted & ~((np.arange(6) == 2) & (np.arange(2) == 1)[:, None]))
     by_hand = [[1.3, 1.3, 1, 1, 1, 1], [-1.3, -1, -1, -1, -1, -1]]
     np.testing.assert_allclose(advantages(alone, reading, unused, 6, having(credit="step"))[0], by_hand, rtol=1e-6)
@@ -207,7 +207,7 @@ def test_each_step_is_credited_to_its_own_tokens():
 
 @pytest.mark.parametrize(("loss", "tier", "fit"), [("grpo", 1, 0.3), ("dr_grpo", 0.5, 0.25), ("rloo", 1, 0.5)])
 def test_a_step_has_its_weight_once(loss, tier, fit):
-    """Two answers; right steps earn 0.5, the weight of a step. Divided by their spread, they are given 0.3."""
+    """Right steps earn 0.5, the weight of a step. Divided by their spread they would count 1; `step_weight` is 0.3."""
     earned = np.array([[[1, 0.5, 0, 0, 0, 0], [0] * 6]], np.float32)
     unused = np.zeros((1, 2), bool)
     score = Score(earned, earned, counted=jnp.ones(earned.shape, bool), passed=unused, tier_forced=unused)
@@ -216,7 +216,7 @@ def test_a_step_has_its_weight_once(loss, tier, fit):
 
 
 def test_step_credit_compares_the_answers_in_which_the_step_was_sampled():
-    """G = 4, the step fit was forced on two: of the two others one is right."""
+    """G = 4. The step fit was forced on two answers; one of the other two is right."""
     earned = np.zeros((1, 4, 6), np.float32)
     earned[0, [0, 2], 1] = 0.5
     counted = np.ones(earned.shape, bool)
@@ -243,8 +243,8 @@ def test_log_probabilities_and_entropies_by_hand():
 
 @pytest.mark.parametrize("chunk", [0, 1, 3])
 def test_log_probabilities_among_the_choices_by_hand(chunk):
-    """Odds 1, 2, 3, 4 in each of four places: all are choices, then the first and third, these at a temperature of 1/2
-    (squares: 1 and 9), and the last alone."""
+    """Odds 1, 2, 3, 4. The choices are all tokens, then the first and third, and the last alone; at temperature 1/2 the
+    odds 1 and 3 become their squares, 1 and 9."""
     masks = jnp.array([[True] * 4, [True, False, True, False], [False, False, False, True]])
     tokens, which = jnp.array([[[3, 2, 0, 3]]]), jnp.array([[[0, 1, 1, 2]]])
 
@@ -259,7 +259,7 @@ def test_log_probabilities_among_the_choices_by_hand(chunk):
     np.testing.assert_allclose(entropy[0, 0, 1:], [of_two, of_two, 0], rtol=1e-6)
     np.testing.assert_allclose(np.exp(found(odds, 0.5)[0][0, 0]), [16 / 30, 0.9, 0.1, 1.0], rtol=1e-6)
 
-    def slopes(part):  # by the logits at temperature 1/2, which halves them: the odds are e to each
+    def slopes(part):  # by the logits at temperature 1/2
         def value(logits):
             return jnp.sum(found(jnp.exp(logits), 0.5)[part])
 
@@ -267,9 +267,9 @@ def test_log_probabilities_among_the_choices_by_hand(chunk):
 
     by_hand = [[-1 / 15, -4 / 15, -9 / 15, 14 / 15], [-0.2, 0, 0.2, 0], [1.8, 0, -1.8, 0], [0, 0, 0, 0]]
     np.testing.assert_allclose(slopes(0), by_hand, atol=1e-6)
-    tilt = 2 * 0.1 * 0.9 * np.log(9)  # of the entropy: -p (log p + H) / temperature
+    tilt = 2 * 0.1 * 0.9 * np.log(9)  # gradient of the entropy: -p (log p + H) / temperature
     np.testing.assert_allclose(slopes(1)[1:], [[tilt, 0, -tilt, 0], [tilt, 0, -tilt, 0], [0, 0, 0, 0]], atol=1e-6)
-    assert np.all(slopes(0)[3] == 0) and np.all(slopes(1)[3] == 0)  # not by rounding: a text with one way to go on
+    assert np.all(slopes(0)[3] == 0) and np.all(slopes(1)[3] == 0)  # exactly 0 where there is one choice
 
 
 def test_values_and_gradients_are_those_of_log_softmax_in_chunks_of_any_size():
@@ -288,7 +288,7 @@ def test_values_and_gradients_are_those_of_log_softmax_in_chunks_of_any_size():
 
     run = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True), static_argnums=2)
     (_, whole), gradients = run(hidden, head, None)
-    for chunk in (0, 1, 7, 24, 100):  # none; one by one; with a remainder; exactly all; more than there are
+    for chunk in (0, 1, 7, 24, 100):  # none; one by one; a remainder; exactly all; too many
         (_, chunked), chunked_gradients = run(hidden, head, chunk)
         for a, b in zip((*chunked, *chunked_gradients), (*whole, *gradients), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
@@ -315,7 +315,7 @@ ADVANTAGE = np.array([[1.0] * 4, [-1.0] * 4], np.float32)
 
 
 def loss_of(cfg, answers=ANSWERS, logp=LOGP, ratio=RATIO, advantage=ADVANTAGE, entropy=0.0, reference=None):
-    """The loss of one group, its gradient by log-probability, and its figures."""
+    """The loss of one group, its gradient by the log-probabilities, and its figures."""
 
     def loss(logp):
         whole = np.shape(logp)
@@ -332,11 +332,11 @@ def loss_of(cfg, answers=ANSWERS, logp=LOGP, ratio=RATIO, advantage=ADVANTAGE, e
 @pytest.mark.parametrize(
     ("cfg", "by_hand"),
     [
-        # The better answer gets min(r, clip r): 1.2, 0.5. The worse one max: 1.5, 0.8, 0.9.
+        # The better answer gets min(r, clip r): 1.2, 0.5. The worse one gets max(r, clip r): 1.5, 0.8, 0.9.
         (having(loss="grpo"), -((1.2 + 0.5) / 2 - (1.5 + 0.8 + 0.9) / 3) / 2),
         (having(loss="dr_grpo"), -(1.2 + 0.5 - 1.5 - 0.8 - 0.9) / (4 * 2)),
         (having(loss="dapo", clip_high=0.28), -(1.28 + 0.5 - 1.5 - 0.8 - 0.9) / 5),
-        # Geometric means 0.866 and 0.877; within [0.9, 1.2] they are 0.9: only the worse one's is clipped.
+        # The geometric means are 0.866 and 0.877, clipped to 0.9. Only the worse answer takes the clipped value.
         (having(loss="gspo", clip_low=0.1), -(0.75**0.5 - 0.9) / 2),
         (having(loss="cispo"), -(1.2 * -1 + 0.8 * -2 - (1.2 * -0.5 + 0.8 * -1 + 0.9 * -3)) / 5),
         (having(loss="rloo"), -(1.5 + 0.5 - 1.5 - 0.5 - 0.9) / 2),
@@ -350,11 +350,11 @@ def test_losses_by_hand(cfg, by_hand):
 @pytest.mark.parametrize(
     ("cfg", "by_hand"),
     [
-        # By log-probability: -weight * r * A, and 0 where the clipped term is the one that counts.
+        # The gradient is -weight * r * A, or 0 where the clipped term counts.
         (having(loss="grpo"), [[0, -0.5 / 4, 0, 0], [1.5 / 6, 0, 0.9 / 6, 0]]),
         (having(loss="dr_grpo"), [[0, -0.5 / 8, 0, 0], [1.5 / 8, 0, 0.9 / 8, 0]]),
         (having(loss="dapo", clip_high=0.6), [[-1.5 / 5, -0.5 / 5, 0, 0], [1.5 / 5, 0, 0.9 / 5, 0]]),
-        # Each token moves its answer's mean by 1 / length, and counts 1 / length in each of `length` terms.
+        # Each token moves its answer's mean by 1 / length, and the mean stands in `length` terms of weight 1 / length.
         (having(loss="gspo", clip_low=0.1), [[-(0.75**0.5) / 4] * 2 + [0, 0], [0, 0, 0, 0]]),
         (having(loss="cispo"), [[-1.2 / 5, -0.8 / 5, 0, 0], [1.2 / 5, 0.8 / 5, 0.9 / 5, 0]]),
         (having(loss="rloo"), [[-1.5 / 2, -0.5 / 2, 0, 0], [1.5 / 2, 0.5 / 2, 0.9 / 2, 0]]),
@@ -378,11 +378,11 @@ def test_figures_of_the_ratio():
      ("k3", [0.5 - 1 + np.log(2), 4 - 1 - np.log(4)])],
 )
 def test_divergence_by_hand(kind, by_hand):
-    logp, reference = np.log([0.5, 0.125]), np.log([0.25, 0.5])  # twice and a quarter as likely as for the reference
+    logp, reference = np.log([0.5, 0.125]), np.log([0.25, 0.5])  # twice and a quarter as likely as under the reference
     np.testing.assert_allclose(kl_estimate(logp, reference, kind), by_hand, rtol=1e-6)
     cfg = having(kl=kind, kl_weight=0.1, loss="dapo")
     answers = rolled([[1, 1, 0]])
-    if kind == "k1":  # in the loss its gradient would be 0 in expectation
+    if kind == "k1":  # in the loss, its gradient would be 0 in expectation
         assert "kl" not in loss_of(cfg, answers, np.log([[0.5, 0.125, 0.3]]), np.ones((1, 3)), np.ones((1, 3)))[2]
         return
     plain, *_ = loss_of(having(loss="dapo"), answers, np.log([[0.5, 0.125, 0.3]]), np.ones((1, 3)), np.ones((1, 3)))
@@ -403,14 +403,14 @@ def test_the_entropy_bonus_lowers_the_loss_by_the_weighted_entropy():
 def test_truncated_answers_can_be_masked():
     cut = ANSWERS.replace(finished=np.array([[True, False]]))
     value, gradient, _ = loss_of(having(mask_truncated=True), cut)
-    np.testing.assert_allclose(value, -(1.2 + 0.5) / 2, rtol=1e-6)  # the one answer that is left
+    np.testing.assert_allclose(value, -(1.2 + 0.5) / 2, rtol=1e-6)  # one answer is left
     assert np.all(gradient[1] == 0)
     np.testing.assert_allclose(loss_of(BASE, cut)[0], loss_of(BASE)[0])
 
 
 # ------------------------------------------------------------------------------------- forced tokens
 
-# One token given with probability 0.3 and two sampled; and an answer of four sampled tokens. T = 4, ratios 1.
+# An answer of one forced token (probability 0.3) and two sampled ones, and one of four sampled tokens. T = 4, ratios 1.
 GUIDED = rolled([[0, 1, 1, 0], [1, 1, 1, 1]], forced=[[1, 0, 0, 0], [0, 0, 0, 0]])
 GUIDED_LOGP = np.log(np.array([[0.3, 0.5, 0.5, 0.5], [0.5] * 4], np.float32))
 GUIDED_ADVANTAGE = np.array([[2.0] * 4, [-1.0] * 4], np.float32)
@@ -425,12 +425,12 @@ def guided_loss(**changes):
     ("changes", "term", "gradient"),
     [
         ({"treatment": "mask"}, 0, 0),
-        # -A p / (p + 0.1) = -1.5, as a sampled token of this answer of 3; its slope is -A p 0.1 / (p + 0.1)^2.
+        # -A p / (p + 0.1) = -1.5, weighed as a sampled token of this answer; its slope is -A p 0.1 / (p + 0.1)^2.
         ({"treatment": "shaped"}, -1.5 / 6, -2 * 0.3 * 0.1 / 0.16 / 6),
         ({"treatment": "importance"}, -0.6 / 6, -0.6 / 6),
-        ({"treatment": "imitate"}, -0.5 * np.log(0.3) / 8, -0.5 / 8),  # the weight over T times two answers
+        ({"treatment": "imitate"}, -0.5 * np.log(0.3) / 8, -0.5 / 8),  # its weight is divided by T and two answers
         ({"treatment": "imitate", "loss": "dapo"}, -0.5 * np.log(0.3) / 8, -0.5 / 8),
-        ({"treatment": "shaped", "loss": "dapo"}, -1.5 / 6, None),  # as one of 6 sampled tokens
+        ({"treatment": "shaped", "loss": "dapo"}, -1.5 / 6, None),  # weighed as one of 6 sampled tokens
         ({"treatment": "shaped", "loss": "dr_grpo"}, -1.5 / 8, None),
         ({"treatment": "shaped", "loss": "rloo"}, -1.5 / 2, None),
         ({"treatment": "importance", "loss": "cispo"}, -0.6 / 6, None),
@@ -456,7 +456,7 @@ def test_true_tokens_are_not_pushed_down_when_what_follows_is_wrong(treatment):
 
 @pytest.mark.parametrize("groups", [1, 5])
 def test_a_forced_token_to_imitate_weighs_the_same_however_many_there_are(groups):
-    """Ten answers of T = 4, of which so many have one forced token."""
+    """Ten answers of T = 4, of which `groups` have one forced token."""
     forced = np.zeros((10, 4), int)
     forced[:groups, 0] = 1
     weights = token_weights(rolled(1 - forced, forced), having(treatment="imitate")).forced
@@ -465,7 +465,7 @@ def test_a_forced_token_to_imitate_weighs_the_same_however_many_there_are(groups
 
 @pytest.mark.parametrize("loss", ["grpo", "gspo"])
 def test_a_sampled_token_behind_a_prefix_weighs_no_more_than_elsewhere(loss):
-    """The tier alone was sampled in the first answer, all of the second; both have four tokens."""
+    """In the first answer only the tier was sampled, in the second all of it. Both have four tokens."""
     weights = token_weights(rolled([[0, 0, 0, 1], [1] * 4], [[1, 1, 1, 0], [0] * 4]), having(loss=loss))
     np.testing.assert_allclose(weights.sampled[0], [[0, 0, 0, 1 / 8], [1 / 8] * 4])
 
@@ -481,7 +481,7 @@ def test_forced_tokens_stay_out_of_ratios_divergence_and_entropy(loss):
     cfg = having(loss=loss, kl="k3", kl_weight=0.1, entropy_weight=0.1)
 
     def run(first):
-        """With anything at all as ratio, reference and entropy of the forced token."""
+        """The loss with arbitrary values as ratio, reference and entropy of the forced token."""
         ratio, reference, entropy = np.full((2, 4), 1.1), np.full((2, 4), -1.0), np.full((2, 4), 0.4)
         ratio[0, 0], reference[0, 0], entropy[0, 0] = first
         return loss_of(cfg, GUIDED, GUIDED_LOGP, ratio, GUIDED_ADVANTAGE, entropy, reference)
@@ -496,7 +496,7 @@ def test_forced_tokens_stay_out_of_ratios_divergence_and_entropy(loss):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("treatment", ["shaped", "imitate", "importance", "mask"])
 def test_a_fully_masked_row_changes_nothing(loss, treatment):
-    """An answer of which nothing was sampled, whatever its numbers, leaves value and gradients as they are."""
+    """An answer without sampled tokens, whatever its numbers, changes neither value nor gradients."""
     cfg = having(loss=loss, treatment=treatment, kl="k3", kl_weight=0.1, entropy_weight=0.1)
 
     def with_blank(rows, fill):

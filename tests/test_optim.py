@@ -47,7 +47,7 @@ def test_two_adam_steps_with_clipping_by_hand():
     state = tx.init(params)
     _, state = tx.update({"w": jnp.array([3.0, 4.0])}, state, params)  # clipped to 0.6, 0.8
     updates, _ = tx.update({"w": jnp.array([0.0, 0.5])}, state, params)  # not clipped
-    # m = 0.5 * 0.5 * g1 + 0.5 * g2, over 1 - 0.25;  v = 0.75 * 0.25 * g1^2 + 0.25 * g2^2, over 1 - 0.5625.
+    # m = (0.5 * 0.5 * g1 + 0.5 * g2) / (1 - 0.25);  v = (0.75 * 0.25 * g1^2 + 0.25 * g2^2) / (1 - 0.5625).
     m = np.array([0.15, 0.2 + 0.25]) / 0.75
     v = np.array([0.0675, 0.12 + 0.0625]) / 0.4375
     np.testing.assert_allclose(updates["w"], -m / np.sqrt(v), rtol=1e-5)
@@ -75,7 +75,7 @@ def test_bfloat16_moments_follow_those_of_float32():
 
 
 def test_adafactor_scales_by_means_of_rows_and_columns():
-    """Gradients of rank 1 are then known exactly: each step is their sign. Only rows and columns are kept."""
+    """It keeps only rows and columns. So gradients of rank 1 are known exactly, and each step is their sign."""
     tx = optim.make(0.5, warmup=0, steps=1, schedule="constant", clip_norm=0.0, kind="adafactor")
     rng = np.random.default_rng(0)
     rows, columns = rng.normal(size=(130, 1)), rng.normal(size=(1, 128))
@@ -128,11 +128,11 @@ def test_muon_turns_each_layers_gradient_into_a_rotation_and_leaves_the_rest_to_
     params = {"w": jnp.zeros((2, 4, 4)), "embedding": jnp.zeros((3, 4))}
     grads = {name: jnp.asarray(rng.normal(size=x.shape), jnp.float32) for name, x in params.items()}
     updates, _ = tx.update(grads, tx.init(params), params)
-    nesterov = 1 + 0.9 * 0.1 / (1 - 0.9**2)  # of g / |g|: the first moment, a step ahead
+    nesterov = 1 + 0.9 * 0.1 / (1 - 0.9**2)  # times g / |g|: the first moment, one step ahead
     np.testing.assert_allclose(updates["embedding"], -0.1 * nesterov * np.sign(grads["embedding"]), rtol=1e-5)
     for update, gradient in zip(updates["w"], grads["w"], strict=True):
         u, _, v = np.linalg.svd(gradient)
-        # The same directions; lengths near 1 (five Newton-Schulz iterations: 0.7 to 1.2) times the rate.
+        # The directions are the same; lengths are the rate times 0.7 to 1.2, after five Newton-Schulz iterations.
         lengths = np.diag(u.T @ np.asarray(update) @ v.T)
         assert np.all((-lengths > 0.5 * 0.6) & (-lengths < 0.5 * 1.3))
 

@@ -1,4 +1,4 @@
-"""The package as it is installed: the wheel alone, its commands, its version, and the page of all fields."""
+"""The installed package: the wheel alone, its commands, its version, and the page of all fields."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with nothing but what the wheel holds."""
+    """A folder with the content of the wheel and nothing else."""
     source, wheels, site = (tmp_path_factory.mktemp(name) for name in ("source", "wheels", "site"))
     shutil.copytree(ROOT / "agrl_jax", source / "agrl_jax", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -50,7 +50,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def python(site: Path, folder: Path, *arguments: str) -> str:
-    """Runs Python in `folder` with the wheel's files, and without the checkout; what it printed."""
+    """Runs Python in `folder` with the files of the wheel and without the checkout, and returns its output."""
     path = [str(site), *(p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and Path(p) != ROOT)]
     environment = os.environ | quick.ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(path)}
     done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)

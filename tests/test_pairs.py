@@ -158,7 +158,7 @@ class TestSteps:
         return all_pairs(path)[0].steps, read_labelled(path, BOOK).contradicting
 
     def test_what_the_tier_implies_is_filled_in(self, tmp_path):
-        # 4-Excellent only where the category is the same; 1-Irrelevant only where it is different.
+        # 4-Excellent needs the category same; 1-Irrelevant needs it different.
         assert self.steps(tmp_path, "4,,,,") == ((0, -1, -1, -1), ())
         assert self.steps(tmp_path, "1,,,,none asked") == ((3, -1, -1, 3), ())
         assert self.steps(tmp_path, "3,,,,") == ((-1, -1, -1, -1), ())
@@ -170,7 +170,7 @@ class TestSteps:
         assert self.steps(tmp_path, "3,same,not asked,unknown,") == ((0, 2, 3, -1), ())
 
     def test_steps_that_contradict_the_label_are_masked_and_reported(self, tmp_path):
-        # The table gives 2-Mismatch for a complement, so 4 contradicts; of 4 the category alone is implied.
+        # The table gives 2-Mismatch for a complement, which contradicts 4. The label 4 implies only the category.
         assert self.steps(tmp_path, "4,complement,match,met,kept") == ((0, -1, -1, -1), (1,))
 
     def test_a_partly_known_contradiction_is_found_too(self, tmp_path):
@@ -333,7 +333,7 @@ _ESCI_PRODUCTS = pa.schema([
 
 
 class TestFormat:
-    """Files that were not written for this program."""
+    """Files with columns, labels or ratings of other programs."""
 
     def test_labels_are_mapped(self, tmp_path):
         path = write(tmp_path, "query,title,label\na,t,Exact\nb,t,no\nc,t,2.0\nd,t,EXACT\n")
@@ -480,7 +480,7 @@ class TestPublicReleases:
 
     @pytest.mark.slow
     def test_esci_is_read_in_the_memory_of_the_pairs_that_are_kept(self, tmp_path):
-        """A release of 200,000 products of 4 KB, some 0.8 GB of text, of which 1,000 are of the pairs asked for."""
+        """A release of 200,000 products of 4 KB, about 0.8 GB of text; the pairs that are read have 1,000 of them."""
         with pq.ParquetWriter(tmp_path / PRODUCTS, _ESCI_PRODUCTS) as writer:
             for first in range(0, 200_000, 2000):
                 names = [f"B{n}" for n in range(first, first + 2000)]

@@ -1,7 +1,7 @@
 """The policy computes what `transformers` computes, on PyTorch, for every family it can load.
 
-Where PyTorch is absent, the same models are held to logits that it once gave (`goldens/logits.npz`, which
-`python tests/test_parity.py` writes anew).
+Without PyTorch, the same models are compared with its recorded logits (`goldens/logits.npz`, which
+`python tests/test_parity.py` writes again).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from agrl_jax.rl.rollout import rollout, row_keys
 from agrl_jax.types import ANYWHERE
 
 GOLDENS = Path(__file__).parent / "goldens" / "logits.npz"
-LENGTH, KEPT = 2000, (slice(None), [0, 7, 300, 1999], slice(None, None, 19))  # of the logits, those recorded
+LENGTH, KEPT = 2000, (slice(None), [0, 7, 300, 1999], slice(None, None, 19))  # the recorded part of the logits
 
 cases = pytest.mark.parametrize("case", hf_models.CASES)
 
@@ -46,7 +46,7 @@ def logits(cfg, params, tokens) -> np.ndarray:
 
 @functools.cache
 def loaded(case: str):
-    """Shape, parameters, tokenizer."""
+    """Shape, parameters and tokenizer."""
     with tempfile.TemporaryDirectory() as folder:
         hf_models.write(Path(folder), case)
         return loading.load_pretrained(folder)
@@ -120,7 +120,7 @@ def test_exported_models_give_transformers_our_logits(case, tmp_path):
 
 @pytest.mark.parametrize("case", ["llama", "smollm3", "olmo2", "gemma3", "qwen2_yarn", "qwen3_moe"])
 def test_padded_prompts_and_shared_prefixes_give_the_logits_of_whole_sequences(case, tmp_path):
-    """Prompts of 3 lengths, two responses to each; for `transformers` each is one sequence, padded left or right."""
+    """Prompts of 3 lengths with two responses each. For `transformers`, each is one sequence, padded left or right."""
     cfg, params, _ = loaded(case)
     policy, _, _ = build(cfg)
     prompts, lengths = hf_models.tokens(case, 3, 9, cfg.vocab_size), np.array([9, 4, 6])
@@ -145,7 +145,7 @@ def test_padded_prompts_and_shared_prefixes_give_the_logits_of_whole_sequences(c
 
 
 def test_bfloat16_stays_close_to_float32(tmp_path):
-    """The compute dtype reaches every layer: rounded to 8 bits, never wildly off."""
+    """The compute dtype reaches every layer: results are rounded to 8 bits, but never far off."""
     hf_models.write(tmp_path, "qwen3")
     tokens = hf_models.tokens("qwen3", 2, 40, hf_models.tokenizer().vocab_size)
     exact, rough = (
@@ -160,7 +160,7 @@ def test_bfloat16_stays_close_to_float32(tmp_path):
 
 
 def test_a_mixture_is_its_chosen_experts_weighed():
-    """One layer's feed-forward, expert by expert and token by token."""
+    """The feed-forward of one layer, computed expert by expert and token by token."""
     cfg, params, _ = loaded("qwen3_moe")
     layer = jax.tree.map(lambda x: np.asarray(x[0], np.float64), params["blocks"]["mlp"])
     x = np.random.default_rng(0).standard_normal((7, cfg.width))
@@ -191,7 +191,7 @@ def test_expert_load_counts_choices_of_valid_tokens():
     whole = load_of(params, tokens, valid)
     np.testing.assert_allclose(whole.share.sum(axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(whole.probability.sum(axis=1), 1, rtol=1e-5)
-    # The mean over 18 valid tokens of what each row says for itself; each choice counts 1 / (2 * 18).
+    # The mean over 18 valid tokens of the loads of single rows; each choice counts 1 / (2 * 18).
     rows = [load_of(params, tokens[i : i + 1, :n], jnp.ones((1, n), bool)) for i, n in enumerate((10, 4, 4))]
     mean = sum(row.share * n for row, n in zip(rows, (10, 4, 4), strict=True)) / 18
     np.testing.assert_allclose(whole.share, mean, atol=1e-5)
@@ -263,7 +263,7 @@ QUESTIONS = ["Is a phone case the same product as a phone? Explain.", "Name five
 
 @pytest.mark.slow
 def test_smollm2_exports_the_tensors_of_its_gguf_file(smol):
-    """Against the `gguf` package's own dequantisation, and the order of rows that llama files are known to have."""
+    """Compared with the `gguf` package's own dequantisation, in the known order of rows of Llama's GGUF files."""
     import gguf
     from safetensors import safe_open
 
@@ -280,7 +280,7 @@ def test_smollm2_exports_the_tensors_of_its_gguf_file(smol):
             expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
             *layer, key, _ = tensor.name.split(".")
             name = f"model.layers.{layer[1]}.{names[key]}.weight" if layer else f"{names[key]}.weight"
-            if key in ("attn_q", "attn_k"):  # pair i of a head: rows 2i and 2i + 1 there, i and i + 32 here
+            if key in ("attn_q", "attn_k"):  # pair i of a head has rows 2i and 2i + 1 there, i and i + 32 here
                 heads = range(0, len(expected), 64)
                 expected = expected[[head + 2 * i + half for head in heads for half in (0, 1) for i in range(32)]]
             np.testing.assert_array_equal(exported.get_tensor(name), expected, err_msg=name)
@@ -290,10 +290,10 @@ def test_smollm2_exports_the_tensors_of_its_gguf_file(smol):
 
 @pytest.mark.slow
 def test_smollm2_agrees_with_transformers_and_survives_the_round_trip(smol):
-    """The export holds what the GGUF file gives, and `transformers` gives our logits and our greedy tokens from it.
+    """The export holds the parameters of the GGUF file, and `transformers` gives our logits and greedy tokens from it.
 
-    Its likeliest tokens are ours where rounding does not decide: two logits may differ by less than the two libraries,
-    which are 1.1e-4 apart. Each gives the same bits in every run, 60 of them beside other jobs.
+    Its likeliest tokens are ours, except where rounding decides: two logits may be nearer to each other than the two
+    libraries, which are 1.1e-4 apart. Each library gave the same bits in 60 runs, beside other jobs.
     """
     _, cfg, params, tokenizer, folder = smol
     prompts = [chat(tokenizer, question) for question in QUESTIONS]
@@ -310,7 +310,7 @@ def test_smollm2_agrees_with_transformers_and_survives_the_round_trip(smol):
         whole = np.array([prompt + answer])
         theirs = hf_logits(model, whole)
         np.testing.assert_allclose(logits(cfg, params, whole), theirs, atol=1e-3)
-        before = theirs[0, len(prompt) - 1 : -1]  # what each token of the answer was chosen by
+        before = theirs[0, len(prompt) - 1 : -1]  # the logits by which each token of the answer was chosen
         chosen = np.take_along_axis(before, np.array(answer)[:, None], axis=1)[:, 0]
         np.testing.assert_allclose(chosen, before.max(axis=1), atol=2e-3)
 
@@ -339,8 +339,8 @@ def strings(count: int, special: list[str]) -> list[str]:
 
 
 def reference_tokenizer(path: Path):
-    """SmolLM2's tokenizer as its authors define it (digits one by one, then GPT-2's byte-level pattern), for
-    `transformers`, around the vocabulary in the file."""
+    """SmolLM2's tokenizer for `transformers`, as its authors define it (digits one by one, then GPT-2's byte-level
+    pattern), with the vocabulary in the file."""
     import gguf
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -359,7 +359,7 @@ def reference_tokenizer(path: Path):
 
 @pytest.mark.slow
 def test_smollm2_tokenizer_is_that_of_transformers_on_10_000_strings(smol):
-    """Rebuilt from GGUF, written and read back by us, and the written one read by `transformers`."""
+    """Ours is rebuilt from GGUF, or written and read back; `transformers` also reads the one that we wrote."""
     from transformers import AutoTokenizer
 
     path, _, _, tokenizer, folder = smol

@@ -51,7 +51,7 @@ class TestPrompts:
         assert not len(pipeline.instructions(BOOK, tokenizer, "terse"))
         head = pipeline.instructions(BOOK, tokenizer, "full")
         assert head.dtype == np.int32 and tokenizer.decode(head) == wording.prompt_pieces(BOOK, "full")[0].rstrip(" ")
-        batch = encode(tokenizer, [PAIR], style="full").batch  # its limit is for what comes after
+        batch = encode(tokenizer, [PAIR], style="full").batch  # the limit is for the tokens after them
         assert text_of(tokenizer, batch).startswith(" red shoes\n")
 
     def test_a_space_goes_with_the_word_after_it(self, tokenizer):
@@ -67,7 +67,7 @@ class TestPrompts:
         cut = encode(tokenizer, [PAIR, dataclasses.replace(PAIR, title="shoe", brand="")], prompt_len=limit - 1)
         assert cut.shortened == 1
         assert cut.batch.prompt_len[0] == limit - 1
-        expected = [*whole.batch.prompt[0, : limit - 2], whole.batch.prompt[0, limit - 1]]  # all but the item's last
+        expected = [*whole.batch.prompt[0, : limit - 2], whole.batch.prompt[0, limit - 1]]  # no last item token
         np.testing.assert_array_equal(cut.batch.prompt[0], expected)
 
     def test_query_and_rules_over_the_limit(self, tokenizer):
@@ -203,7 +203,7 @@ class TestBatches:
     def test_rows_of_like_length_share_a_batch_that_is_as_wide_as_they_are(self, encoded):
         sixteen = list(itertools.islice(pipeline.batches(encoded, 4, seed=1, by_length=True), 16))
         taken = np.concatenate([batch.row for batch in sixteen])
-        assert sorted(taken) == sorted(rows(encoded, 16, 4, seed=1).ravel())  # the same rows in other company
+        assert sorted(taken) == sorted(rows(encoded, 16, 4, seed=1).ravel())  # the same rows in other batches
         for batch in sixteen:
             longest = batch.prompt_len.max()
             assert batch.prompt.shape[1] % 8 == 0 and longest <= batch.prompt.shape[1] < longest + 8

@@ -1,4 +1,4 @@
-"""What a step takes, counted from its jaxpr and its compiled text, against counts by hand; compiling for TPUs."""
+"""Counts from a step's jaxpr and from its compiled text, compared with counts by hand; compiling for TPUs."""
 
 import dataclasses
 import importlib.util
@@ -25,7 +25,7 @@ from agrl_jax.training import run
 ROOT = Path(__file__).parent.parent
 CHIP = Chip("test", 1e12, 2**30, 1e11, 1e10)
 
-# A loop of 5 turns over weights [5, 8, 16], one taken each turn, then an all-reduce over 4; and a branch.
+# A loop of 5 turns that takes one of the weights [5, 8, 16] in each, then an all-reduce over 4 devices; and a branch.
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true
 
@@ -84,9 +84,9 @@ ENTRY %main (p: f32[5,8,16], flag: pred[], q: f32[4]) -> f32[4] {
 
 def test_traffic_of_a_program_worked_out_by_hand():
     found = hlo.traffic(PROGRAM, ("decode", "replay"), branch_share=0.25)
-    fusion = 8 * 16 * 4 + 4 + 2 * 16 * 4  # one layer's weights, the counter, the result; x lies on the chip
+    fusion = 8 * 16 * 4 + 4 + 2 * 16 * 4  # weights of a layer, counter, result; x is on the chip
     all_reduce = 2 * (2 * 16 * 4)  # read and written
-    compare = 5 * (1 + 4 + 4)  # the condition: the result, the counter, the constant
+    compare = 5 * (1 + 4 + 4)  # the condition reads counter and constant, writes its result
     assert found["decode"].bytes == 5 * (fusion + all_reduce) + compare
     assert found["decode"].collectives == {"all-reduce": 5 * (2 * 16 * 4) * 2 * 3 / 4}  # 2 (n - 1) / n, n = 4
     assert found["replay"].bytes == 0.25 * 2 * 4 * 4
@@ -98,7 +98,7 @@ def test_a_loop_without_a_count_is_refused():
         hlo.traffic(PROGRAM.replace("%five = s32[] constant(5)", "%five = s32[] copy(%i.1)"), ("decode",))
 
 
-# A TPU's all-gather of [1, 8] over 8 devices, begun in one fusion and continued in another, in a loop of 3 turns.
+# An all-gather of [1, 8] over 8 devices on a TPU. It begins in one fusion and goes on in another, in a loop of 3 turns.
 SPREAD = """\
 %begin (b: f32[1,8]) -> f32[8,8] {
   %b = f32[1,8]{1,0} parameter(0)
@@ -142,7 +142,7 @@ ENTRY %main (p: f32[1,8], q: f32[4]) -> f32[8,8] {
 def test_a_collective_spread_over_a_loop_counts_once():
     found = hlo.traffic(SPREAD, ())["other"]
     assert found.collectives == {"all-gather": 8 * 8 * 4 * 7 / 8}
-    assert found.bytes == (1 + 8) * 8 * 4 + 3 * (4 + 4) * 4  # the gathered pieces once, the work beside them each time
+    assert found.bytes == (1 + 8) * 8 * 4 + 3 * (4 + 4) * 4  # gathered pieces once, other work in each turn
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_matrix_operations_of_loops_branches_and_gradients():
             x = jax.lax.while_loop(lambda s: (s[0] < 7) & (s[1][0, 0] < 1), lambda s: (s[0] + 1, s[1] @ w), (0, x))[1]
         with jax.named_scope("branch"):
             x = jax.lax.cond(x[0, 0] > 0, lambda x: x @ w, lambda x: x, x)
-        with jax.named_scope("platform"):  # of the two, one is there, and that one always
+        with jax.named_scope("platform"):  # only one of the two is compiled, and it always runs
             x = jax.lax.platform_dependent(x, cuda=lambda x: x @ w @ w, default=lambda x: x @ w)
         with jax.named_scope("gradient"):
             return jax.grad(lambda w: jnp.sum(jax.checkpoint(lambda w: jnp.tanh(x @ w))(w)))(w)
@@ -189,20 +189,20 @@ def test_matrix_operations_of_ragged_products():
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """Steps are traced and counted; lowering and compiling them takes longer."""
+    """Steps are traced and counted, but not lowered and compiled, which takes longer."""
     monkeypatch.setattr("agrl_jax.bounds.compile.traffic", lambda *_: {})
     monkeypatch.setattr(jax.stages.Traced, "lower", lambda self: _Program())
 
 
 def step_flops(monkeypatch, **fields):
-    """Matrix operations of the step of the tiny config with some fields changed, by phase."""
+    """Matrix operations by phase, of a step of the tiny config with some fields changed."""
     monkeypatch.setattr(transformer, "_UNROLLED", 0)
     report = compile.compile_step(config(**fields), jax.devices()[:1], CHIP)
     return {name: phase.flops for name, phase in report.phases.items()}
 
 
 class _Program:
-    """In place of a lowered and of a compiled program, where only the jaxpr is counted."""
+    """Stands in for lowered and compiled programs in tests that count only the jaxpr."""
 
     def compile(self):
         return self
@@ -235,7 +235,7 @@ def test_matrix_operations_of_the_step_worked_out_by_hand(uncompiled, monkeypatc
     linear = 2 * (d * hf + 2 * d * kf + hf * d + 3 * d * m)  # of a token in a layer
     head = 2 * d * v
 
-    def attending(keys):  # scores and mixture, over all slots that there are
+    def attending(keys):  # scores and mixture, over all slots, used or not
         return 2 * 2 * hf * keys
 
     prefill = b * s * layers * (linear + attending(s))
@@ -244,10 +244,10 @@ def test_matrix_operations_of_the_step_worked_out_by_hand(uncompiled, monkeypatc
     answers = b * g * (t - 1)
     forward = prefill + answers * layers * (linear + attending(s + t - 1))
     again = b * s * layers * attending(s) + answers * layers * attending(s + t - 1)
-    # Attention of scanned layers, and logits in chunks, are made again in the backward pass.
+    # The backward pass computes attention of scanned layers and logits in chunks again.
     assert found["loss"] == 3 * forward + again + (4 if chunk else 3) * b * g * t * head
     slots, replace = b // 2, 2
-    parallel = slots * t * layers * (linear + attending(s + t))  # the forced prefix, once for its group
+    parallel = slots * t * layers * (linear + attending(s + t))  # the forced prefix, once for each group
     again = (t - 1) * layers * (linear + attending(s + t + t)) + t * head  # with room for the whole prefix
     assert found["replay"] == parallel + slots * replace * again
 
@@ -286,10 +286,10 @@ def test_traffic_of_the_step_scales_with_layers_and_length(monkeypatch):
         assert high - middle == pytest.approx(middle - low, rel=0.02), phase
     weights = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)  # bytes of a layer
     low, high = moved("decode", base, four)
-    assert high - low > 16 * 2 * weights  # each token reads them all
+    assert high - low > 16 * 2 * weights  # each token reads all of them
     short, long = moved("decode", base, phases(**{"data.response_len": 64}))
     slot = 2 * 2 * 8 * 4 * 16 * 4  # bytes of a position in the cache: keys and values, layers, answers
-    # Each token reads all slots, at least once. Beyond that it is the compiler's choice, which differs by length.
+    # Each token reads all slots at least once. The compiler may read more, and how much depends on the length.
     assert 48 * slot < long / 64 - short / 16 < 10 * 48 * slot
     quarter = phases(**{"rl.micro_batches": 4})
     low, high = moved("loss", base, quarter)
@@ -347,8 +347,8 @@ def test_what_makes_it_fit_is_found_in_four_trials_at_most():
     large = config(**{"rl.batch_size": 64, "rl.group_size": 8})
     changes, found = compile.make_it_fit(large, report(1.5e9), third_fits)
     assert found.fits and len(tried) == len(set(tried)) == 3
-    assert changes["mesh.fsdp"] == -1 and changes["mesh.data"] == 1  # most of it is state
-    assert large.mesh.fsdp == 1  # the config that was asked for is left as it was
+    assert changes["mesh.fsdp"] == -1 and changes["mesh.data"] == 1  # most of the memory is state
+    assert large.mesh.fsdp == 1  # the given config is not changed
     tried.clear()
     changes, found = compile.make_it_fit(large, report(9e9), lambda c: (tried.append(c), report(9e9))[1])
     assert not found.fits and 1 <= len(tried) <= 4
@@ -360,7 +360,7 @@ def test_what_is_offered_could_be_run_and_never_shortens_prompts():
     offered = [fields for _, fields in compile._possible(large, dataclasses.replace(report(9e9), memory=memory))]
     assert {"rl.batch_size": 16} in offered and {"rl.micro_batches": 4} in offered and {"rl.group_size": 4} in offered
     assert not any("data.prompt_len" in fields for fields in offered)
-    large.rl.micro_batches = 4  # of which half the batch has no equal pieces
+    large.rl.micro_batches = 4  # half the batch cannot be split into so many pieces
     offered = [fields for _, fields in compile._possible(large, report(9e9))]
     assert offered and not any("rl.batch_size" in fields for fields in offered)
 
@@ -378,7 +378,7 @@ def test_the_batch_counts_as_an_input(uncompiled):
         for size in (8, 16)
     }
     small = config()
-    # Of each example: its tokens and truth (S + T), the ends of 5 parts, 4 steps, and 6 single numbers.
+    # Each example has its tokens and truth (S + T), the ends of 5 parts, 4 steps, and 6 single numbers.
     numbers = small.data.prompt_len + small.data.response_len + 5 + 4 + 6
     assert inputs[16] - inputs[8] == 8 * 4 * numbers
 
@@ -435,7 +435,7 @@ def test_the_step_compiles_for_sixteen_tpus(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["fits"] and found["devices"] == 16 and found["chip"]["name"] == "v5e"
-    width, layer = 32, 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64  # matrices, all split over fsdp; norms of heads are not
+    width, layer = 32, 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64  # matrices, split over fsdp; norms of heads are not
     matrices = 2 * layer + 2 * 600 * width + 5 * width
     assert found["memory"]["parameters"] == 4 * (matrices / 2 + 2 * 2 * 16)
     assert 0 < found["memory"]["total"] < CHIPS["TPU v5 lite"].memory

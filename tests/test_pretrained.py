@@ -1,4 +1,4 @@
-"""Language models as policies: a pretrained model goes through training, resuming and evaluation."""
+"""A pretrained language model as policy goes through training, resuming and evaluation."""
 
 from __future__ import annotations
 
@@ -104,10 +104,10 @@ def test_training_starts_from_the_model_itself(tmp_path: Path) -> None:
     shape, expected, tokenizer = loading.load_pretrained(model)
     assert parts.shape == shape and shape.vocab_size == tokenizer.vocab_size + 5 == len(parts.tables.token_class)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
-    # A turn ends as the template has it, not with what ends a text.
+    # A turn ends with the token of the template, not with the one that ends texts.
     assert parts.tokenizer.decode([parts.tables.end_token], special=True) == "<|im_end|>"
     assert tokenizer.decode([tokenizer.end_token], special=True) == "<|end|>"
-    # The judge asks such a model in the same way, though nothing says how it was trained.
+    # The judge prompts such a model in the same way, without a record of how it was trained.
     judge = trained.load(str(model))
     assert judge.style == "chat" and judge.tables.end_token == parts.tables.end_token
 
@@ -124,13 +124,13 @@ def test_dtypes_are_by_config_and_another_model_in_the_workdir_is_noticed(tmp_pa
     other = dataclasses.replace(parts, shape=dataclasses.replace(parts.shape, rope_theta=7.0))
     with pytest.raises(ValueError, match="is another model"):
         assemble.load_pretrained(config, other, mesh)
-    # Another model before the first checkpoint takes the place of the first.
+    # Before the first checkpoint, another model may replace the first.
     config.policy.pretrained = str(save_model(tmp_path / "second", "qwen2"))
     with pytest.raises(ValueError, match="not found"):
         assemble.load_model(config, workdir)
     assemble.keep_pretrained(config, workdir)
     assert assemble.load_model(config, workdir).shape.bias
-    # And so does one from scratch.
+    # A policy from scratch may replace it too.
     config.policy.pretrained, config.data.style = "", "terse"
     scratch = assemble.Data({"train": []}, [])
     with pytest.raises(ValueError, match="not found"):
@@ -155,7 +155,7 @@ def test_a_workdir_keeps_that_its_model_thinks_and_for_how_long(tmp_path: Path) 
     opening, closing = words.encode("<think></think>", parse_special=True)
     assert (thought.begin, thought.end[0], thought.limit) == (opening, closing, 9)
     config.policy.thinking = "off"
-    assemble.keep_pretrained(config, workdir)  # another choice, another tokenizer
+    assemble.keep_pretrained(config, workdir)  # with another choice, the tokenizer is replaced
     assert assemble.load_model(config, workdir).tables.thought is None
 
 
@@ -202,18 +202,18 @@ def test_own_pairs_with_a_language_model_are_in_order_by_every_method(method: st
     with pytest.raises(ConfigError, match="data.path"):
         validate_together(config)
     config.data.path = "mine.csv"
-    config.distill.path = "judged.csv"  # of the method that learns from it
+    config.distill.path = "judged.csv"  # the distill method needs it
     validate(config)
     recipes.check(config)
     validate_together(config)
     rates = {name: value for name, value in flatten(config).items() if name.endswith("matrix_rate")}
-    assert set(rates.values()) == {0}  # whole matrices are not to be rewritten
+    assert set(rates.values()) == {0}  # Muon would rewrite whole matrices
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["train", "sft"])
 def test_own_pairs_of_which_the_tier_is_known_train_a_language_model(tmp_path: Path, source: str) -> None:
-    """The recipe as it is, but for its sizes and the model. RL is on one's own pairs, or on the whole mixture."""
+    """The recipe as it is, apart from sizes and model. RL is on the user's pairs, or on the whole mixture."""
     tiers = ("4-Excellent", "3-Related", "2-Mismatch", "1-Irrelevant")
     rows = [f"q{i} {word},{word} item {i},{tiers[i % 4]}" for i in range(60) for word in [["boot", "lamp"][i // 30]]]
     (tmp_path / "mine.csv").write_text("\n".join(["query,title,label", *rows]) + "\n")
@@ -236,7 +236,7 @@ def test_own_pairs_of_which_the_tier_is_known_train_a_language_model(tmp_path: P
     assert met and all(re.match(r"q\d+ ", query) for query in met) == (source == "train")
 
 
-# A rule book with the first two steps of the bundled one, and few words: prompts of some 290 tokens.
+# A rule book with the first two steps of the bundled one and few words, so that prompts have about 290 tokens.
 SHORT_BOOK = """\
 name: short
 tiers:
@@ -258,7 +258,7 @@ table:
 
 @pytest.mark.slow
 def test_smollm2_learns_the_form_of_answers_on_two_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some steps of both stages with the real model. Greedy answers, in words of its own before, come in form."""
+    """Some steps of both stages with the real model. Its greedy answers are free text before, and well-formed after."""
     try:
         find_smollm2()
     except NotInstalledError as error:

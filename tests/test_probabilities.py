@@ -1,4 +1,4 @@
-"""Probabilities through the decision table: by hand, against all combinations, and against plain scoring of texts."""
+"""Probabilities through the decision table: by hand, by all combinations, and by plain scoring of texts."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def log(probs):
 
 
 def test_a_table_by_hand(small):
-    """P(yes, part, no) = .5, .3, .2 and P(ok, off) = .6, .4: bad is no; good is yes and ok, .3; fair is the rest."""
+    """P(yes, part, no) = .5, .3, .2 and P(ok, off) = .6, .4. Bad is no, good is yes and ok (.3), fair is the rest."""
     parts = log([[[0.5, 0.3, 0.2], [0.6, 0.4, 0]]])
     np.testing.assert_allclose(tier_probabilities(parts, small.book), [[0.3, 0.5, 0.2]])
-    # At temperature 1/2 the squares: .25, .09, .04 of .38, and .36, .16 of .52.
+    # At temperature 1/2 the squares count: .25, .09, .04 of .38, and .36, .16 of .52.
     good, bad = 0.25 / 0.38 * 0.36 / 0.52, 0.04 / 0.38
     np.testing.assert_allclose(tier_probabilities(parts, small.book, 0.5), [[good, 1 - good - bad, bad]])
 
@@ -104,7 +104,7 @@ def batch(small):
 
 
 def whole_logprobs(small, prompt, texts):
-    """Log-probability of each text after a prompt, by whole sequences, one by one."""
+    """The log-probability of each text after a prompt, scored as whole sequences, one by one."""
     found = []
     for text in texts:
         hidden, _ = small.policy.apply(small.params, jnp.array([[[*prompt, *text]]]))
@@ -119,7 +119,7 @@ def prompt_of(batch, row):
 
 @pytest.mark.slow
 def test_texts_of_several_tokens_are_scored_as_whole_sequences(small, batch):
-    """Parts that begin alike, that begin apart, and with texts of unequal length."""
+    """Parts whose texts begin with the same tokens, with different ones, and have different lengths."""
     parts = [[[8, 9, 0], [8, 9, 1, 2], [8, 4]], [[3], [4, 8, 9]], [[9, 8, 5], [9, 8, 6]]]
     length = np.array([[3, 4, 2], [1, 3, 0], [3, 3, 0]], np.int32)
     tokens = np.zeros((3, 3, 4), np.int32)
@@ -136,7 +136,7 @@ def test_texts_of_several_tokens_are_scored_as_whole_sequences(small, batch):
     for row in range(6):
         before = prompt_of(batch, row)
         for part, (logp, chosen) in enumerate(scored):
-            # Given the tokens that all texts begin with: what is left is the same after normalising.
+            # Scores are given the tokens that all texts begin with. After normalising, nothing else differs.
             expected = whole_logprobs(small, before, parts[part])
             np.testing.assert_allclose(jax.nn.log_softmax(logp[row]), jax.nn.log_softmax(expected), atol=2e-5)
             assert chosen[row] == taken[part, row]
@@ -170,7 +170,7 @@ def test_answers_without_a_decoding_loop_are_those_of_the_sampler(small, batch):
 
 @pytest.mark.slow
 def test_reasoning_that_was_written_stays_in_front(small, batch):
-    """x F:yes y x ,B:off y ,T:fair: brand is scored after `x F:yes y x`, fit after `x`. The tier is not asked."""
+    """In x F:yes y x ,B:off y ,T:fair, fit is scored after `x`, brand after `x F:yes y x`. The tier is not scored."""
     own = np.full((6, 1, 9), END, np.int32)
     own[:, 0, :7] = [8, 0, 9, 8, 4, 9, 6]
     own[1, 0, :4] = [2, 3, 7, END]  # another answer, without free text
@@ -192,9 +192,9 @@ def test_reasoning_that_was_written_stays_in_front(small, batch):
 
 
 def test_tokens_that_hold_any_of_the_phrase_are_left_out(small, batch):
-    """The policy may spell a phrase in other tokens than gold answers do, and begin it inside a token."""
+    """The policy may spell a phrase by other tokens than gold answers do, and begin it inside a token."""
     sizes = dataclasses.replace(TEXTS, token_size=np.array([2, 2, 1, 5, 6, 7, 7, 6, 3, 3, 0, 0]))
-    # Bytes 3 (x), 2, 1, 2 (three tokens that spell F:yes together, 5 bytes), then `,B:off` as y, y.
+    # x has 3 bytes; three tokens of 2, 1 and 2 bytes spell F:yes; then y, y spells `,B:off`.
     own = jnp.asarray(np.broadcast_to(np.array([[8, 0, 2, 1, 9, 9, 6]], np.int32), (6, 7)))
     position = jnp.broadcast_to(jnp.array([3, 5, 6]), (6, 1, 3))
     reading = reader.Reading(jnp.broadcast_to(jnp.array([0, 1, 1]), (6, 1, 3)), None, position, None)
@@ -214,7 +214,7 @@ def test_tokens_that_hold_any_of_the_phrase_are_left_out(small, batch):
 
 
 def overconfident(pairs: int, factor: float, seed: int = 0):
-    """Judgements whose step log-probabilities are `factor` times those by which the truth was drawn."""
+    """Judgements whose log-probabilities of steps are `factor` times those that the truth was drawn from."""
     rng = np.random.default_rng(seed)
     parts = np.full((pairs, 4, 5), -np.inf)
     steps = np.zeros((pairs, 4), int)
@@ -245,7 +245,7 @@ def test_the_better_tier_is_named():
     right = dataclasses.replace(judged, predicted=judged.tier)
     assert probabilities.fit(right, FOUR_TIER).tier_from == "answer"
     probs = tier_probabilities(judged.part_logprobs, FOUR_TIER, fitted.temperature)
-    same = dataclasses.replace(judged, predicted=probs.argmax(axis=1))  # as good: the answer stays
+    same = dataclasses.replace(judged, predicted=probs.argmax(axis=1))  # equally good: the stated tier is kept
     assert probabilities.fit(same, FOUR_TIER).tier_from == "answer"
 
 
@@ -279,7 +279,7 @@ def test_a_damaged_calibration_is_refused_by_name(tmp_path, content):
 
 
 def test_the_likeliest_tier_beside_the_stated_one():
-    """Three pairs: stated wrong and likeliest right, both right, malformed."""
+    """Three pairs: the stated tier wrong and the likeliest right, both right, and a malformed answer."""
     from agrl_jax.evaluation.intervals import score
 
     judged = judgements([0, 1, 2], [1, 1, -1], probs=np.array([[0.6, 0.4, 0, 0], [0.2, 0.5, 0.3, 0], [0.25] * 4]))
@@ -287,5 +287,5 @@ def test_the_likeliest_tier_beside_the_stated_one():
               if "value" in partial_value}  # fmt: skip
     assert scores["accuracy"] == pytest.approx(1 / 3) and scores["likeliest_accuracy"] == pytest.approx(2 / 3)
     assert scores["disagreement"] == pytest.approx(1 / 3)
-    # Likeliest: tiers 0 and 1 have F1 of 1, tier 2 of 0.
+    # By the likeliest tier, tiers 0 and 1 have an F1 of 1, tier 2 has 0.
     assert scores["likeliest_macro_f1"] == pytest.approx(2 / 3)

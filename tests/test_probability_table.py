@@ -46,7 +46,7 @@ def test_results_are_added_run_by_run_and_of_one_config(tmp_path):
     for one in (result(10, 0.0), result(2, 0.1)):
         (tmp_path / f"{one['seed']}.json").write_text(json.dumps(one))
     assert [one["seed"] for one in probabilities.read_results(tmp_path)] == [2, 10]
-    # A field that a result lacks has its default, and one that cannot act may differ.
+    # A field that a result lacks has its default, and a field without effect may differ.
     same = {"rl.batch_size": recipes.base().rl.batch_size, "lora.base_dtype": "float32"}
     (tmp_path / "11.json").write_text(json.dumps(result(11, 0.0, **same)))
     assert len(probabilities.read_results(tmp_path)) == 3

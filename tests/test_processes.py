@@ -1,4 +1,4 @@
-"""Several real processes on one machine, through the real command: one run, that stops and resumes as one."""
+"""Several processes on one machine, started by the real command, make one run, which stops and resumes as one."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from test_main import ROOT, without_times
 
 pytestmark = pytest.mark.slow
 
-# All failing groups are guided: which ones, where only some can be, depends on how many shards the batch has.
+# All failing groups are guided. If only some could be, the choice would depend on the number of data shards.
 SAME = ("--config.guidance.capacity=1.0",)
 
 
 class Job:
-    """Processes of one run, each with one device."""
+    """The processes of one run, each with one device."""
 
     def __init__(self, number: int, workdir: Path, shared: Path, *overrides: str, command: str = "main"):
         with socket.socket() as free:
@@ -54,7 +54,7 @@ class Job:
             time.sleep(0.02)
 
     def said(self) -> list[str]:
-        """What each process printed, once all have ended."""
+        """The output of each process, once all have ended."""
         return [process.communicate(timeout=550)[0] for process in self.processes]
 
     def finish(self) -> list[str]:
@@ -73,13 +73,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def two(shared: Path) -> tuple[Path, list[str]]:
-    """A run of two processes that was never disturbed, and what they printed."""
+    """A run of two processes that was never interrupted, and their output."""
     workdir = shared / "two"
     return workdir, Job(2, workdir, shared).finish()
 
 
 def assert_same_run(workdir: Path, whole: Path) -> None:
-    """The logs of both runs are the same but for rounding, which flips no sampled token here."""
+    """The logs of both runs are equal up to rounding, which changes no sampled token here."""
     rows, expected = without_times(workdir / "metrics.jsonl"), without_times(whole / "metrics.jsonl")
     assert [(row["stage"], row["step"]) for row in rows] == [(row["stage"], row["step"]) for row in expected]
     for row, other in zip(rows, expected, strict=True):
@@ -94,7 +94,7 @@ def assert_same_run(workdir: Path, whole: Path) -> None:
 def test_two_processes_train_as_one_does(two: tuple[Path, list[str]], shared: Path) -> None:
     workdir, (first, second) = two
     assert "macro" in first and "rl 12/12" in first
-    assert "rl 12/12" not in second and "rule book" not in second  # only the first says anything
+    assert "rl 12/12" not in second and "rule book" not in second  # only the first prints
     one = shared / "one"
     Job(1, one, shared).finish()
     assert_same_run(workdir, one)
@@ -132,7 +132,7 @@ def test_one_process_killed_stops_the_others_and_the_restart_resumes(
 
 @pytest.fixture(scope="module")
 def stopped(shared: Path) -> Path:
-    """A run of four processes of which one was asked to stop: all save, at the same step."""
+    """A run of four processes, of which one was asked to stop. All of them save at the same step."""
     job = Job(4, shared / "four", shared, "--config.checkpoint.every=1000")
     job.wait_for_rows(15)
     job.processes[2].send_signal(signal.SIGTERM)
