@@ -28,7 +28,7 @@ IDEAL = 3 + 2 / math.log2(3) + 1 / 2
 
 
 def test_figures_by_hand():
-    """Of q: an item that is not judged, then b, c, a. r has nothing of worth, s no list, x no judgements."""
+    """The list of q is an item that is not judged, then b, c, a. r has no gain, s no list, x no judgements."""
     found = rankings.measure(GAINS, {"q": ["z", "b", "c", "a"], "r": ["a"], "x": ["a"]}, k=3, good=2)
     assert list(found) == ["q", "r", "s"]
     assert found["q"]["ndcg"] == pytest.approx(2 / math.log2(3) / IDEAL)
@@ -42,7 +42,7 @@ def test_figures_by_hand():
 def test_exponential_gains_by_hand():
     found = rankings.measure(GAINS, {"q": ["b", "a"]}, k=2, good=2, exponential=True)["q"]
     assert found["ndcg"] == pytest.approx((3 + 7 / math.log2(3)) / (7 + 3 / math.log2(3)))
-    assert found["precision"] == 1  # of the gains as they are
+    assert found["precision"] == 1  # precision takes the gains as they are
 
 
 def test_the_paired_test_is_that_of_scipy():
@@ -194,7 +194,7 @@ def test_the_command_compares_two_lists(tmp_path):
     write(tmp_path / "new.csv", "query,id\nq0,a\nq0,b\nq1,b\nq1,a\nnone,a\n")
     done = command(tmp_path, "--judged=j.csv", "--a=old.csv", "--b=new.csv", "--k=2", "--qrels=out.qrels")
     assert done.returncode == 0, done.stderr
-    second = 1 / math.log2(3)  # nDCG of a list with the good item in the second place
+    second = 1 / math.log2(3)  # nDCG of a list with the good item second
     mean = (1 + second) / 3  # q2 has no list
     assert f"nDCG@2 a {second:.4f}, b {mean:.4f}, difference {mean - second:+.4f} [" in done.stdout
     assert "b better on 1, worse on 1, equal on 1" in done.stdout

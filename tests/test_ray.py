@@ -1,4 +1,4 @@
-"""The example that judges on a Ray cluster: all rows once, though a judge dies amid its work."""
+"""The example that judges on a Ray cluster: all rows are judged once, even if a judge dies during its work."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'ray[
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Path]:
-    """A local cluster; the file that the first judge to die leaves."""
+    """A local cluster; yields the file that the first judge to die leaves."""
     died = tmp_path / "died"
     variables = quick.ENVIRONMENT | {"PYTHONPATH": f"{ROOT}:{ROOT}/examples", "DIED": str(died)}
     for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
@@ -46,7 +46,7 @@ def test_two_judges_of_which_one_dies_judge_every_row_once(
     spec.loader.exec_module(example)
 
     class Mortal(example.Judging):
-        """Of all such judges, the first that is asked for a second batch is killed, once."""
+        """The first of such judges that is asked for a second batch is killed. No other is."""
 
         def __call__(self, table: pa.Table) -> pa.Table:
             self.calls = getattr(self, "calls", 0) + 1

@@ -1,4 +1,4 @@
-"""Reasons in words before the verdicts: where they stand, what is refused, and what is learnt of them."""
+"""Reasons in words before the verdicts: where they are written, what is refused, and what is learnt of them."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ TIGHT = with_text(CLOSED, separator="", phrase="{part}{value}", tier="T")
 
 
 def test_a_phrase_may_also_arise_where_a_reason_meets_the_text_around_it():
-    # "Brandmatch" ends as "h…" would begin: steps whose labels begin with it.
+    # "Brandmatch" ends in "h", with which the label of the next step begins.
     step = dataclasses.replace(CLOSED.steps[2], label="hue ")
     rules = dataclasses.replace(TIGHT, steps=(*CLOSED.steps[:2], step, CLOSED.steps[3]))
     assert wording.misread_reason(rules, 2, 0, "ue metal ") == "hue met"  # after "Brandmatch"
@@ -123,7 +123,7 @@ def test_columns_of_reasons(tmp_path: Path):
     rows += "shoe,Red shoe,3,same,,is one,who knows,\n"
     first, second = read(tmp_path, HEADER + rows)
     assert first.reasons == ("a shoe, a shoe", "by Acme", "", "", "other brand")
-    assert second.reasons == ("is one", "", "", "", "")  # the brand is not known: there is nothing to explain
+    assert second.reasons == ("is one", "", "", "", "")  # the brand is unknown, so there is nothing to explain
     renamed = HEADER.replace("reason_brand", "why")
     assert read(tmp_path, renamed + rows, columns={"reason_brand": "why"}) == [first, second]
     assert read(tmp_path, "query,title,label,reason\nshoe,Red shoe,4,fits\n")[0].reasons == ("",) * 4 + ("fits",)
@@ -226,14 +226,14 @@ def test_reasons_stand_apart_where_steps_are_unknown(tokenizer: Tokenizer):
     assert said == [whole, [whole[0], "", *whole[2:]]]
 
 
-# In supervised training, where steps are unknown. The tiny book's tokens: fit 0 to 2, brand 3 and 4, tier 5 to 7.
+# In supervised training with unknown steps. Tokens of the tiny book: fit 0 to 2, brand 3 and 4, tier 5 to 7.
 
 X, Y = 8, 9  # tokens of free text
 
 
 @pytest.fixture(scope="module")
 def explained(small):
-    """All known, with reasons of fit and tier; brand known, with a reason; nothing known but the tier, no reasons."""
+    """All known, with reasons of fit and tier; the brand known, with a reason; only the tier known, without reasons."""
     batch = small.batch([(1, 1), (UNKNOWN, 1), (UNKNOWN, UNKNOWN)], tiers=[1, 1, 1])
     reason = np.zeros((3, 3, 2), np.int32)
     reason[0, 0], reason[0, 2, 0], reason[1, 1] = (X, Y), Y, (Y, X)
@@ -256,7 +256,7 @@ def test_reasons_are_written_where_they_are_known(small, explained, written):
         hidden, _ = small.policy.apply(small.params, jnp.array([[prompt + response]]))
         return max(values, key=lambda value: small.policy.unembed(small.params, hidden[0, 0, -1])[value])
 
-    fit = likeliest(1, [], [0, 1])  # fair, and the brand is off: the fit is not no
+    fit = likeliest(1, [], [0, 1])  # fair with brand off, so the fit is not no
     last = likeliest(2, [], [0, 1])
     brand = likeliest(2, [last], [3, 4] if last == 1 else [4])
     assert tokens.tolist() == [
@@ -270,7 +270,7 @@ def test_reasons_are_written_where_they_are_known(small, explained, written):
 
 
 def test_the_sum_over_unknown_steps_reads_them_after_their_reasons(small, explained, written):
-    """By hand: of pairs with unknown steps, the reasons and the tier are learnt, and the label's probability."""
+    """By hand: pairs with unknown steps teach their reasons, their tier, and the probability of their label."""
     tokens, known, starts, reasons = map(jnp.asarray, written)
 
     @jax.jit

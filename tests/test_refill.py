@@ -1,4 +1,4 @@
-"""Dynamic sampling: groups with equal rewards make way for others, and what that costs is counted."""
+"""Dynamic sampling: other groups replace those with equal rewards, and the cost is counted."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ PLAIN = dataclasses.replace(
 
 
 def groups(small, rows, teaches) -> Groups:
-    """Groups that say their row in every token."""
+    """Groups with their row in every token."""
     said = np.broadcast_to(np.array(rows, np.int32)[:, None, None], (len(rows), G, RESPONSE_LEN))
     rolled = Rollout(said, said * 1.0, said >= 0, said >= 0, said[..., 0] >= 0)
     return Groups(small.batch([(0, 0)] * len(rows), rows=rows), rolled, np.array(teaches, bool))
 
 
 def test_exchange_takes_what_teaches_within_each_shard(small):
-    """Two shards of four places. The first has more to give than places, the second fewer."""
+    """Two shards of four places. The first has more groups to put in than places, the second has fewer."""
     old = groups(small, range(8), [1, 0, 1, 0, 0, 0, 1, 0])
     new = groups(small, range(10, 18), [1, 0, 1, 1, 0, 0, 0, 1])
     out = exchange(old, new, shards=2)
@@ -48,7 +48,7 @@ def test_exchange_takes_what_teaches_within_each_shard(small):
 
 @pytest.mark.parametrize(("teaching", "rounds"), [([4, 0, 0, 0], 1), ([1, 1, 2, 0], 3), ([1, 1, 1, 0], 4)])
 def test_rounds_go_on_until_every_place_teaches_or_none_is_left(small, teaching, rounds):
-    """Round i has `teaching[i]` groups, of four, that teach."""
+    """In round i, `teaching[i]` of four groups teach."""
     pieces = [groups(small, range(4 * i, 4 * i + 4), np.arange(4) < number) for i, number in enumerate(teaching)]
     all_groups = jax.tree.map(lambda *x: jnp.stack(x), *pieces)
 
@@ -64,7 +64,7 @@ def test_rounds_go_on_until_every_place_teaches_or_none_is_left(small, teaching,
 
 @pytest.mark.slow
 def test_a_step_learns_from_the_groups_that_teach_and_pays_for_all(small):
-    """The step's own choice against every candidate rolled at once: here half of the groups teach nothing."""
+    """The step's choice, compared with all candidates rolled at once. Half of the groups teach nothing here."""
     rows = list(range(K * B))
     batch = small.batch([[(0, 0), (1, 0), (2, 1)][row % 3] for row in rows], rows=rows)
     prefix = prefill(small.policy, small.params, batch.prompt, batch.prompt_len)
@@ -79,7 +79,7 @@ def test_a_step_learns_from_the_groups_that_teach_and_pays_for_all(small):
     step = jitted(small, PLAIN)
     state = jax.device_put(fresh_state(small.params, PLAIN))
     after, metrics, seen = step(state, batch, None)
-    # Round i is every K-th example from i; a shard has the first or the second half of them.
+    # Round i has examples i, i + K, i + 2 K, ...; a shard has the first or the second half of them.
     kept, rolled = [], 0
     for shard in range(2):
         half = np.arange(shard * K * B // 2, (shard + 1) * K * B // 2)
@@ -94,7 +94,7 @@ def test_a_step_learns_from_the_groups_that_teach_and_pays_for_all(small):
     assert 1 < metrics["refill/rounds"] <= K and metrics["refill/rounds"] * B <= N
     assert metrics["reward/equal_groups"] == 1 - teaches[::K].mean() > metrics["reward/equal_groups_after"]
     assert (metrics["refill/rounds"] == K) or teaches[kept].all()
-    # Every round is paid for, and what is learnt from is trained on once.
+    # Every round counts, and the groups that are learnt from are trained on once.
     tokens = batch.prompt_len + np.asarray(every.valid).sum(axis=(1, 2))
     rolled = sum(tokens[i::K].sum() for i in range(int(metrics["refill/rounds"])))
     assert metrics["tokens/prompt"] + metrics["tokens/rolled"] == tokens[::K].sum()

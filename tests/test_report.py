@@ -1,4 +1,4 @@
-"""The report: its figures by hand, what it says of missing files, and the page in a browser."""
+"""The report: its figures by hand, its messages about missing files, and the page in a browser."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def row(i: int, **fields) -> dict:
 
 
 def make(folder: Path) -> Path:
-    """The logs of a run of 90 steps: `format` rises all along, accuracy falls from step 30 to 90."""
+    """The logs of a run of 90 steps: `format` rises throughout, accuracy falls from step 30 to 90."""
     folder.mkdir()
     accuracy = {30: 0.6, 60: 0.58, 90: 0.5}
     steps = [
@@ -65,12 +65,12 @@ def test_confusion_counts_known_truths_by_what_was_stated() -> None:
     )  # fmt: skip
     (group,) = report.confusions(frame)
     tier, step = ([[cell["n"] for cell in line["cells"]] for line in m["rows"]] for m in group["matrices"])
-    assert tier == [[1, 1, 0], [0, 1, 1]]  # y, then x, as the book has them; the last column stated nothing
+    assert tier == [[1, 1, 0], [0, 1, 1]]  # y, then x, in the order of the book; the last column: no tier stated
     assert step == [[0, 1, 0], [0, 0, 0]] and group["matrices"][1]["n"] == 1
 
 
 def test_reliability_by_hand() -> None:
-    """Two answers at 0.8, one right; one at 0.6, right; one malformed, whose equal probabilities are never right."""
+    """Two answers at 0.8, one of them right; a right one at 0.6; a malformed one with equal probabilities, wrong."""
     frame = pl.DataFrame(
         {"stage": "rl", "split": "b_eval", "tier": ["x", "y", "y", "x"], "well_formed": [True, True, True, False],
          "prob_x": [0.8, 0.8, 0.4, 0.5], "prob_y": [0.2, 0.2, 0.6, 0.5]}
@@ -129,7 +129,7 @@ def test_the_page_in_a_browser(browser, tmp_path: Path) -> None:
     assert len(find(".answer")) == 40
     assert choose("part", "category wrong").startswith("24 of 48")
     assert len(find(".chip.wrong")) == 20 and "truth: same" in find(".chip.wrong")[0].text
-    assert choose("part", "brand right").startswith("0 of 48")  # its truth is not known
+    assert choose("part", "brand right").startswith("0 of 48")  # its truth is unknown
     choose("part", "all")
     assert choose("guided", "guided").startswith("2 of 48")
     assert HOSTILE in find(".answer")[0].text and not find(".answer script, .query b b")

@@ -1,4 +1,4 @@
-"""The reward, worked out by hand for answers whose reading is given."""
+"""The reward, by hand, for answers with a given reading."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ TIER, FIT, BRAND, CONSISTENT, FORMAT, OVERLONG = range(6)
 
 def scored(small, stated, cfg=SUM, truth=(0, 0), tier=0, position=None, forced_len=0, length=4, well_formed=True,
            whole=False):
-    """The score of one group: `stated` has (fit, brand, tier) of each answer; the rest is one for all or one each.
-    `whole` returns the reading and the batch too."""
+    """The score of one group. `stated` has (fit, brand, tier) of each answer; other arguments have one value for all or
+    one each. `whole` returns the reading and the batch too."""
     stated = np.array(stated, np.int32)[None]
     g = stated.shape[1]
     default = np.where(stated == UNKNOWN, T, np.arange(3))  # fit by token 0, brand by 1, tier by 2
@@ -73,9 +73,9 @@ def test_every_component_and_their_sum(small):
         # tier, fit, brand, consistent, format, overlong (from 4 tokens on, a quarter a token)
         [1, 1, 1, 1, 1, 0],
         [1, 1, 0, 0, 1, -0.5],  # (yes, off) is fair, not good
-        [0, 0, 0, 1, 1, -1],  # wrong throughout, but consistent
-        [0, 0, 1, 0, 0, 0],  # malformed, so that its tier is not right; a step is not stated, so nothing is consistent
-        [0, 1, 1, 0, 0, -0.25],  # nor is it without a tier
+        [0, 0, 0, 1, 1, -1],  # all wrong, but consistent
+        [0, 0, 1, 0, 0, 0],  # malformed, so its tier is not right; a step is not stated, so it is not consistent
+        [0, 1, 1, 0, 0, -0.25],  # not consistent either: no tier is stated
     ])
     assert np.all(s.counted)
     total = [1 + 0.5 + 0.5 + 0.25 + 0.125, 1 + 0.5 + 0.125 - 1, 0.25 + 0.125 - 2, 0.5, 0.5 + 0.5 - 0.5]
@@ -88,13 +88,13 @@ def test_every_component_and_their_sum(small):
 @pytest.mark.parametrize("tier_kind", ["exact", "ordinal", "brier", "rps"])
 def test_a_malformed_answer_has_not_passed_and_its_tier_earns_nothing(small, composition, tier_kind):
     cfg = dataclasses.replace(SUM, composition=composition, tier_kind=tier_kind)
-    s = scored(small, [(0, 0, 0), (0, 0, 0)], cfg, well_formed=[True, False])  # of two answers none is compared
+    s = scored(small, [(0, 0, 0), (0, 0, 0)], cfg, well_formed=[True, False])  # two answers are not compared
     np.testing.assert_array_equal(s.passed[0], [True, False])
     np.testing.assert_array_equal(s.earned[0, :, TIER], [1, 0])
-    steps = {"terminal": 0, "gated_tier": 0}.get(composition, 0.5)  # right steps, and consistent
+    steps = {"terminal": 0, "gated_tier": 0}.get(composition, 0.5)  # for right steps of a consistent answer
     np.testing.assert_array_equal(s.earned[0, 1, [FIT, BRAND]], [steps] * 2)
     forced = scored(small, [(0, 0, 0)] * 2, cfg, position=(1, 2, 0), forced_len=1, well_formed=[True, False])
-    np.testing.assert_array_equal(forced.passed[0], [True, False])  # nor by its steps, where the tier was given
+    np.testing.assert_array_equal(forced.passed[0], [True, False])  # where the tier was given, malformed is not passed
 
 
 def test_model_answers_are_right_in_every_respect_that_is_known(small):
@@ -102,7 +102,7 @@ def test_model_answers_are_right_in_every_respect_that_is_known(small):
         s, reading, batch = scored(small, stated, truth=truth, tier=tier, whole=True, **more)
         return is_model_answer(s, reading, batch, small.tables)[0].tolist()
 
-    # (yes, off) is fair, (part, ok) too, (yes, ok) is not; the last has another tier.
+    # (yes, off) and (part, ok) are fair, (yes, ok) is not; the last answer has another tier.
     answers = [(0, 1, 1), (1, 0, 1), (0, 0, 1), (2, 1, 2)]
     assert model(answers) == [True, True, False, False]
     assert model(answers, truth=(0, UNKNOWN)) == [True, False, False, False]
@@ -129,7 +129,7 @@ def test_compositions_and_gates(small, composition, totals):
     ]
     s = scored(small, answers, dataclasses.replace(SUM, composition=composition))
     np.testing.assert_allclose(s.total[0], totals)
-    np.testing.assert_array_equal(s.raw[0, :, CONSISTENT], [1, 0, 1, 0])  # what is logged is not gated
+    np.testing.assert_array_equal(s.raw[0, :, CONSISTENT], [1, 0, 1, 0])  # the logged value is not gated
     np.testing.assert_array_equal(s.raw[0, :, FIT], [1, 1, 1, 1])
 
 
@@ -138,20 +138,20 @@ def test_the_ordinal_tier_gives_less_for_each_tier_off(small):
     answers = [(0, 0, 0), (0, 0, 1), (0, 0, 2), (0, 0, UNKNOWN)]
     s = scored(small, answers, ordinal)
     np.testing.assert_allclose(s.raw[0, :, TIER], [1, 0.5, 0, 0])  # 1 - distance / (3 tiers - 1)
-    np.testing.assert_array_equal(s.passed[0], [True, False, False, False])  # to pass it has to be right
+    np.testing.assert_array_equal(s.passed[0], [True, False, False, False])  # only the right tier passes
     s = scored(small, answers, ordinal, tier=1)
     np.testing.assert_allclose(s.raw[0, :, TIER], [0.5, 1, 0.5, 0])
 
 
 def tiers_earn(small, kind, tiers, tier=0, **more):
-    """What the tiers of one group earn, times 1 + c."""
+    """The earnings of the tiers of one group, times 1 + c."""
     s = scored(small, [(0, 0, t) for t in tiers], dataclasses.replace(SUM, tier_kind=kind), tier=tier, **more)
     group = len(tiers)
     return s.raw[0, :, TIER] * (1 + (group - 1) / (group - 2))
 
 
 def test_a_brier_tier_earns_more_where_others_differ(small):
-    """Four answers, c = 3/2: 1 where right, and 1/2 for each of the three others that differs."""
+    """Four answers, c = 3/2: a right tier earns 1, and each of the three others that differs adds 1/2."""
     np.testing.assert_allclose(tiers_earn(small, "brier", [0, 0, 1, 2]), [1 + 1, 1 + 1, 1.5, 1.5])
     np.testing.assert_allclose(tiers_earn(small, "brier", [0, 1, 1, 1]), [1 + 1.5, 0.5, 0.5, 0.5])
     np.testing.assert_allclose(tiers_earn(small, "brier", [0, 0, 0, 0]), [1] * 4)
@@ -159,7 +159,8 @@ def test_a_brier_tier_earns_more_where_others_differ(small):
 
 
 def test_a_ranked_tier_counts_how_far_tiers_are_apart(small):
-    """Three tiers, so that one is half the way: 1 less the way to the truth, and 1/2 of that to each other answer."""
+    """With three tiers, neighbours have distance 1/2. A tier earns 1 minus its distance to the truth, plus 1/2 of its
+    distance to each other answer."""
     answers = [0, 0, 1, 2]
     np.testing.assert_allclose(tiers_earn(small, "rps", answers), [1.75, 1.75, 0.5 + 0.75, 0 + 1.25])
     np.testing.assert_allclose(tiers_earn(small, "rps", answers, tier=1), [0.5 + 0.75] * 2 + [1 + 0.75, 0.5 + 1.25])
@@ -167,9 +168,9 @@ def test_a_ranked_tier_counts_how_far_tiers_are_apart(small):
 
 @pytest.mark.parametrize("kind", ["brier", "rps"])
 def test_answers_without_form_differ_from_all_and_guided_ones_are_compared_with_guided(small, kind):
-    formed = [True, True, False, True]  # the third would be right
+    formed = [True, True, False, True]  # without form, the third is not right
     np.testing.assert_allclose(tiers_earn(small, kind, [0, 0, 0, 0], well_formed=formed), [1.5, 1.5, 0, 1.5])
-    # c is 3/2 here too, with one other answer of the kind: the whole of it. The prefix of the last two holds fit.
+    # The prefix of the last two holds fit. Each has one other answer to compare with, whose distance counts c = 3/2.
     found = tiers_earn(small, kind, [0, 2, 0, 0], forced_len=[0, 0, 1, 1])
     np.testing.assert_allclose(found, [1 + 1.5, 1.5, 1, 1])
 
@@ -177,7 +178,7 @@ def test_answers_without_form_differ_from_all_and_guided_ones_are_compared_with_
 @pytest.mark.parametrize(("loss", "factor"), [("dr_grpo", 0.15), ("rloo", 0.2)])
 @pytest.mark.parametrize("kind", ["brier", "rps"])
 def test_the_expected_policy_gradient_is_that_of_the_score(small, kind, loss, factor):
-    """Over all 81 groups of four answers from three tiers; 0.15 = (1 - 1/4) / 2 / (1 + 3/2), and 4/3 of it."""
+    """Over all 81 groups of four answers from three tiers; 0.15 is (1 - 1/4) / 2 / (1 + 3/2), and 0.2 is 4/3 of it."""
     logits, truth = jnp.array([0.3, -0.5, 0.9]), 1
 
     def proper(logits):
@@ -208,22 +209,22 @@ def test_a_step_of_unknown_truth_is_not_counted(small):
     s = scored(small, [(0, 0, 1), (2, 1, 2)], truth=(UNKNOWN, 1), tier=1)
     np.testing.assert_array_equal(s.counted[0, :, FIT], [False, False])
     np.testing.assert_array_equal(s.counted[0, :, BRAND], [True, True])
-    np.testing.assert_allclose(s.total[0], [1 + 0.125, 0.5 + 0.25 + 0.125])  # the second is consistent
+    np.testing.assert_allclose(s.total[0], [1 + 0.125, 0.5 + 0.25 + 0.125])  # the second answer is consistent
     s = scored(small, [(UNKNOWN, 0, 0)], truth=(UNKNOWN, 0))
-    assert s.raw[0, 0, FIT] == 0  # "not stated" is not the right answer to "not known"
+    assert s.raw[0, 0, FIT] == 0  # "not stated" does not match "not known"
 
 
 def test_a_forced_part_earns_nothing_and_is_counted_nowhere(small):
     # The prefix holds 1 token (fit), 2 (fit and brand), none.
     s = scored(small, [(0, 0, 0)] * 3, forced_len=[1, 2, 0])
     np.testing.assert_array_equal(s.counted[0, :, :CONSISTENT], [[1, 0, 1], [1, 0, 0], [1, 1, 1]])
-    assert s.counted[0, :, CONSISTENT:].all()  # consistency rests on a tier that was sampled
+    assert s.counted[0, :, CONSISTENT:].all()  # the tier was sampled, so consistency counts
     np.testing.assert_allclose(s.total[0], [1.875, 1.375, 2.375])
     assert s.passed.all() and not s.tier_forced.any()
 
 
 def test_a_part_completed_after_the_prefix_is_sampled(small):
-    """A part that the prefix begins and the policy completes is the policy's doing."""
+    """A part that the prefix begins and the policy completes counts as sampled."""
     s = scored(small, [(0, 0, 0)], position=(1, 2, 3), forced_len=1)
     assert s.counted.all()
     s = scored(small, [(0, 0, 0)], position=(1, 2, 3), forced_len=2)
@@ -234,26 +235,26 @@ def test_a_whole_answer_that_was_forced_is_not_called_consistent(small):
     s = scored(small, [(0, 0, 0)], forced_len=3)
     np.testing.assert_array_equal(s.counted[0, 0], [0, 0, 0, 0, 1, 1])
     assert s.total[0, 0] == 0.125
-    assert s.tier_forced[0, 0] and not s.passed[0, 0]  # no step was sampled either
+    assert s.tier_forced[0, 0] and not s.passed[0, 0]  # no step was sampled
 
 
 def test_where_the_tier_was_forced_sampled_steps_of_known_truth_decide(small):
-    """respond_then_think: the tier stands first, so the prefix may hold it."""
+    """respond_then_think: the tier comes first, so the prefix may hold it."""
     places = (1, 2, 0)
     s = scored(small, [(0, 0, 0), (0, 1, 0), (0, 0, 0), (1, 0, 0)], position=places, forced_len=[1, 1, 2, 2])
     assert s.tier_forced.all() and not s.counted[0, :, TIER].any()
-    # Both right; one wrong; fit was given and brand is right; the same, and that fit is wrong does not matter.
+    # Both right; one wrong; fit given and brand right; fit given, so that it may be wrong, and brand right.
     np.testing.assert_array_equal(s.passed[0], [True, False, True, True])
     s = scored(small, [(0, 0, 0), (0, 1, 0)], truth=(UNKNOWN, 0), position=places, forced_len=1)
-    np.testing.assert_array_equal(s.passed[0], [True, False])  # fit is not known: brand decides
+    np.testing.assert_array_equal(s.passed[0], [True, False])  # fit is unknown, so brand decides
     s = scored(small, [(0, 0, 0)], truth=(UNKNOWN, UNKNOWN), position=places, forced_len=1)
-    assert not s.passed[0, 0]  # nothing is known that was sampled
+    assert not s.passed[0, 0]  # no sampled step is known
 
 
 def test_the_overlong_penalty_rises_to_its_whole_weight_at_the_last_token(small):
     s = scored(small, [(0, 0, 0)] * 5, length=[3, 4, 5, 7, 8])
     np.testing.assert_allclose(s.earned[0, :, OVERLONG], [0, 0, -0.5, -1.5, -2])
-    late = dataclasses.replace(SUM, overlong_from=T)  # never
+    late = dataclasses.replace(SUM, overlong_from=T)  # no penalty
     np.testing.assert_allclose(scored(small, [(0, 0, 0)], late, length=8).earned[0, 0, OVERLONG], 0)
 
 
@@ -268,7 +269,7 @@ def test_consistency_is_that_of_the_table(small):
 
 
 def test_score_of_answers_as_the_reader_reads_them(small):
-    """From tokens: a right answer, one that states two different tiers, and the first again, all of it forced."""
+    """From tokens: a right answer, one that states two different tiers, and the right one with all tokens forced."""
     end = small.tables.end_token
     tokens = np.array([[[0, 3, 5, end, end, end], [0, 3, 5, 6, end, end], [0, 3, 5, end, end, end]]], np.int32)
     valid = np.cumsum(tokens == end, axis=-1) - (tokens == end) == 0
@@ -282,13 +283,13 @@ def test_score_of_answers_as_the_reader_reads_them(small):
 
 @pytest.mark.slow
 def test_answers_that_somebody_wrote_earn_what_they_would_in_training(small):
-    """Through the reader, in a vocabulary of a trained tokenizer; an answer that is too long is cut off."""
+    """The reader reads them, with the vocabulary of a trained tokenizer. An answer that is too long is cut."""
     tokenizer = train_bpe([phrase.text for phrase in small.book.phrases], 300)
     tables = compile_tables(small.book, tokenizer.token_bytes(), tokenizer.end_token)
     pair = Pair(id="p", query="red shoes", title="red boots", tier=0, steps=(0, 0))
     cfg = dataclasses.replace(SUM, composition="gated", overlong_weight=0.0)
     right = "F:yes,B:ok,T:good"
-    longest = len(tokenizer.encode(right)) + 1  # with its end
+    longest = len(tokenizer.encode(right)) + 1  # and its end token
     answers = [right, "F:yes,B:off,T:good", "F:part,B:ok,T:fair", "T:good", f"well, {right}", ""]
     rows = score_answers(answers, pair, small.book, tokenizer, tables, cfg, longest + 9)
     stated = {"fit": "yes", "brand": "ok", "tier": "good"}
@@ -297,7 +298,7 @@ def test_answers_that_somebody_wrote_earn_what_they_would_in_training(small):
     parts = {"tier": 1, "fit": 0.5, "brand": 0.5, "consistent": 0.25, "format": 0.125, "overlong": 0}
     assert rows[0]["parts"] == parts and "advantage" not in rows[0]
     gated = 1 + 0.125  # the steps do not imply the tier
-    # The last three are malformed, so that their tier is not right.
+    # The last three are malformed, so their tier is not right.
     assert [row["reward"] for row in rows] == [2.375, gated, 0.5 + 0.25 + 0.125, 0, 1.25, 0]
     assert [row["passed"] for row in rows] == [True, True, False, False, False, False]
     (cut,) = score_answers([right + " " * 9], pair, small.book, tokenizer, tables, cfg, longest)

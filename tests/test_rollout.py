@@ -1,4 +1,4 @@
-"""The sampler: what it draws, what it takes as given, and that nothing depends on who else is in the batch."""
+"""The sampler: its draws, forced tokens, the grammar; and no answer depends on other rows of the batch."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def batch(small):
 
 @pytest.fixture(scope="module")
 def teacher(small, batch):
-    """`teacher(tokens, temperature)`: log-probabilities of tokens, and the likeliest, as in training."""
+    """`teacher(tokens, temperature)`: the log-probabilities of tokens as in training, and the likeliest tokens."""
 
     @partial(jax.jit, static_argnames="constrained")
     def compiled(tokens, temperature, constrained):
@@ -73,7 +73,7 @@ def teacher(small, batch):
 
 @pytest.fixture(scope="module")
 def prefixes():
-    """Forced tokens [4, T], the end token not among them, and two sets of lengths: from 0, and from 2."""
+    """Forced tokens [4, T] without an end token, and two sets of lengths: from 0, and from 2."""
     rng = np.random.default_rng(0)
     forced = rng.integers(0, 10, (4, T)).astype(np.int32)
     lengths = np.array([0, 1, T, 4], np.int32)
@@ -85,7 +85,7 @@ def prefixes():
 
 def test_an_answer_depends_on_its_own_example_alone(small, sample, batch):
     whole = sample(batch)
-    for rows in ([9, 5, 8, 3], [4, 3]):  # other neighbours and places; another size of batch
+    for rows in ([9, 5, 8, 3], [4, 3]):  # other neighbours and places; another batch size
         other = sample(small.batch([(0, 0)] * len(rows), rows=rows))
         for place, row in enumerate(rows):
             if row in ROWS:
@@ -99,7 +99,7 @@ def test_every_sample_row_purpose_step_and_seed_has_draws_of_its_own(sample, bat
     same_prompts = batch.replace(prompt=np.tile(batch.prompt[:1], (4, 1)), prompt_len=np.tile(batch.prompt_len[:1], 4))
     plain = sample(same_prompts)
     answers = np.asarray(plain.tokens).reshape(-1, T)
-    assert len(np.unique(answers, axis=0)) > 15  # of 20: rows and samples differ; some short ones may agree
+    assert len(np.unique(answers, axis=0)) > 15  # of 20: rows and samples differ, but short answers may agree
     np.testing.assert_array_equal(sample(same_prompts).tokens, plain.tokens)
     others = {"purpose": PURPOSE_REPLAY}, {"step": 1}, {"key": jax.random.key_data(jax.random.key(8))}
     for changed in others:
@@ -118,12 +118,12 @@ def test_row_keys_are_told_apart_by_each_of_their_ingredients():
 
 
 def test_answers_end_at_any_of_several_end_tokens(small, sample, batch):
-    """The sampler draws what it would without them, up to the first that is one."""
+    """Up to the first of them, the sampler draws the same as without them."""
     free = sample(batch)
     tokens, valid = np.asarray(free.tokens), np.asarray(free.valid)
     other = int(tokens[0, 0, 2])
     cut = sample(batch, other_ends=(other,))
-    before = (np.cumsum(tokens == other, axis=-1) - (tokens == other)) == 0  # up to the first, itself included
+    before = (np.cumsum(tokens == other, axis=-1) - (tokens == other)) == 0  # up to the first, included
     np.testing.assert_array_equal(cut.valid, valid & before)
     np.testing.assert_array_equal(cut.tokens, np.where(valid & before, tokens, small.tables.end_token))
     assert (valid & ~before).any()
@@ -132,7 +132,7 @@ def test_answers_end_at_any_of_several_end_tokens(small, sample, batch):
 def test_answers_end_with_the_end_token_and_nothing_after_it_is_valid(small, sample, batch):
     rolled = jax.tree.map(np.asarray, sample(batch))
     end = small.tables.end_token
-    assert rolled.finished.any() and not rolled.finished.all()  # both kinds are there to be tested
+    assert rolled.finished.any() and not rolled.finished.all()  # both kinds are tested
     for tokens, logp, sampled, valid, finished in zip(
         *(x.reshape(-1, *x.shape[2:]) for x in jax.tree.leaves(rolled)), strict=True
     ):
@@ -149,7 +149,7 @@ def test_greedy_decoding_with_the_cache_equals_teacher_forced_argmax(sample, bat
     logp, likeliest = teacher(rolled.tokens)
     valid = np.asarray(rolled.valid)
     np.testing.assert_array_equal(np.asarray(rolled.tokens)[valid], np.asarray(likeliest)[valid])
-    np.testing.assert_allclose(rolled.logp, np.where(valid, logp, 0), atol=1e-5)  # those of temperature 1
+    np.testing.assert_allclose(rolled.logp, np.where(valid, logp, 0), atol=1e-5)  # at temperature 1
 
 
 def test_sampler_and_trainer_agree_on_log_probabilities(sample, batch, teacher):
@@ -157,7 +157,7 @@ def test_sampler_and_trainer_agree_on_log_probabilities(sample, batch, teacher):
     logp, _ = teacher(rolled.tokens, temperature=0.8)
     np.testing.assert_allclose(rolled.logp, np.where(rolled.valid, logp, 0), atol=1e-5)
     other, _ = teacher(rolled.tokens)
-    assert np.abs(rolled.logp - np.where(rolled.valid, other, 0)).max() > 0.01  # the temperature is part of it
+    assert np.abs(rolled.logp - np.where(rolled.valid, other, 0)).max() > 0.01  # the temperature matters
 
 
 # ------------------------------------------------------------------------------------- forced prefixes
@@ -196,7 +196,7 @@ def test_a_forced_length_of_zero_is_plain_sampling(sample, batch, prefixes):
 
 @pytest.mark.parametrize("shortest", [0, 4])
 def test_the_policy_runs_once_for_each_token_but_the_last(small, batch, prefixes, shortest):
-    """Counted where the loop calls it: rows go on from their own forced lengths, and nothing is run after the last."""
+    """Counts the calls of the loop: rows go on from the end of their forced tokens, and nothing runs after the last."""
     calls = []
 
     def apply(params, tokens, **more):
@@ -246,19 +246,19 @@ def test_an_untrained_policy_under_the_grammar_is_always_well_formed(scanned):
 
 
 def test_grammar_and_forced_prefixes_go_together(small, sample, batch):
-    """The first part or two are given: the rest makes a whole response of them."""
+    """The first part or two are given, and the rest makes a whole response."""
     forced = np.pad(batch.gold, ((0, 0), (0, T - batch.gold.shape[1])))
     lengths = np.array([1, 2, 2, 1], np.int32)
     rolled = sample(batch, forced, lengths, constrained=True)
     reading = jax.jit(reader.read)(small.tables, rolled.tokens, rolled.valid)
     assert np.all(reading.well_formed) and np.all(reading.value[..., 0] == 0)
-    # Once the tier is stated the end token has no alternative: its log-probability is 0, as if it were given.
+    # After the tier, the end token is the only choice, so its log-probability is 0, as if it were given.
     np.testing.assert_allclose(np.asarray(rolled.logp)[..., 3], 0, atol=1e-6)
     assert np.all(np.asarray(rolled.logp)[..., 2] < -0.01)
 
 
 def test_sampler_and_trainer_agree_under_the_grammar(small, sample, batch, teacher):
-    """Behind nothing, the first part of the gold answer, all of its parts, and what begins no answer."""
+    """Prefixes: none, the first part of the gold answer, all its parts, and tokens that begin no answer."""
     forced = np.pad(batch.gold, ((0, 0), (0, T - batch.gold.shape[1])))
     forced[3, :4] = [0, 8, 5, 9]
     lengths = np.array([0, 1, 3, 4], np.int32)
@@ -268,7 +268,7 @@ def test_sampler_and_trainer_agree_under_the_grammar(small, sample, batch, teach
     assert np.all(rolled.finished[:3]) and np.all(rolled.valid[:3] == (np.arange(T) < 4))
     assert np.all(logp[:3, :, 3] == 0)  # the end is the only choice
     free, _ = teacher(rolled.tokens, 0.8)
-    np.testing.assert_allclose(logp[3, :, 1:], free[3, :, 1:], atol=1e-5)  # all are choices where none makes it whole
+    np.testing.assert_allclose(logp[3, :, 1:], free[3, :, 1:], atol=1e-5)  # no token makes it whole: all are choices
     assert np.all((free < logp - 0.01)[:3, :, :3]) and np.all((free < logp - 0.01)[3, :, 0])
 
 
@@ -282,16 +282,16 @@ def test_choose_by_hand():
     np.testing.assert_allclose(np.exp(logp), [0.125, 0.125, 0.375, 0.375, 0.5, 0.5], rtol=1e-6)
     token, logp = choose(logits, jnp.float32(0.2), 0.5)  # squares: 1, 9, 0, 16 of 26
     assert token == 1 and np.isclose(np.exp(logp), 9 / 26)
-    token, logp = choose(logits, jnp.float32(0.0), 0.0)  # the likeliest, its log-probability at temperature 1
+    token, logp = choose(logits, jnp.float32(0.0), 0.0)  # the likeliest; its log-probability at temperature 1
     assert token == 3 and np.isclose(np.exp(logp), 0.5)
 
 
 def test_choose_draws_each_token_as_often_as_its_probability_says():
-    """Tokens are chosen by blocks of 128: these stand at their ends and in between."""
+    """Tokens are chosen by blocks of 128. These tokens are at the ends of blocks and inside."""
     number, probability = 40_000, np.array([0.02, 0.0, 0.3, 0.08, 0.0, 0.25, 0.35, 0.0])
     at = np.array([0, 60, 127, 128, 129, 200, 256, 299])
     logits = np.full(300, -np.inf)
-    with np.errstate(divide="ignore"):  # the log of 0 is meant
+    with np.errstate(divide="ignore"):  # the log of 0 is intended
         logits[at] = np.log(probability)
     uniform = jax.random.uniform(jax.random.key(0), (number,))
     tokens, _ = choose(jnp.broadcast_to(logits, (number, 300)), uniform, 1.0)
@@ -300,11 +300,11 @@ def test_choose_draws_each_token_as_often_as_its_probability_says():
     likely = probability > 0
     expected = number * probability[likely]
     chi_square = np.sum((counts[likely] - expected) ** 2 / expected)
-    assert chi_square < 18.5  # 4 degrees of freedom: one in a thousand
+    assert chi_square < 18.5  # 4 degrees of freedom: exceeded once in a thousand
 
 
 def test_choose_never_draws_an_impossible_token_where_rounding_would():
-    """A parallel sum of 2,000 terms rises at terms of zero, by rounding; draws are aimed at those very gaps."""
+    """By rounding, a parallel sum of 2,000 terms rises at terms of zero. The draws aim at exactly those places."""
     rng = np.random.default_rng(0)
     logits = np.where(rng.random(2000) < 0.5, -1e30, 3 * rng.normal(size=2000)).astype(np.float32)
     logits[-5:] = -1e30
@@ -321,7 +321,7 @@ def test_choose_never_draws_an_impossible_token_where_rounding_would():
 
 @pytest.mark.parametrize("begin", [None, 7])
 def test_a_thought_that_is_too_long_is_closed_by_force(small, sample, batch, teacher, begin):
-    """It ends with token 8, or with 8 and 9 by force after four tokens; the rest is as the policy would have it."""
+    """It ends with token 8, or by force with 8 and 9 after four tokens. The policy samples all other tokens."""
     thought, end = Thought(begin, (8, 9), 4), small.tables.end_token
     forced = np.zeros((4, T), np.int32)
     forced[0, :2], forced[1, :2] = (7, 8), (7, 1)

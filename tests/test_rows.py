@@ -1,4 +1,4 @@
-"""Files of rows: nothing is lost or changed on the way through, and a bad row spoils no other."""
+"""Files of rows: nothing is lost or changed between reading and writing, and a bad row affects no other."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_shards_are_the_rows_in_their_order(tmp_path: Path, name: str, monkeypat
         assert [title for shard in shards for table in shard.tables() for title in table["title"].to_pylist()] == titles
         counts = [len(list(shard.rows())) for shard in shards]
         assert counts == [shard.count for shard in shards] and max(counts) - min(counts) <= 1
-    halves = file.shard(1, 2).shard(0, 2)  # of rows 5 to 10 the first half
+    halves = file.shard(1, 2).shard(0, 2)  # the first half of rows 5 to 10
     assert (halves.first, [row.record["title"] for row in halves.rows()]) == (5, ["5", "6", "7"])
 
 
@@ -392,7 +392,7 @@ def test_a_journal_of_other_work_is_refused_or_overwritten(tmp_path: Path) -> No
     with journal(path, input="b", overwrite=True) as work:
         assert work.done == 0
         work.append({"i": i} for i in range(2))
-    with journal(path, input="b", overwrite=True) as work:  # stopped, and given again
+    with journal(path, input="b", overwrite=True) as work:  # stopped, and started again
         assert work.done == 2
 
 

@@ -1,4 +1,4 @@
-"""The rule book: what the default one says, what a file may say, and every reason to refuse one."""
+"""The rule book: the default one, what a file may say, and every reason to refuse a file."""
 
 from __future__ import annotations
 
@@ -298,7 +298,7 @@ def test_free_text_between_parts(tmp_path: Path, text: str, expected: bool) -> N
 def test_small_book(small: RuleBook) -> None:
     assert small.name == "small"
     assert small.num_values == (2, 3)
-    assert small.steps[0].values == ("yes", "no")  # text, although YAML 1.1 has them as booleans
+    assert small.steps[0].values == ("yes", "no")  # text, although they are booleans in YAML 1.1
     assert small.steps[1].values == ("right", "wrong", "any")
     assert small.tier_table().tolist() == [0, 1, 0, 1, 1, 1]
     assert small.implied(0) == (0, -1)
@@ -375,11 +375,11 @@ def test_digest_follows_meaning_and_not_layout(tmp_path: Path, small: RuleBook) 
         ("[right, any]", "[right, right]", "[right, right]", r"a value stands twice"),
         ("[right, wrong, any]", "[right, wrong, Right]", "[right, wrong, Right]", r"'Right' stands twice, upper and"),
         ("name: Skip", "name: buy", "name: buy, grade: 1", r"tiers\[1\].name: the tier 'buy' stands twice"),
-        # White space that cells of a file do not keep
+        # White space that the cells of files lose
         ("name: Skip", "name: 'Skip '", "name: 'Skip ", r"tiers\[1\].name: 'Skip ' has white space at an end"),
         ("[right, wrong, any]", "[right, ' wrong', any]", "[right, ' wrong", r"' wrong' has white space at an end"),
         ("name: colour", "name: 'colour  hue'", "name: 'colour", r"more than one space between words"),
-        # Tiers that make no scale
+        # Tiers that are not a scale
         ("grade: 1", "grade: 2", "name: Skip, grade: 2", r"best first, so this should be below 2"),
         ("good: true", "good: false", "- {name: Buy", r"the best tier should be good and the worst not"),
         ("good: false", "good: true", "- {name: Buy", r"the best tier should be good and the worst not"),

@@ -1,4 +1,4 @@
-"""Rule books that training never saw, and judges asked by them."""
+"""Rule books that training never saw, and judges that are given them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whose workdir it is, what a run is refused for before it trains, and what a scorecard is the scorecard of."""
+"""Which run a workdir belongs to, what is refused before training, and when a scorecard is made again."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BUNDLED = ROOT / "agrl_jax" / "rulebook" / "four_tier.yaml"
 
 
 def pairs_file(path: Path, rows: list[dict[str, str]] | None = None) -> Path:
-    """The example's pairs, or those given, as a file of their own."""
+    """A file with the example's pairs, or with the given ones."""
     with (ROOT / "examples" / "pairs.csv").open(newline="") as file:
         example = list(csv.DictReader(file))
     rows = example if rows is None else rows
@@ -45,7 +45,7 @@ def labelled(split: str, count: int, query: str = "red shoes") -> list[dict[str,
 
 
 def config_of(path: Path, **fields: object) -> ConfigDict:
-    """A run on a file of pairs that is over as soon as its programs are compiled."""
+    """A run on a file of pairs that ends as soon as its programs are compiled."""
     config = tiny.get_config("pairs")
     config.update_from_flattened_dict(
         {"data.path": str(path), "sft.source": "train", "sft.steps": 2, "sft.batch_size": 4, "rl.steps": 1,
@@ -60,7 +60,7 @@ def train(config: ConfigDict, workdir: Path) -> dict:
 
 
 class _Stop(Exception):
-    """In place of the warm start."""
+    """Raised in place of the warm start."""
 
 
 @pytest.fixture
@@ -89,14 +89,14 @@ def test_a_workdir_in_which_another_run_trains_is_refused(tmp_path: Path) -> Non
         with pytest.raises(ConfigError, match=f"{tmp_path}/run: another run trains there now"):
             train(config, tmp_path / "run")
     with processes.the_only_run(epath.Path(tmp_path / "run")):
-        pass  # it is free again
+        pass  # the workdir is free again
 
 
 def test_pairs_that_changed_are_refused_by_split(tmp_path: Path, set_up) -> None:
     rows = [row for split in ("train", "validation", "test") for row in labelled(split, 8)]
     config = config_of(pairs_file(tmp_path / "pairs.csv", rows))
     set_up(config, tmp_path / "run")
-    set_up(config, tmp_path / "run")  # the same goes on
+    set_up(config, tmp_path / "run")  # the same run goes on
     kept = (tmp_path / "run" / "config.json").read_bytes()
     rows[9]["title"] = "Boot"
     pairs_file(tmp_path / "pairs.csv", rows)
@@ -185,7 +185,7 @@ def test_the_scorecard_of_a_run_that_is_extended_is_made_anew(finished: tuple[Co
     marked = json.loads((workdir / "scorecard.json").read_text())
     marked["sft"]["test"]["accuracy"]["value"] = marked["rrs"]["test"]["accuracy"]["value"] = 0.125
     (workdir / "scorecard.json").write_text(json.dumps(marked))
-    assert train(config, workdir)["rrs"]["test"]["accuracy"]["value"] == 0.125  # nothing changed: read, not made
+    assert train(config, workdir)["rrs"]["test"]["accuracy"]["value"] == 0.125  # nothing changed: it is only read
     config.rl.steps = 2
     after = train(config, workdir)
     assert after == tables.read(workdir / "scorecard.json")
@@ -207,7 +207,7 @@ def test_evaluated_splits_are_kept_beside_each_other_and_progress_moves_per_batc
     card = tables.read(out)["sft"]
     assert set(card) == {"validation", "train"} and {scores["settings"]["pairs"] for scores in card.values()} == {0}
     pairs = {split: scores["accuracy"]["n"] for split, scores in card.items()}
-    fitted = 2 * pairs["validation"]  # the temperature, once in each call
+    fitted = 2 * pairs["validation"]  # for the temperature, which is fitted in each call
     assert sum(moved) == sum(pairs.values()) + fitted and max(moved) <= 8
     with pytest.raises(ValueError, match="stage 'last' is not one of"):
         evaluate.evaluate(workdir, ["sft_end", "last"], [], 0)

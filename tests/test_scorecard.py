@@ -26,7 +26,7 @@ GRADES = np.array([tier.grade for tier in BOOK.tiers])
 
 
 def judgements(tier, predicted, **fields) -> Judgements:
-    """Judgements of one pair per query; what is not given is right, known and well-formed, steps of value 0."""
+    """Judgements of one pair per query. By default they are right, known and well-formed, with steps of value 0."""
     tier, predicted = np.asarray(tier), np.asarray(predicted)
     n, r, tiers = len(tier), len(BOOK.steps), len(BOOK.tiers)
     formed = predicted != UNKNOWN
@@ -46,7 +46,7 @@ def judgements(tier, predicted, **fields) -> Judgements:
 
 
 def random_judgements(seed: int, n: int = 200, queries: int = 60, accuracy: float = 0.6) -> Judgements:
-    """A policy that is right about as often as asked, malformed now and then; the truth is the same for every seed."""
+    """Judgements that are right about as often as asked, sometimes malformed. The truth is the same for all seeds."""
     truth, rng = np.random.default_rng(123), np.random.default_rng(seed)
     tiers = len(BOOK.tiers)
     tier = truth.integers(tiers, size=n)
@@ -86,7 +86,7 @@ def test_metrics_equal_scikit_learn(seed):
     found = values(judged)
     truth, said, labels = judged.tier, judged.predicted, range(4)
     furthest = np.abs(GRADES[:, None] - GRADES).argmax(axis=1)
-    worst = np.where(said == UNKNOWN, furthest[truth], said)  # what kappa and mae take a malformed answer for
+    worst = np.where(said == UNKNOWN, furthest[truth], said)  # kappa and mae count a malformed answer so
     side = np.where(said == UNKNOWN, ~GOOD[truth], GOOD[said])
     assert found["accuracy"] == pytest.approx(sk.accuracy_score(truth, said))
     f1 = sk.f1_score(truth, said, labels=labels, average=None)
@@ -134,7 +134,7 @@ def test_tier_metrics_by_hand():
     assert found["accuracy"] == pytest.approx(4 / 6)
     assert [found[f"f1/{tier.name}"] for tier in BOOK.tiers] == pytest.approx([2 / 3] * 4)
     assert found["macro_f1"] == pytest.approx(2 / 3)
-    assert found["good_f1"] == 1  # both mistakes stay on their side
+    assert found["good_f1"] == 1  # neither mistake crosses from Good to Bad
     assert found["mae"] == pytest.approx(2 / 6)
     # Disagreement 1 + 1. By chance: truth (2,1,1,2) against said (1,2,2,1) by grade 4..1, over 6:
     # 4: 2·(0 + 2·1 + 2·4 + 1·9) = 38; 3: 1·(1 + 0 + 2·1 + 1·4) = 7; 2 and 1 mirror them: 90 / 6 = 15.
@@ -142,7 +142,7 @@ def test_tier_metrics_by_hand():
 
 
 def test_a_malformed_answer_counts_as_wrong_everywhere():
-    # Right wherever it is read, but the third and fourth answers are malformed.
+    # All tiers are right, but the third and fourth answers are malformed.
     formed = np.array([True, True, False, False])
     tier = np.array([0, 3, 0, 3])
     judged = judgements(tier, tier, well_formed=formed, consistent=np.ones(4, bool), probs=np.eye(4)[tier])
@@ -154,7 +154,7 @@ def test_a_malformed_answer_counts_as_wrong_everywhere():
     assert found["kappa"] == pytest.approx(0)  # two agree, two are opposite
     assert found["nll"] == pytest.approx(math.log(4) / 2)
     assert found["brier"] == pytest.approx((9 / 16 + 3 / 16) / 2)
-    assert found["ece"] == pytest.approx(0.25 / 2)  # says 0.25, is never right; the others say 1 and are right
+    assert found["ece"] == pytest.approx(0.25 / 2)  # they say 0.25 and are wrong; the others say 1 and are right
     assert found["auc"] == pytest.approx((1 + 1 + 1 + 0.5) / 4)  # scores 1 and 0.5 against 0 and 0.5
 
 
@@ -195,7 +195,7 @@ def test_what_is_undefined_is_none_and_macro_f1_is_over_the_tiers_present():
     assert scores["macro_f1"]["value"] == pytest.approx((0.5 + 0) / 2)
     only_bad = score(judgements([2, 3], [2, 3]), BOOK, bootstrap=0)
     assert only_bad["good_f1"]["value"] is None and only_bad["good_f1"]["n"] == 0
-    assert score(judgements([2, 2], [2, 2]), BOOK, bootstrap=0)["kappa"]["value"] is None  # nothing to disagree about
+    assert score(judgements([2, 2], [2, 2]), BOOK, bootstrap=0)["kappa"]["value"] is None  # only one tier occurs
     assert "pass@8" not in scores and not any(name.startswith("majority") for name in scores)
 
 
@@ -203,7 +203,7 @@ def test_pass_and_majority_by_hand():
     samples = np.array([
         [0, 0, 1, 2],  # truth 0: wins
         [1, 1, 0, 0],  # truth 0: one of two tied
-        [3, UNKNOWN, UNKNOWN, UNKNOWN],  # truth 3: the malformed do not vote
+        [3, UNKNOWN, UNKNOWN, UNKNOWN],  # truth 3: malformed answers do not vote
         [2, 2, 1, 3],  # truth 1: passes, loses
         [UNKNOWN] * 4,  # truth 2: neither
     ])  # fmt: skip
@@ -221,7 +221,7 @@ def test_calibration_error_by_hand():
 
 
 def test_a_malformed_answer_is_never_calibrated_by_chance():
-    assert values(judgements([0], [UNKNOWN]))["ece"] == 0.25  # though the first of four equal tiers is the true one
+    assert values(judgements([0], [UNKNOWN]))["ece"] == 0.25  # although the first of four equal tiers is the true one
 
 
 def test_a_certain_mistake_has_a_finite_nll():
@@ -329,7 +329,7 @@ def test_rows_under_queries_of_their_own_do_shrink_the_interval():
 
 
 def test_every_interval_holds_its_value():
-    # Exactly calibrated, 0.5, 0.6, 0.7, 0.8 and 0.9: the calibration error is 0, that of every resample above it.
+    # Exactly calibrated at 0.5, 0.6, 0.7, 0.8 and 0.9, so the calibration error is 0. That of every resample is larger.
     sure = np.repeat([0.5, 0.6, 0.7, 0.8, 0.9], 20)
     right = np.concatenate([np.arange(20) < count for count in (10, 12, 14, 16, 18)])
     probs = np.stack([sure, 1 - sure, 0 * sure, 0 * sure], axis=1)
@@ -396,7 +396,7 @@ def test_a_paired_difference_is_that_of_the_scores(metric):
 def test_a_paired_difference_leaves_out_what_both_share():
     same = random_judgements(1)
     assert paired_difference(same, same, "accuracy", BOOK, bootstrap=100) == {"value": 0, "low": 0, "high": 0}
-    # Of 400 pairs, 40 turn from wrong to right and none back: variance of a change is 0.1·0.9, whatever the level.
+    # 40 of 400 pairs turn from wrong to right, none back. The variance of a change is 0.1·0.9, whatever the level.
     before = np.repeat([0, 1], [200, 200])
     after = np.repeat([0, 1], [240, 160])
     truth = np.zeros(400, int)

@@ -1,4 +1,4 @@
-"""The judge over HTTP: what it answers and refuses, how it batches, and that it ends without losing a request."""
+"""The judge over HTTP: its answers, refusals and batches, and that it stops without losing a request."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PAIR = {"query": "red shoes", "title": "Nike running shoes, red"}
 
 
 class Echo:
-    """A judge that answers with the title, at once or when it is let, and remembers what it was asked together."""
+    """A judge that answers with the title, at once or when it may. It remembers which titles came together."""
 
     chunk, book, identity = 8, load(), {"checkpoint": "echo"}
 
@@ -160,7 +160,7 @@ def test_other_paths_and_methods(client: TestClient) -> None:
 def test_a_judge_that_fails_is_an_error_of_the_server(client: TestClient) -> None:
     failed = client.post("/judge", json=PAIR | {"title": "broken"})
     assert (failed.status_code, failed.json()) == (500, {"error": "the judge failed; its log says why"})
-    assert client.post("/judge", json=PAIR).status_code == 200  # and it goes on
+    assert client.post("/judge", json=PAIR).status_code == 200  # the server goes on
 
 
 def test_what_waits_is_limited(client: TestClient, echo: Echo) -> None:
@@ -188,7 +188,7 @@ def test_what_comes_while_the_judge_is_busy_is_judged_together(echo: Echo) -> No
         first = asyncio.create_task(batcher.judge([{"title": "0"}]))
         while not echo.asked:
             await asyncio.sleep(0)
-        # Chunks end with the request that fills them: 8 of 2 + 5 + 3, then the rest.
+        # A chunk of 8 ends with the request that fills it: 2 + 5 + 3, then the rest.
         requests = [[{"title": f"{i}.{k}"} for k in range(size)] for i, size in enumerate((2, 5, 3, 1, 1))]
         later = [asyncio.create_task(batcher.judge(pairs)) for pairs in requests]
         await asyncio.sleep(0)
@@ -213,7 +213,7 @@ def test_the_window_brings_requests_together(echo: Echo) -> None:
         await asyncio.gather(*(batcher.judge([{"title": str(i)}]) for i in range(8)))
         running.cancel()
 
-    asyncio.run(asyncio.wait_for(ask(), 20))  # a whole chunk does not wait for the end of the window
+    asyncio.run(asyncio.wait_for(ask(), 20))  # a full chunk does not wait for the end of the window
     assert echo.asked == [[str(i) for i in range(8)]]
 
 
@@ -265,10 +265,10 @@ def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_200_requests_at_once_and_sigterm_amid_them(tmp_path: Path) -> None:
-    """All requests that the server accepts before and while it is told to stop are answered, each with its own
-    judgement; the others find no server."""
+    """Every request that the server accepts, even while it stops, is answered with its own judgement. Other requests
+    find no server."""
     workdir = make_workdir(tmp_path)
-    # A window that is longer than the requests take to come: SIGTERM finds them waiting.
+    # The window is longer than the requests take to arrive, so they are waiting when SIGTERM comes.
     server = start(workdir, "--port=0", "--batch_size=64", "--window_ms=3000", "--prompt_len=64")
     try:
         url = re.search(r"http://\S+", server.stdout.readline()).group()

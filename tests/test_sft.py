@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the loss falls on the gold response, as far as it is known."""
+"""Supervised fine-tuning: the loss is over the gold response, as far as it is known."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ KEY = jax.random.key_data(jax.random.key(0))
 
 @pytest.fixture(scope="module")
 def batch(small):
-    """Known throughout: F:yes ,B:ok ,T:good end; up to the first step: F:part; not at all."""
+    """Three pairs: all known (F:yes ,B:ok ,T:good end); known up to the first step (F:part); nothing known."""
     return small.batch([(0, 0), (1, UNKNOWN), (UNKNOWN, UNKNOWN)], tiers=[0, 1, 1])
 
 
 def constant_policy(probability):
-    """A policy that gives every token the same probability wherever it stands."""
+    """A policy that gives a token the same probability at every place."""
 
     def apply_groups(params, prompt, prompt_len, tokens):
         return jnp.zeros((*prompt.shape, 1)), jnp.zeros((*tokens.shape, 1))
@@ -34,10 +34,10 @@ def constant_policy(probability):
 
 
 def test_the_loss_by_hand(batch):
-    probability = np.full(12, 5 / 64 / 7)  # what the others leave
+    probability = np.full(12, 5 / 64 / 7)  # the rest
     probability[[0, 3, 5, 11, 1]] = 1 / 2, 1 / 4, 1 / 8, 1 / 32, 1 / 64  # the gold tokens, the end, and F:part
     loss, metrics = sft.gold_loss(constant_policy(probability), {}, batch)
-    # Four tokens of the first, one of the second, none of the third, which says nothing.
+    # Four tokens of the first pair, one of the second, none of the third.
     np.testing.assert_allclose(loss, np.log(2) * (1 + 2 + 3 + 5 + 6) / 5, rtol=1e-6)
     np.testing.assert_allclose(metrics["policy/loss"], loss)
     np.testing.assert_allclose(metrics["policy/gold_probability"], (2.0**-11 + 2.0**-6 + 1) / 3, rtol=1e-5)
@@ -59,7 +59,7 @@ def step(small):
 
 
 def test_a_step_is_that_of_whole_sequences(small, batch, step, close):
-    """Prompt and response as one sequence, the usual layout; without chunks."""
+    """The usual layout has prompt and response as one sequence, and no chunks."""
     width = batch.prompt.shape[1] + batch.gold.shape[1]
     whole, target = np.zeros((3, width), np.int32), np.zeros((3, width), bool)
     for i, (n, m) in enumerate(zip(batch.prompt_len, batch.gold_len, strict=True)):
@@ -85,7 +85,7 @@ def test_a_step_is_that_of_whole_sequences(small, batch, step, close):
 
 
 def test_a_batch_in_pieces_is_the_same_step(small, batch, close):
-    """Prompts weigh in too. Pieces of one pair each, the last of which nothing is known of; instructions count once."""
+    """With a weight for prompts. Each piece has one pair; nothing is known of the last one. Instructions count once."""
 
     def descend(grads, params, opt_state, skipped):
         return params, grads, skipped, {}
@@ -102,7 +102,7 @@ def test_a_batch_in_pieces_is_the_same_step(small, batch, close):
 
 
 def test_prompts_can_weigh_in(small, batch):
-    """Half of the mean loss of their own tokens is added, the first of each excepted; the metric stays as it is."""
+    """Half of the mean loss of their tokens, except the first of each, is added. The metric does not change."""
 
     @jax.jit
     def losses(params):

@@ -26,10 +26,10 @@ def abstract(data=2, fsdp=2, tensor=2):
     [
         (("vocab", "embed"), (8, 4), P("tensor", "fsdp")),
         (("layers", "embed", "heads", "head_dim"), (3, 4, 2, 8), P(None, "fsdp", "tensor", None)),
-        (("vocab", "embed"), (7, 4), P(None, "fsdp")),  # 7 is not divided by 2: whole on every device
+        (("vocab", "embed"), (7, 4), P(None, "fsdp")),  # 7 is not a multiple of 2: whole on every device
         (("embed", "kv_heads"), (5, 1), P(None, None)),
         (("batch", None), (8, 3), P(("data", "fsdp"), None)),
-        (("batch", None), (6, 3), P(None, None)),  # not divided by 2 x 2
+        (("batch", None), (6, 3), P(None, None)),  # 6 is not a multiple of 2 x 2
         ((), (), P()),
     ],
 )
@@ -53,7 +53,7 @@ def test_axes_that_cannot_be_are_refused(axes, shape, message):
 
 @dataclass(frozen=True)
 class Device:
-    """Stands in for one of several devices, where there is one."""
+    """Stands in for one of several devices on a machine with one device."""
 
     id: int
     process_index: int = 0
@@ -122,9 +122,9 @@ def test_adafactors_rows_columns_and_stand_ins_are_replicated():
     params = sharding.param_shardings(mesh, axes, shapes)
     state = jax.eval_shape(optim.make(1e-3, 0, 1, kind="adafactor").init, shapes)
     places = sharding.state_shardings(mesh, state, params)
-    jax.tree.map(lambda leaf, place: place.shard_shape(leaf.shape), state, places)  # raises where it does not divide
+    jax.tree.map(lambda leaf, place: place.shard_shape(leaf.shape), state, places)  # raises if a size is not a multiple
     split = [leaf.shape for leaf, place in zip(*map(jax.tree.leaves, (state, places)), strict=True) if any(place.spec)]
-    assert split == [(4,)]  # the norm's mean squares, which are kept whole
+    assert split == [(4,)]  # mean squares of the norm are kept whole
 
 
 ON_EIGHT = """

@@ -1,4 +1,4 @@
-"""Side by side: GSB by hand, a page that cannot know whose list is whose, answers given in a browser, refusals."""
+"""Side by side: GSB by hand, a page that does not contain which list is whose, answers in a browser, refusals."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ HOSTILE = "</script><b>shoes</b>"
 ROWS = [{"query": q, "title": f"item {i} of {q}", "price": None} for q in (HOSTILE, "bag") for i in range(3)]
 ROWS += [{"query": "hat", "title": "red hat"}, {"query": "cup", "title": "cup"}, {"query": "cup", "title": "mug"}]
 QUERIES = {HOSTILE: [0, 1, 2], "bag": [3, 4, 5], "hat": [6], "cup": [7, 8]}
-A = {i: (-4.0, -float(i)) for i in range(7)} | {7: (-4.0, -4.0), 8: (-3.0, -3.0)}  # backwards, but for the cups
-B = {i: (-4.0, float(i)) for i in range(7)} | {7: (-3.0, -3.2), 8: (-3.0, -3.0)}  # as in the file
+A = {i: (-4.0, -float(i)) for i in range(7)} | {7: (-4.0, -4.0), 8: (-3.0, -3.0)}  # reversed, except the cups
+B = {i: (-4.0, float(i)) for i in range(7)} | {7: (-3.0, -3.2), 8: (-3.0, -3.0)}  # the order of the file
 
 
 # Lists
@@ -31,8 +31,8 @@ def test_items_are_ordered_by_tier_then_by_expected_grade() -> None:
     grades = {"good": 3, "fair": 2, "bad": 1}
     judged = [
         Judgement("fair", {"good": 0.2, "fair": 0.6, "bad": 0.2}),  # expects 2.0
-        Judgement("good", {"good": 0.4, "fair": 0.3, "bad": 0.3}),  # 2.1, and the better tier
-        Judgement("fair", {"good": 0.4, "fair": 0.6, "bad": 0.0}),  # 2.4
+        Judgement("good", {"good": 0.4, "fair": 0.3, "bad": 0.3}),  # expects 2.1, and has the better tier
+        Judgement("fair", {"good": 0.4, "fair": 0.6, "bad": 0.0}),  # expects 2.4
     ]
     ranks = [side_by_side.rank(one, grades) for one in judged]
     assert sorted(range(3), key=ranks.__getitem__) == [1, 2, 0]
@@ -46,7 +46,7 @@ def test_lists_are_cut_equal_ones_not_asked_and_single_items_left_out() -> None:
     assert (study.equal, study.single) == (["cup"], ["hat"])
     assert sorted(study.data["items"]) == [0, 1, 2, 3, 4, 5]
     without = arrange(ROWS, QUERIES, A, {i: r for i, r in B.items() if i not in (1, 2)}, top=2, seed=0)
-    assert HOSTILE in without.single  # one item is left that both judged
+    assert HOSTILE in without.single  # both judged only one of its items
 
 
 def _asked(study) -> list[dict]:
@@ -58,7 +58,7 @@ def _other(study, comparison) -> str:
 
 
 def test_the_page_does_not_know_which_judge_is_which() -> None:
-    """Swapping the judges changes the key alone; the sides are drawn anew for each query and seed."""
+    """Swapping the judges changes only the key. The sides are drawn again for each query and seed."""
     queries = {f"q{i}": [0, 1, 2] for i in range(200)}
     one, swapped = arrange(ROWS, queries, A, B, 3, seed=0), arrange(ROWS, queries, B, A, 3, seed=0)
     assert render("side_by_side", one.data) == render("side_by_side", swapped.data)
@@ -77,7 +77,7 @@ def test_gsb_by_hand() -> None:
     assert gsb(0, 0, 1).value == -1 and gsb(0, 0, 1).low is None
     one = gsb(60, 100, 40)
     assert one.value == pytest.approx(0.1)
-    # The mean of 200 values with variance 0.5 - 0.01, and so by the normal approximation +-1.96 * 0.0495.
+    # The mean of 200 values with variance 0.5 - 0.01, so +-1.96 * 0.0495 by the normal approximation.
     assert (one.low, one.high) == (pytest.approx(0.003, abs=0.01), pytest.approx(0.197, abs=0.01))
     assert gsb(5, 0, 0)[3:] == (1, 1, 1)
 
@@ -114,11 +114,11 @@ def test_the_page_in_a_browser(browser, tmp_path: Path) -> None:
     assert [item.text for item in find("#left li")] == expected and not find("#left li b b")
     find("[data-answer='left']")[0].click()
     assert find("#query")[0].text == "bag" and find("#count")[0].text == "1 of 2 queries answered"
-    browser.refresh()  # what was answered is still there
+    browser.refresh()  # the answers are still there
     assert find("#query")[0].text == "bag" and find("#count")[0].text == "1 of 2 queries answered"
     press("p")
     assert find("#query")[0].text == HOSTILE and pressed() == ["left"]
-    press("\ue014")  # the right arrow: the other answer after all
+    press("\ue014")  # the right arrow changes the answer
     press("\ue015")  # the down arrow
     assert "All are answered" in find("#message")[0].text and pressed() == ["same"]
     find("#save")[0].click()

@@ -1,4 +1,4 @@
-"""What a run trains and is scored on, for each source that a config may name."""
+"""The pairs that a run trains on and is scored on, for each source that a config may name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BUNDLED = {
 
 @pytest.fixture(autouse=True)
 def bundled(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Two pairs in each split of the benchmark; the list of the times that it was loaded."""
+    """Puts two pairs into each split of the benchmark. The list has an entry for each time that it is loaded."""
     loaded = []
     monkeypatch.setattr(benchmark, "load_benchmark", lambda *args: loaded.append(args) or BUNDLED)
     return loaded
@@ -46,7 +46,7 @@ def load(tmp_path: Path, **fields: str) -> Data:
 
 
 def pairs_file(tmp_path: Path, queries: str, split: bool = True) -> str:
-    """A pair for each letter: the first two to train on, one for validation, one to test on."""
+    """A pair for each letter: two to train on, one for validation, one to test on."""
     path = tmp_path / f"{queries}.csv"
     splits = ("train", "train", "validation", "test") if split else ("",) * len(queries)
     rows = [f"{query},t,4{f',{name}' if split else ''}" for query, name in zip(queries, splits, strict=True)]
@@ -94,7 +94,7 @@ def test_the_warm_start_beside_a_file(tmp_path: Path, bundled: list, source: str
     assert {name: queries(pairs) for name, pairs in data.splits.items()} == {
         "train": ["a", "b"], "validation": ["c"], "test": ["d"],
     }  # fmt: skip
-    assert len(bundled) == ("benchmark" in source or source == "both")  # not built where nothing of it is asked for
+    assert len(bundled) == ("benchmark" in source or source == "both")  # not built if nothing of it is needed
 
 
 def test_all_of_a_file_without_splits_warms_up(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_release_is_a_source_and_warms_up(tmp_path: Path) -> None:
 def test_a_file_is_judged_beside_the_splits_of_the_benchmark(tmp_path: Path) -> None:
     data = load(tmp_path, data__test_path=pairs_file(tmp_path, "abcd"))
     assert data.eval_splits == ("b_eval", "w_eval", "test")
-    assert queries(data.splits["test"]) == list("abcd")  # all of it, whatever its column `split` says
+    assert queries(data.splits["test"]) == list("abcd")  # all pairs, whatever its column `split` says
     assert queries(data.splits["train"]) == TRAIN and queries(data.sft) == SFT
     (tmp_path / "bad.csv").write_text("query,title,label\nq,t,4\nq,t,?\n")
     with pytest.raises(PairsError, match="bad.csv: 1 of 2 rows"):
@@ -165,7 +165,7 @@ def test_few_training_pairs_keep_their_steps_and_the_others_what_their_tier_impl
     hidden = [pair for pair in train if pair not in kept]
     assert all(pair.steps == BOOK.implied(pair.tier) and UNKNOWN in pair.steps for pair in hidden)
     assert data.sft == kept and len(kept) == 10
-    assert load(tmp_path, data__steps_known=10, sft__source=source).sft == train  # the same again, in every source
+    assert load(tmp_path, data__steps_known=10, sft__source=source).sft == train  # the same pairs in every source
     other = load(tmp_path, data__steps_known=10, data__seed=1, sft__source="known")
     assert len(other.sft) == 10 and other.sft != kept
 

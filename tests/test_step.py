@@ -1,4 +1,4 @@
-"""The whole step: its gradients against the usual layout, its replays, and that it compiles once."""
+"""The whole step: its gradients, compared with the usual layout, its replays, and that it compiles once."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from agrl_jax.types import UNKNOWN, Batch, OwnAnswers, Rollout, TrainState
 
 B, G, N = 8, 4, 40
 RATE = 0.5  # of plain gradient descent
-KEY = np.asarray(jax.random.key_data(jax.random.key(3)))  # on the host: a step on a mesh is given its own copy
+KEY = np.asarray(jax.random.key_data(jax.random.key(3)))  # on the host, since each mesh needs a copy of its own
 CONFIG = StepConfig(
     group_size=G, response_len=RESPONSE_LEN, temperature=0.8, epochs=1, minibatches=1, micro_batches=1,
     logprob_chunk=50, total_steps=100, shards=1, inspect=B,
@@ -52,7 +52,7 @@ CONFIG = StepConfig(
         per_family=False, cap="none",
     ),
 )
-# Four updates from one rollout, at ratios that are not 1, each in two pieces; other choices wherever there is one.
+# Four updates from one rollout, so that ratios are not 1, each in two pieces; unusual settings where there is a choice.
 UPDATES = dataclasses.replace(
     CONFIG, epochs=2, minibatches=2, micro_batches=2, shards=2,
     objective=dataclasses.replace(
@@ -62,13 +62,13 @@ UPDATES = dataclasses.replace(
     guidance=dataclasses.replace(CONFIG.guidance, capacity=0.5, initial_level=2.0, level="fixed"),
 )
 
-# [T, V] tokens of a whole answer: fit, brand, tier, end. What stands after it is no part of it.
+# [T, V] tokens of a whole answer: fit, brand, tier, end. Places after the end may have any token.
 FORM = np.ones((RESPONSE_LEN, END + 1), bool)
 FORM[:4] = [np.isin(np.arange(END + 1), tokens) for tokens in ([0, 1, 2], [3, 4], [5, 6, 7], [END])]
 
 
 def descend(grads, params, opt_state, skipped):
-    """Plain gradient descent, which leaves the last gradient where an optimiser keeps its state."""
+    """Plain gradient descent. It returns the last gradient in place of an optimiser's state."""
     return jax.tree.map(lambda p, g: p - RATE * g, params, grads), grads, skipped, {}
 
 
@@ -84,15 +84,15 @@ def jitted(small, cfg, update=descend):
 
 @pytest.fixture(scope="module")
 def reference(small):
-    """A policy a little away from the one that is trained."""
+    """A policy that differs a little from the trained one."""
     rng = np.random.default_rng(5)
     return jax.tree.map(lambda x: x + (0.1 * rng.normal(size=x.shape)).astype(np.float32), small.params)
 
 
 class Truths(NamedTuple):
-    """Batches of the same rows under labels that some, or none, of the answers of each group meet."""
+    """Batches of the same rows: with labels that some answers of each group state (easy), or none (hard)."""
 
-    plain: Rollout  # what the first step rolls before any replay
+    plain: Rollout  # the first step's answers before any replay
     easy: Batch
     hard: Batch
 
@@ -114,7 +114,7 @@ def truths(small) -> Truths:
     stated = [set(group.tolist()) & {0, 1, 2} for group in np.asarray(tier)]
     fit = [row for row in rows if 0 < len(stated[row]) < 3][:B]
     assert len(fit) == B
-    steps = [(0, 0), (1, 0), (2, 1)]  # of each tier
+    steps = [(0, 0), (1, 0), (2, 1)]  # for each tier
     easy = [steps[min(stated[row])] for row in fit]
     hard = [steps[min({0, 1, 2} - stated[row])] for row in fit]
     plain = jax.tree.map(lambda x: np.asarray(x)[np.array(fit)], rolled)
@@ -125,7 +125,7 @@ def truths(small) -> Truths:
 def step(small, reference):
     """The step of CONFIG; `step.compiled` is the jitted function."""
     compiled = jitted(small, CONFIG)
-    state = jax.device_put(fresh_state(small.params, CONFIG))  # a host array would be another signature
+    state = jax.device_put(fresh_state(small.params, CONFIG))  # a host array would have another signature
     run = partial(lambda batch, state: compiled(state, batch, reference), state=state)
     run.compiled = compiled
     return run
@@ -141,13 +141,13 @@ def mixed(truths) -> Batch:
 
 
 def naive_loss(params, small, cfg, batch, rolled, advantage, weights, reference):
-    """The loss and its figures, every sample a sequence of its own, prompt and response, and all logits at once."""
+    """The loss and its figures in the usual layout: each sample is one sequence, and all logits are held at once."""
     s = batch.prompt.shape[1]
     place = np.arange(s + RESPONSE_LEN) - batch.prompt_len[:, None]  # [B, S + T] place in the response
     index = np.broadcast_to(np.clip(place, 0, RESPONSE_LEN - 1)[:, None], (B, G, s + RESPONSE_LEN))
     prompt = np.pad(batch.prompt, ((0, 0), (0, RESPONSE_LEN)))
     whole = jnp.where((place < 0)[:, None], prompt[:, None], jnp.take_along_axis(rolled.tokens, index, axis=2))
-    at = batch.prompt_len[:, None] - 1 + np.arange(RESPONSE_LEN)  # [B, T] where each token is predicted
+    at = batch.prompt_len[:, None] - 1 + np.arange(RESPONSE_LEN)  # [B, T] places that predict each token
 
     def logprobs(params):
         hidden, _ = small.policy.apply(params, whole.reshape(B * G, 1, -1))
@@ -167,7 +167,7 @@ def naive_loss(params, small, cfg, batch, rolled, advantage, weights, reference)
 
 
 def weights_of(rolled, advantage, cfg) -> objective.TokenWeights:
-    """Weights of all tokens of the groups that are learnt from; entropy and KL are those of these groups too."""
+    """The weights of all tokens of the groups that are learnt from, also for entropy and KL."""
     weights = objective.token_weights(rolled, cfg.objective)
     learnt = objective.learnt_from(advantage, weights, cfg.objective)[:, None, None]
     return jax.tree.map(lambda w: w * learnt, weights)
@@ -197,11 +197,11 @@ def test_shared_prompts_give_loss_and_gradients_of_the_usual_layout(small, step,
 
 @pytest.mark.slow
 def test_epochs_minibatches_and_micro_batches_are_updates_one_after_the_other(small, truths, close):
-    """Four updates, worked out in the usual layout and whole: minibatch i takes every second example, from i."""
+    """Four updates, computed in the usual layout without pieces. Minibatch i has examples i, i + 2, i + 4, ..."""
     start = fresh_state(small.params, UPDATES)
     after, metrics, seen = jitted(small, UPDATES)(start, truths.hard, None)
     forced = np.any(seen.rolled.forced, axis=-1)
-    # Capacity: two groups of each shard of four, two answers in each.
+    # The capacity is two groups of each shard of four, with two answers in each.
     np.testing.assert_array_equal(forced.reshape(2, 4 * G).sum(axis=1), [4, 4])
     assert metrics["guide/share"] == 0.5
     advantage = objective.advantages(seen.score, seen.reading, forced, RESPONSE_LEN, UPDATES.objective)
@@ -215,21 +215,21 @@ def test_epochs_minibatches_and_micro_batches_are_updates_one_after_the_other(sm
             (loss, figures), gradient = gradient_of(params, seen.rolled, advantage, weights)
             params = jax.tree.map(lambda p, g: p - RATE * g, params, gradient)
             expected.append((loss, figures["clipped"], figures["ratio_change"]))
-    close(after.opt_state, gradient, 3e-5)  # the fourth, of parameters that differ by rounding
+    close(after.opt_state, gradient, 3e-5)  # the fourth gradient; parameters differ by rounding
     close(after.params, params, 1e-5)
     found = [metrics[f"policy/{name}"] for name in ("loss", "clipped", "ratio_change")]
     np.testing.assert_allclose(found, np.mean(expected, axis=0), rtol=1e-4)
-    assert found[1] > 0 and found[2] > 0.01  # the later updates do see other ratios
-    assert metrics["policy/sampler_gap"] <= 1e-5  # that of the policy which sampled
+    assert found[1] > 0 and found[2] > 0.01  # later updates have ratios that are not 1
+    assert metrics["policy/sampler_gap"] <= 1e-5  # of the policy that sampled
 
 
 @pytest.mark.slow
 def test_answers_sampled_under_the_grammar_are_whole_and_learnt_from_by_the_same_choices(
     small, truths, reference, close
 ):
-    """Loss, divergence, entropy and gradients of a guided step in micro-batches are those of log-probabilities
-    renormalised by hand, in the usual layout and whole."""
-    guide = dataclasses.replace(CONFIG.guidance, threshold=0.25)  # one right answer of four is not enough
+    """Loss, divergence, entropy and gradients of a guided step in micro-batches equal those of log-probabilities that
+    are renormalised by hand, in the usual layout without pieces."""
+    guide = dataclasses.replace(CONFIG.guidance, threshold=0.25)  # a group with one right answer of four fails too
     cfg = dataclasses.replace(CONFIG, constrained=True, micro_batches=2, logprob_chunk=20, guidance=guide)
     compiled = jax.jit(make_step(small.policy, small.tables, ("fit", "brand"), descend, cfg))
     after, metrics, seen = compiled(fresh_state(small.params, cfg), truths.hard, reference)
@@ -237,14 +237,14 @@ def test_answers_sampled_under_the_grammar_are_whole_and_learnt_from_by_the_same
     assert np.all(seen.reading.well_formed) and rolled.finished.all()
     assert np.all(rolled.valid == (np.arange(RESPONSE_LEN) < 4))
     assert np.any(rolled.forced)
-    assert np.all(rolled.logp[..., 3] == 0) and np.all(rolled.sampled[..., 3])  # the end is the only choice there
+    assert np.all(rolled.logp[..., 3] == 0) and np.all(rolled.sampled[..., 3])  # the end token is the only choice there
     assert metrics["policy/sampler_gap"] <= 1e-5
     advantage = np.broadcast_to(np.asarray(seen.advantage)[..., None], rolled.tokens.shape)
     weights = weights_of(rolled, advantage, cfg)
     (loss, figures), gradient = naive(small, cfg, truths.hard, reference)(small.params, rolled, advantage, weights)
     np.testing.assert_allclose(metrics["policy/loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["policy/kl"], figures["kl"], rtol=1e-4)
-    assert figures["clipped"] == 0 and figures["ratio_change"] < 1e-5  # it is the distribution sampled from
+    assert figures["clipped"] == 0 and figures["ratio_change"] < 1e-5  # it is the distribution that was sampled from
     close(after.opt_state, gradient, 1e-5)
 
 
@@ -294,7 +294,7 @@ def test_guided_and_unguided_steps_alternate_with_one_compilation(step, truths, 
     for batch in (truths.easy, truths.hard, mixed, truths.easy):
         after, metrics, _ = step(batch)
         shares.append(float(metrics["guide/share"]))
-        state, _, _ = step(batch, state=state)  # and along a run, whose state comes from the step itself
+        state, _, _ = step(batch, state=state)  # also with the state that the step itself returns
     assert shares == [0, 1, 0.5, 0]
     assert int(state.step) == 4
     assert step.compiled._cache_size() == 1
@@ -305,7 +305,7 @@ def test_groups_that_pass_are_left_alone(step, truths):
     np.testing.assert_array_equal(seen.rolled.tokens, truths.plain.tokens)
     assert not np.any(seen.rolled.forced)
     for name in ("level", "pass_before", "pass_after", "pass_steps", "forced_probability", "transfer_gap"):
-        assert np.isnan(metrics[f"guide/{name}"])  # of no group, no row: not 0
+        assert np.isnan(metrics[f"guide/{name}"])  # a mean over no group or row is not 0
     assert metrics["guide/failing"] == 0 and metrics["reward/tier_accuracy"] >= 1 / G
     np.testing.assert_array_equal(after.guidance.memory, -1)
     assert np.all(np.asarray(after.guidance.offset)[truths.easy.row] == -1)  # passed unguided: reveal less
@@ -316,14 +316,14 @@ def test_failing_groups_are_replayed_behind_their_gold_prefix(step, truths):
     after, metrics, seen = step(truths.hard)
     rolled = jax.tree.map(np.asarray, seen.rolled)
     guided = rolled.forced.any(axis=-1)
-    # None passes, so the first two answers go and the others stay. One part is revealed: one token.
+    # No answer passes, so the first two are replaced. One part is revealed, which is one token.
     np.testing.assert_array_equal(guided, np.tile(np.arange(G) < 2, (B, 1)))
     np.testing.assert_array_equal(rolled.tokens[:, 2:], truths.plain.tokens[:, 2:])
     np.testing.assert_array_equal(rolled.forced[:, :2], np.broadcast_to(np.arange(RESPONSE_LEN) < 1, (B, 2, 6)))
     np.testing.assert_array_equal(rolled.tokens[:, :2, 0], np.tile(truths.hard.gold[:, :1], (1, 2)))
     assert np.all(rolled.logp[rolled.forced] == 0)
     assert np.any(rolled.tokens[:, :2, 1:] != truths.plain.tokens[:, :2, 1:])
-    # What was given counts for nothing.
+    # Forced parts do not count.
     counted, earned = np.asarray(seen.score.counted), np.asarray(seen.score.earned)
     assert not counted[:, :2, 1].any() and counted[:, 2:, 1].all() and counted[..., [0, 2, 3, 4, 5]].all()
     mean = np.sum(earned * counted, axis=1, keepdims=True) / np.maximum(counted.sum(axis=1, keepdims=True), 1)
@@ -341,17 +341,17 @@ def test_failing_groups_are_replayed_behind_their_gold_prefix(step, truths):
     np.testing.assert_allclose(after.guidance.level, 1 + 0.4 * (0.5 - passed.mean()), rtol=1e-5)
     np.testing.assert_array_equal(np.asarray(after.guidance.memory)[truths.hard.row], np.round(100 * passed))
     np.testing.assert_array_equal(np.asarray(after.guidance.offset)[truths.hard.row], passed == 0)
-    # Met again: their pass rate under guidance less their pass rate now.
+    # Met again: their pass rate under guidance minus their pass rate now.
     again, metrics, _ = step(truths.hard, state=after)
     assert metrics["guide/met_again"] == B
     gap = passed.mean() - metrics["reward/tier_accuracy"]
     assert not np.isnan(metrics["guide/transfer_gap"])
-    np.testing.assert_allclose(metrics["guide/transfer_gap"], gap, atol=0.006)  # kept in whole percent
+    np.testing.assert_allclose(metrics["guide/transfer_gap"], gap, atol=0.006)  # memory is in whole percent
 
 
 @pytest.mark.slow
 def test_own_answers_are_shown_again_and_k1_is_taken_from_the_reward(small, truths, reference):
-    """Every group fails, and nothing is known but the tiers. Rows of even number were answered right before."""
+    """Every group fails, and only the tiers are known. Rows with even numbers were answered rightly before."""
     cfg = dataclasses.replace(
         CONFIG, guidance=dataclasses.replace(CONFIG.guidance, source="own"),
         objective=dataclasses.replace(CONFIG.objective, kl="k1", kl_weight=0.5),
@@ -378,7 +378,7 @@ def test_own_answers_are_shown_again_and_k1_is_taken_from_the_reward(small, trut
     k1 = np.where(seen.rolled.sampled, seen.rolled.logp - reference_logp, 0)
     np.testing.assert_allclose(metrics["policy/kl"], k1.sum() / seen.rolled.sampled.sum(), rtol=1e-4)
     total = np.asarray(seen.score.total) - 0.5 * k1.sum(axis=-1)
-    plain = ~even  # without forced parts: the textbook's advantage of the reward less the KL
+    plain = ~even  # without forced parts: the textbook's advantage, of reward minus KL
     by_hand = (total - total.mean(axis=1, keepdims=True)) / total.std(axis=1, keepdims=True)
     np.testing.assert_allclose(seen.advantage[plain], by_hand[plain], atol=1e-3)
 
@@ -416,7 +416,7 @@ def test_the_budget_counts_what_is_sampled_replayed_scored_and_trained(step, tru
     prompt = truths.easy.prompt_len.sum()
     _, plain, seen = step(truths.easy)
     once = prompt + seen.rolled.valid.sum()
-    assert plain["budget/tokens"] == once + once + 3 * once  # sampled; scored by the reference; trained
+    assert plain["budget/tokens"] == once + once + 3 * once  # sampled, scored by the reference, trained on
     assert plain["tokens/replayed"] == 0
     _, guided, seen = step(truths.hard)  # the first two answers of each group are sampled twice, their prompts once
     again = seen.rolled.valid[:, :2].sum()
@@ -437,7 +437,7 @@ def test_without_guidance_there_is_nothing_to_remember(small, truths):
 
 
 def test_equal_rewards_leave_the_policy_where_it_is_and_broken_ones_are_skipped(small, truths):
-    """No weight on anything: all rewards are 0. Then a parameter that is not a number: both updates are skipped."""
+    """Without any weight, all rewards are 0. Then a parameter is not a number, and both updates are skipped."""
     nothing = dataclasses.replace(
         CONFIG.reward, tier_weight=0.0, step_weight=0.0, consistent_weight=0.0, format_weight=0.0, overlong_weight=0.0
     )
@@ -466,9 +466,9 @@ def test_gate_firings_are_answers_of_which_a_right_step_earned_nothing(step, mix
     _, _, seen = step(mixed)
     raw, earned, counted = (np.zeros(seen.score.raw.shape, kind) for kind in (np.float32, np.float32, bool))
     raw[..., 1], counted[..., 1] = 1, True  # the first step: right in every answer, counted in all
-    earned[0, :, 1] = 0.5  # the gate is open for the first pair's
+    earned[0, :, 1] = 0.5  # the gate is open for the first pair
     earned[1, 0, 1] = 0.5
-    counted[1, 1, 1] = False  # forced: nothing to gate
+    counted[1, 1, 1] = False  # forced, so there is nothing to gate
     score = seen.score.replace(raw=jnp.array(raw), earned=jnp.array(earned), counted=jnp.array(counted))
     names = tuple(f"step{i}" for i in range(raw.shape[-1] - 4))
     pairs, group = raw.shape[:2]

@@ -33,7 +33,7 @@ SURE = (1.0, 0.0, 0.0, 0.0)
 
 
 def judged(path: Path, *rows: dict) -> Path:
-    """A judged file: of each row its `probs`, and what differs from the likeliest tier with steps that imply it."""
+    """A judged file. A row has its `probs`; unless given, its tier is the likeliest, and its steps imply this tier."""
     with path.open("w", newline="") as file:
         writer = None
         for i, row in enumerate(rows, 1):
@@ -68,12 +68,12 @@ def test_the_less_sure_come_first(tmp_path):
 
 
 def test_judges_who_are_sure_of_different_tiers_disagree(tmp_path):
-    """Two who are both unsure alike do not: their doubt is not that of the model, but of the pair."""
+    """Two judges that are unsure alike do not disagree: their doubt comes from the pair, not from the model."""
     even = (0.5, 0.5, 0, 0)
     one = judged(tmp_path / "a.csv", {"probs": SURE}, {"probs": SURE}, {"probs": even}, {"probs": SURE})
     two = judged(tmp_path / "b.csv", {"probs": SURE}, {"probs": (0, 0, 1, 0)}, {"probs": even}, {"probs": even})
     found = chosen(one, two, by=["disagreement"])
-    # Of the last: the mixture is (3/4, 1/4), one judge has no entropy and the other log 2.
+    # For the last row, the mixture is (3/4, 1/4). One judge has no entropy, the other has log 2.
     last = (-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) - math.log(2) / 2) / math.log(2)
     assert [(one.row, pytest.approx(one.score)) for one in found] == [(2, 1.0), (4, last), (1, 0.0), (3, 0.0)]
     assert found[0].because == "judges disagree: 4-Excellent 1.00 and 2-Mismatch 1.00"
@@ -101,7 +101,7 @@ def test_steps_that_contradict_the_tier(tmp_path):
 
 
 def test_rules_that_no_label_has_met(tmp_path):
-    """Rows of the table by the steps: four pairs of the last row, one of the first. That one has been met."""
+    """By their steps, four pairs belong to the last row of the table and one to the first, which a label has met."""
     rows = [{"probs": (1 - p, p, 0, 0)} for p in (0.1, 0.2, 0.3, 0)]
     file = judged(tmp_path / "a.csv", *rows, {"probs": (0, 0, 0, 1)})
     labels = tmp_path / "labels.csv"
@@ -149,7 +149,7 @@ def test_a_judged_file_of_other_pairs_is_refused(tmp_path):
 
 
 def test_labels_that_judges_doubt(tmp_path):
-    """Right and sure; wrong and sure; wrong and unsure; contradicted by its own steps; twice with different labels."""
+    """Right and sure; wrong and sure; wrong and unsure; contradicted by its own steps; a pair with two labels."""
     rows = [
         {"label": "4"}, {"label": "1"}, {"label": "3", "probs": (0.6, 0.4, 0, 0)},
         {"label": "4", "step_category": "different"}, {"label": "4", "query": "x", "title": "y"},
@@ -161,7 +161,7 @@ def test_labels_that_judges_doubt(tmp_path):
     assert [(one.row, pytest.approx(one.score)) for one in found] == [(6, 2.0), (2, 1.0), (4, 1.0), (5, 1.0), (3, 0.2)]
     assert found[0].because == "labelled 3-Related 0.00, judged 4-Excellent 1.00; the same pair is 4-Excellent in row 5"
     assert found[2].because == "its steps contradict the label"
-    # A second judge who agrees with the label halves the doubt.
+    # A second judge that agrees with the label halves the doubt.
     rows = [{"probs": (0, 0, 0, 1), "step_category": "", **row} for row in rows]
     both = suggest.doubts([scored, labelled.read_judged(judged(tmp_path / "b.csv", *rows), BOOK)], (), BOOK, 99)
     assert [one.row for one in both if one.because.startswith("labelled 1")] == []
@@ -225,7 +225,7 @@ def test_the_command_suggests_and_doubts(tmp_path):
     judged(tmp_path / "a.csv", {"label": "4"}, {"label": "", "probs": (0.5, 0.5, 0, 0)}, {"label": ""})
     done = command(tmp_path, "--judged=a.csv", "--number=5")
     assert done.returncode == 0, done.stderr
-    # Row 1 of the file, labelled without steps, may have met any row of the table that gives its tier: the last alone.
+    # Row 1 of the file is labelled without steps. Any row of the table that gives its tier may be met: only the last.
     assert "row 2: 0.50: unsure: 4-Excellent 0.50, 3-Related 0.50" in done.stdout
     assert "2 rows written to to_label.csv" in done.stdout
     assert [row.record["query"] for row in open_rows(tmp_path / "to_label.csv").rows()] == ["q2", "q3"]

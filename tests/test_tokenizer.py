@@ -1,4 +1,4 @@
-"""The tokenizer: text is kept byte by byte, and is never taken for a special token."""
+"""The tokenizer: text is kept byte for byte, and never becomes a special token."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class TestTrained:
         first, second = train_bpe(CORPUS, 300), train_bpe(iter(CORPUS), 300)
         assert first.token_bytes() == second.token_bytes()
         assert first.vocab_size == 300
-        assert train_bpe(["aa"], 5000).vocab_size < 300  # too few words for more
+        assert train_bpe(["aa"], 5000).vocab_size < 300  # there are too few words for more
 
     def test_vocabulary_without_room_for_the_bytes(self):
         with pytest.raises(TokenizerError, match="vocab_size=256 is too small.* 257"):
@@ -97,7 +97,7 @@ class TestSavedAndLoaded:
         assert (other.end_token, other.bos_token, other.vocab_size) == (small.end_token, bos, bos + 1)
         assert other.chat_template == "D"
         assert other.token_bytes()[bos] is None
-        assert other.decode(other.encode("a<s>")) == "a<s>"  # though the file does not call it special
+        assert other.decode(other.encode("a<s>")) == "a<s>"  # although the file does not mark it as special
 
     def test_a_template_in_a_file_of_its_own_goes_before_the_one_in_the_config(self, small, tmp_path):
         small.chat_template = "in the config"
@@ -111,7 +111,7 @@ class TestSavedAndLoaded:
         [
             ({"special_tokens_map": {"eos_token": "<s>"}}, "<s>"),
             ({"special_tokens_map": {"eos_token": {"content": "<s>", "lstrip": False}}}, "<s>"),
-            # Of an old folder the map goes before the config, of a newer one the config before the map.
+            # In an old folder special_tokens_map.json goes before the config, in a newer one the config goes first.
             ({"special_tokens_map": {"eos_token": "<s>"}, "tokenizer_config": {"eos_token": "a"}}, "<s>"),
             (
                 {
@@ -153,7 +153,7 @@ class TestSavedAndLoaded:
         assert both.end_tokens == (end, begin)
         assert both.ending_with(small.end_token).end_tokens == (small.end_token, begin, end)
         assert both.with_thinking(4).ending_with(begin).end_tokens == (begin, end)
-        both.ending_with(begin).save(tmp_path / "workdir")  # which has no generation_config.json
+        both.ending_with(begin).save(tmp_path / "workdir")  # it has no generation_config.json
         assert load(tmp_path / "workdir").end_tokens == (begin, end)
         assert both.ending_with(small.end_token).within(end).end_tokens == (small.end_token, begin)
         listed.write_text(json.dumps({"eos_token_id": [end, 9999]}))
@@ -192,7 +192,7 @@ class TestSavedAndLoaded:
 
     @pytest.mark.parametrize("adds", [True, False])
     def test_the_beginning_token_is_added_by_the_file_as_by_us(self, small, tmp_path, adds):
-        """In tokenizer.json, which every version of `transformers` follows, whatever flag the base has."""
+        """It is in tokenizer.json, which every version of `transformers` follows, whatever flag the base has."""
         Tokenizer(small._core, small.end_token, small.end_token if adds else None).save(tmp_path)
         core = tokenizers.tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
         expected = [small.end_token] * adds + small.encode("shoe")
@@ -357,7 +357,7 @@ class TestSmolLM2:
         assert min(smollm.encode(text)) >= 17
         assert smollm.decode(smollm.encode(text)) == text
 
-    # The vocabulary lacks these bytes: control characters, and bytes that only rare or no characters have.
+    # The vocabulary lacks control characters, and bytes that occur only in rare characters or in none.
     @given(st.text(st.characters(min_codepoint=0x20, max_codepoint=0xFFFF, exclude_categories=["Cs"])))
     def test_text_survives(self, smollm, text):
         ids = smollm.encode(text)
@@ -411,7 +411,7 @@ def gemma(core, tmp_path_factory):
 
 
 class TestGemmasSentencePiece:
-    """A vocabulary laid out as Gemma's: U+2581 for spaces, bytes as a last resort, added tokens of white space."""
+    """A vocabulary like Gemma's: U+2581 for spaces, tokens for single bytes, added tokens of white space."""
 
     def test_tokens_stand_for_the_bytes_that_they_spell(self, core, gemma):
         texts, ids = gemma.token_bytes(), gemma.encode("a red é\n\n")

@@ -1,4 +1,4 @@
-"""The policy against itself: every way to run the same tokens gives the same, whatever the shape of the model."""
+"""Every way to run the same tokens through the policy gives the same, whatever the shape of the model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PROMPT_LEN = np.array([4, 2], np.int32)
 
 
 def drawn(cfg: PolicyConfig):
-    """A policy with parameters of which none is zero or one, so that each of them matters."""
+    """A policy in which no parameter is zero or one, so that each of them matters."""
     policy, init, axes = build(cfg)
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(init, jax.random.key(0))
@@ -50,7 +50,7 @@ def tokens(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
 
 def as_one_sequence(policy, params, prompt, prompt_len, response):
-    """[B, G, T, D]: the states that predict each response token, every sample a sequence of its own."""
+    """[B, G, T, D]: the hidden states that predict each response token, with each sample as a sequence of its own."""
     b, g, t = response.shape
     rows = []
     for i in range(b):
@@ -69,7 +69,7 @@ def test_sharing_padding_and_caching_change_nothing(variant):
     policy, params, _ = drawn(dataclasses.replace(BASE, **variant))
     prompt, response = tokens((2, 4)), tokens((2, 3, 5), seed=1)
     padded = np.pad(prompt, ((0, 0), (0, 3)), constant_values=9)
-    padded[1, PROMPT_LEN[1] :] = 17  # what stands after the prompt is of no matter
+    padded[1, PROMPT_LEN[1] :] = 17  # tokens after the prompt do not matter
 
     @jax.jit
     def all_ways(params):
@@ -104,7 +104,7 @@ def test_sharing_padding_and_caching_change_nothing(variant):
 @variants
 def test_laid_out_for_decoding_it_is_the_same_policy(variant):
     policy, params, _ = drawn(dataclasses.replace(BASE, **variant))
-    prompt, response = tokens((2, 4)), tokens((2, 9, 5), seed=1)  # more than a few rows at first, few at last
+    prompt, response = tokens((2, 4)), tokens((2, 9, 5), seed=1)  # many rows first, then few
 
     @jax.jit
     def run(params):
@@ -123,7 +123,7 @@ def test_laid_out_for_decoding_it_is_the_same_policy(variant):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
 @pytest.mark.parametrize(
-    "spec", ["bik,bjk->bij", "bgik,bjk->bgij", "bgij,bjk->bgik", "nd,dv->nv"]  # scores, of a group; values; logits
+    "spec", ["bik,bjk->bij", "bgik,bjk->bgij", "bgij,bjk->bgik", "nd,dv->nv"]  # scores (twice), values, logits
 )
 def test_gradient_of_einsum_is_that_of_jax_but_for_rounding(spec, dtype, tolerance, close):
     rng = np.random.default_rng(0)
@@ -152,7 +152,7 @@ def test_rematerialisation_changes_no_gradient(close):
         return jax.jit(jax.grad(partial(loss, policy)))(params)
 
     plain = gradient(remat=False)
-    assert all(np.any(x) for x in jax.tree.leaves(plain))  # each parameter takes part
+    assert all(np.any(x) for x in jax.tree.leaves(plain))  # each parameter has a gradient
     close(gradient(remat=True), plain)
 
 
@@ -226,7 +226,7 @@ def test_rotary_positions_see_distances_alone():
     sequence = tokens((4,))
     here = run(BASE, params, sequence)
     np.testing.assert_allclose(run(BASE, params, sequence, offset=40), here, atol=1e-4)
-    swapped = run(BASE, params, sequence[[1, 0, 2, 3]])  # the same tokens before the last, at other distances
+    swapped = run(BASE, params, sequence[[1, 0, 2, 3]])  # the same tokens at other distances from the last
     assert np.abs(swapped[-1] - here[-1]).max() > 1e-3
 
 

@@ -10,7 +10,7 @@ from configs import pairs
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """`benchmark` or `pairs`."""
+    """The config of a source, `benchmark` or `pairs`."""
     source = parse_arg(arg, variant=("benchmark", "pairs")).variant
     c = recipes.base() if source == "benchmark" else pairs.get_config()
     c.policy.update(vocab_size=600, width=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp=64)

@@ -1,4 +1,4 @@
-"""Workdirs as training leaves them, in a second and without training: an untrained policy, small and confident."""
+"""Workdirs as training leaves them, made in a second without training, with a small and confident policy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ITEMS = ["Query: red shoes", "Item: Nike running shoes, red"]
 
 
 def make_workdir(folder: Path, **rulebook: str) -> Path:
-    """A workdir with the end of a warm start, and two checkpoints of RL of which the first is the best."""
+    """A workdir with the end of a warm start and two checkpoints of RL; the first one is the best."""
     config = get_config()
     config.rulebook.update(rulebook)
     assemble.write_config(config, epath.Path(folder))
@@ -35,6 +35,6 @@ def make_workdir(folder: Path, **rulebook: str) -> Path:
 
 
 def draw(model: assemble.Model, seed: int) -> Params:
-    """Parameters larger than untrained ones, whose logits are all but equal."""
+    """Parameters that are larger than untrained ones, whose logits are almost equal."""
     params = model.init(jax.random.key(seed))
     return jax.tree.map(lambda x: jnp.asarray(3 * x) if x.ndim > 1 else x, params)
