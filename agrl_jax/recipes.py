@@ -69,6 +69,9 @@ def base() -> ConfigDict:
     c.rulebook = ConfigDict()  # the business's rules
     c.rulebook.path = "four_tier"  # a bundled rule book by name, or the path of a YAML file
     c.rulebook.order = "think_then_respond"  # or respond_then_think: the tier first
+    # Training pairs are spread over this many variants of the rule book besides itself: other tables and other words,
+    # each in the prompts of its pairs. Needs data.style=full or chat. 0: all are judged by the book itself.
+    c.rulebook.variants = 0
 
     c.data = ConfigDict()  # pairs and prompts
     # The pairs of RL and of the scorecard. benchmark: the bundled one; pairs: a file of yours; hf: a folder or file of
@@ -85,7 +88,7 @@ def base() -> ConfigDict:
     c.data.dir = ""  # where the benchmark is kept; empty: WORKDIR/data, or ~/.cache/agrl_jax if that is a bucket
     c.data.seed = 0  # of the benchmark, and of the split of a file without a `split` column
     c.data.steps_known = -1  # training pairs that keep their steps; others keep only the tier. -1: all keep steps
-    c.data.prompt_len = 40  # S, tokens after the instructions that all prompts share; longer item texts are shortened
+    c.data.prompt_len = 40  # S, tokens after the instructions; longer item texts are shortened
     c.data.response_len = 17  # T, tokens
     c.data.style = "terse"  # full: with the rule book's instructions; chat: full, through the model's chat template
 

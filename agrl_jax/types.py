@@ -47,6 +47,7 @@ class Batch:
     tier: Array  # [B] index of the true tier
     row: Array  # [B] index of the pair in its split: identifies the example for random numbers and guidance
     family: Array  # [B] index of the query family
+    book: Array | None = None  # [B] index of the rule book that gives the tier; None: the tables' first one for all
     # Reasons, of W tokens at most, for pairs with unknown steps; parts in response order. See `supervised.fill`.
     reason: Array | None = None  # [B, P, W] tokens that stand before the statement of each part, right-padded
     reason_len: Array | None = None  # [B, P] tokens of each
@@ -77,9 +78,8 @@ class RuleTables:
     grammar_class: Array  # [V] int32
     grammar_next: Array  # [S', C'] int32; state 0 is the start, state 1 is dead
     grammar_distance: Array  # [S'] int32 fewest tokens (end token included) to a whole response; DEAD_DISTANCE if none
-    # The decision table.
-    tier_of: Array  # [product of num_values] int32 tier for each combination, mixed radix, first step slowest
-    implied: Array  # [tiers, R] int32 the one value a tier leaves possible for a step, or UNKNOWN
+    # The decision tables: that of the rule book, and of the variants of it that training uses.
+    tier_of: Array  # [books, product of num_values] int32 tier for each combination, mixed radix, first step slowest
     end_token: int = struct.field(pytree_node=False)  # ends the responses that we write
     num_values: tuple[int, ...] = struct.field(pytree_node=False)  # values of each step
     num_tiers: int = struct.field(pytree_node=False)

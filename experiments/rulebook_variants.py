@@ -13,8 +13,6 @@ table in the prompt) and step accuracy, with the judge's own rule book and as a 
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,70 +24,26 @@ from etils import epath
 
 from agrl_jax.data import pipeline
 from agrl_jax.data.pairs import Pair
+from agrl_jax.data.relabel import all_known, under
 from agrl_jax.evaluation import intervals
 from agrl_jax.evaluation.metrics import Judgements
 from agrl_jax.judging import STAGES, trained
 from agrl_jax.rulebook.book import RuleBook
-from agrl_jax.rulebook.schema import winners
+from agrl_jax.rulebook.variants import variant
 from agrl_jax.runtime import markdown, sharding
 from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
 from agrl_jax.runtime.console import say
 from agrl_jax.runtime.files import write_json
 from agrl_jax.training import assemble
 from agrl_jax.training.run import USER_ERRORS
-from agrl_jax.types import UNKNOWN
 from experiments.table import Measure
 
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1", "adherence": "adherence", "step_accuracy": "step accuracy"}
-LEAST_CHANGED = 0.1  # a variant gives at least this share of the combinations of values another tier
-# Other words for the texts around steps and table in a prompt; the rule book's own words may be drawn too.
-_WORDS = {
-    "task": ("Decide how well an item answers a shopper's query.", "Rate an item against what a shopper searched for."),
-    "steps": ("Answer these in turn, with one of the values given:", "Check these points. Each takes one value:"),
-    "tiers": ("Tiers, from best to worst:", "These are the grades, the best first:"),
-    "table": ("Take the first rule that fits; it gives the tier:", "The first matching rule decides:"),
-}  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------- the variants
-
-
-def variant(book: RuleBook, seed: int) -> RuleBook:
-    """A rule book with the same steps, values and tiers, but another table and other words; `seed` draws them.
-
-    All rows of the table but the last are in another order, and some give a neighbouring tier. Every row can win, every
-    tier can result, and at least `LEAST_CHANGED` of the combinations have another tier than in `book`.
-    """
-    rng = np.random.default_rng([seed, 1])
-    for _ in itertools.count():
-        rows = [book.rows[i] for i in rng.permutation(len(book.rows) - 1)] + [book.rows[-1]]
-        moved = [
-            dataclasses.replace(row, tier=_neighbour(row.tier, len(book.tiers), rng), because="")
-            if rng.random() < 0.4 else row
-            for row in rows
-        ]  # fmt: skip
-        other = dataclasses.replace(book, name=f"{book.name}-{seed}", rows=tuple(moved))
-        if _fit(other, book):
-            words = {name: str(rng.choice([getattr(book.prompt, name), *some])) for name, some in _WORDS.items()}
-            return dataclasses.replace(other, prompt=dataclasses.replace(book.prompt, **words))
-
-
-def _neighbour(tier: int, tiers: int, rng: np.random.Generator) -> int:
-    return int(rng.choice([other for other in (tier - 1, tier + 1) if 0 <= other < tiers]))
-
-
-def _fit(other: RuleBook, book: RuleBook) -> bool:
-    """Whether every row of a variant can win, every tier can result, and its table differs enough from the book's."""
-    table = other.tier_table()
-    every_row = len(np.unique(winners(other.rows, other.num_values))) == len(other.rows)
-    changed = np.mean(table != book.tier_table())
-    return every_row and len(np.unique(table)) == len(book.tiers) and changed >= LEAST_CHANGED
 
 
 def relabelled(pairs: Sequence[Pair], book: RuleBook) -> list[Pair]:
     """The pairs whose steps are all known, with the tier that a book gives them."""
-    known = [pair for pair in pairs if pair.steps and UNKNOWN not in pair.steps]
-    return [dataclasses.replace(pair, tier=book.tier_for(pair.steps)) for pair in known]
+    return [under(pair, book) for pair in pairs if all_known(pair)]
 
 
 # ------------------------------------------------------------------------------------------ the judges

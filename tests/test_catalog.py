@@ -40,7 +40,8 @@ def made() -> Splits:
 
 
 def digest(splits: Splits) -> str:
-    names = [field.name for field in dataclasses.fields(Pair) if field.compare and field.name != "reasons"]
+    later = ("reasons", "variant")
+    names = [field.name for field in dataclasses.fields(Pair) if field.compare and field.name not in later]
     rows = {split: [[getattr(pair, name) for name in names] for pair in pairs] for split, pairs in splits.items()}
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 

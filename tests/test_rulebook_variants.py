@@ -15,6 +15,7 @@ from agrl_jax.data.bundled import benchmark, catalog
 from agrl_jax.data.pairs import Pair
 from agrl_jax.rulebook import book, wording
 from agrl_jax.rulebook.schema import winners
+from agrl_jax.rulebook.variants import variant
 from agrl_jax.runtime.config import ConfigError
 from agrl_jax.training import assemble
 from agrl_jax.training.run import train
@@ -22,11 +23,11 @@ from agrl_jax.types import UNKNOWN
 from experiments import rulebook_variants
 
 BOOK = book.load()
-VARIANTS = [rulebook_variants.variant(BOOK, seed) for seed in range(8)]
+VARIANTS = [variant(BOOK, seed) for seed in range(8)]
 
 
 def test_a_variant_is_the_same_by_the_same_seed_and_no_two_are_alike() -> None:
-    assert rulebook_variants.variant(BOOK, 3) == VARIANTS[3]
+    assert variant(BOOK, 3) == VARIANTS[3]
     tables = {tuple(variant.tier_table().tolist()) for variant in [BOOK, *VARIANTS]}
     assert len(tables) == 1 + len(VARIANTS)
 

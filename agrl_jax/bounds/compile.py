@@ -127,9 +127,11 @@ def compile_step(
     checked = config.copy_and_resolve_references()
     checked.policy.pretrained = shape or config.policy.pretrained
     validate_together(checked, sharding.data_shards(mesh))
-    model = assemble.stand_in_model(config, mesh, shape)
+    stand_in = assemble.stand_in_model(config, mesh, shape)
+    model = assemble.under_variants(config, stand_in)
+    prompt_len = config.data.prompt_len + len(stand_in.instructions) - len(model.instructions)
     program = programs.rl_program(config, mesh, model, _warm_started(config, model, mesh), _ROWS, len(FAMILIES))
-    batch = _batch(config, model, mesh)
+    batch = _batch(config, model, mesh, prompt_len)
     traced = program.step.trace(program.template, batch, *program.fixed)
     held = {
         "parameters": _shard_bytes(program.template.params),
@@ -139,9 +141,9 @@ def compile_step(
     arguments = sum(held.values())
     total, phases = _compile(traced, arguments, mesh, chip, guided_share)
     fits = bool(phases) and total <= chip.memory
-    cache, temporaries = _cache_bytes(config, model, mesh), max(total - arguments, 0.0)
+    cache, temporaries = _cache_bytes(config, model, mesh, prompt_len), max(total - arguments, 0.0)
     memory = Memory(**held, cache=cache, temporaries=temporaries, total=total)
-    b, g, s, t = config.rl.batch_size, config.rl.group_size, config.data.prompt_len, config.data.response_len
+    b, g, s, t = config.rl.batch_size, config.rl.group_size, prompt_len, config.data.response_len
     updates = config.rl.epochs * config.rl.minibatches
     tokens = b * ((s + g * t) * config.rl.epochs + g * t) + len(model.instructions) * updates
     return Report(chip, mesh.size, dict(mesh.shape), memory, fits, phases, tokens)
@@ -172,9 +174,9 @@ def _warm_started(config: ConfigDict, model: assemble.Model, mesh: jax.sharding.
     return programs.left_to(config, programs.Weights(trained, base))
 
 
-def _batch(config: ConfigDict, model: assemble.Model, mesh: jax.sharding.Mesh) -> Batch:
+def _batch(config: ConfigDict, model: assemble.Model, mesh: jax.sharding.Mesh, prompt_len: int) -> Batch:
     """The shapes of a batch, with its sharding."""
-    b, s, t = programs.examples_of_step(config), config.data.prompt_len, config.data.response_len
+    b, s, t = programs.examples_of_step(config), prompt_len, config.data.response_len
     parts = len(model.book.parts)
 
     def array(*shape: int) -> jax.ShapeDtypeStruct:
@@ -183,6 +185,7 @@ def _batch(config: ConfigDict, model: assemble.Model, mesh: jax.sharding.Mesh) -
     return Batch(
         prompt=array(s), prompt_len=array(), gold=array(t), gold_len=array(), part_end=array(parts),
         known_parts=array(), steps=array(parts - 1), tier=array(), row=array(), family=array(),
+        book=array() if model.variants else None,
     )
 
 
@@ -192,12 +195,12 @@ def _shard_bytes(tree: Any) -> float:
     return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))
 
 
-def _cache_bytes(config: ConfigDict, model: assemble.Model, mesh: jax.sharding.Mesh) -> float:
+def _cache_bytes(config: ConfigDict, model: assemble.Model, mesh: jax.sharding.Mesh, prompt_len: int) -> float:
     """Bytes that each device holds of the keys and values of instructions, prompts and responses."""
     b, g, shape = config.rl.batch_size, config.rl.group_size, model.shape
     total = 0.0
     for rows, group, length in (
-        (1, 1, len(model.instructions)), (b, 1, config.data.prompt_len),
+        (1, 1, len(model.instructions)), (b, 1, prompt_len),
         (b // config.rl.sample_batches, g, config.data.response_len),
     ):
         size = (shape.layers, rows, group, length, shape.kv_heads, shape.head_dim)

@@ -69,6 +69,7 @@ class Pair:
     split: str = ""
     seen: bool = True  # False: its words were held out of training on purpose
     reasons: tuple[str, ...] = ()  # of each step and then the tier, in words; empty where there are none
+    variant: int = 0  # which variant of the rule book asks for it and gives its tier, from 1; 0: the book itself
     row: int = dataclasses.field(default=0, compare=False)  # its number in the file it comes from, the first being 1
 
 

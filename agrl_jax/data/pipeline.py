@@ -48,10 +48,12 @@ def encode(
     response_len: int,
     style: str = "terse",
     families: Sequence[str] | None = None,
+    variants: Sequence[RuleBook] = (),
 ) -> EncodedSplit:
     """Tokenises gold responses, and prompts without the `instructions` that all of them begin with.
 
-    A prompt over the limit loses the end of its item text, never of its query.
+    A prompt over the limit loses the end of its item text, never of its query. With `variants` each prompt begins with
+    the instructions of its pair's rule book, besides its S tokens.
 
     Args:
       pairs: N pairs.
@@ -61,6 +63,7 @@ def encode(
       response_len: T, tokens of a response at most, end token included.
       style: `terse`, `full`, or `chat`: through the chat template of the tokenizer's model.
       families: names of the query families, the first being 0; by default those of the pairs, sorted.
+      variants: of the rule book, with the same steps, tiers and wording of answers; `Pair.variant` counts them from 1.
 
     Raises:
       PairsError: there are no pairs, a query alone is over `prompt_len`, a gold response is over `response_len`, or
@@ -70,7 +73,7 @@ def encode(
     if not pairs:
         raise PairsError("there are no pairs to encode")
     names = tuple(sorted({pair.family for pair in pairs}) if families is None else families)
-    prompt, length, shortened = _prompts(pairs, book, tokenizer, prompt_len, style)
+    prompt, length, shortened = _prompts(pairs, [book, *variants], tokenizer, prompt_len, style)
     thinks = style == "chat" and tokenizer.thinking
     steps = [_steps(pair, book) for pair in pairs]
     batch = Batch(
@@ -81,6 +84,7 @@ def encode(
         tier=np.array([pair.tier for pair in pairs], np.int32),
         row=np.arange(len(pairs), dtype=np.int32),
         family=_family(pairs, names),
+        book=np.array([pair.variant for pair in pairs], np.int32) if variants else None,
     )
     return EncodedSplit(batch, pairs, names, shortened)
 
@@ -243,19 +247,26 @@ def _fixed(
 
 
 def _prompts(
-    pairs: Sequence[Pair], book: RuleBook, tokenizer: Tokenizer, limit: int, style: str
+    pairs: Sequence[Pair], books: Sequence[RuleBook], tokenizer: Tokenizer, limit: int, style: str
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Tokens [N, S], lengths [N], and how many prompts had to be shortened."""
-    tokens = np.zeros((len(pairs), limit), np.int32)
+    """Tokens [N, S], lengths [N], and how many prompts had to be shortened.
+
+    With several books, each prompt begins with the instructions of its own, and S has room for the longest of them.
+    """
+    heads = [instructions(book, tokenizer, style) if len(books) > 1 else [] for book in books]
+    tokens = np.zeros((len(pairs), limit + max(map(len, heads))), np.int32)
     lengths = np.zeros(len(pairs), np.int32)
     shortened, without_room = 0, []
-    for row, prompt in enumerate(prompts(pairs, book, tokenizer, limit, style)):
-        if prompt.room < 1:
-            without_room.append((pairs[row], limit - prompt.room))
-            continue
-        shortened += prompt.shortened
-        tokens[row, : len(prompt.tokens)] = prompt.tokens
-        lengths[row] = len(prompt.tokens)
+    for index, (book, head) in enumerate(zip(books, heads, strict=True)):
+        mine = [row for row, pair in enumerate(pairs) if len(books) == 1 or pair.variant == index]
+        of_mine = prompts([pairs[row] for row in mine], book, tokenizer, limit, style)
+        for row, prompt in zip(mine, of_mine, strict=True):
+            if prompt.room < 1:
+                without_room.append((pairs[row], limit - prompt.room))
+                continue
+            shortened += prompt.shortened
+            lengths[row] = len(head) + len(prompt.tokens)
+            tokens[row, : lengths[row]] = [*head, *prompt.tokens]
     if without_room:
         raise PairsError(_without_room(without_room, limit))
     return tokens, lengths, shortened

@@ -42,6 +42,7 @@ def decode(seen: Inspection, book: RuleBook, tokenizer: Tokenizer, pairs: Sequen
                     "query": pair.query,
                     "title": pair.title,
                     "truth": truth,
+                    **({"variant": pair.variant} if pair.variant else {}),
                     "sample": g,
                     "guided": bool(np.any(given)),
                     "forced": forced,

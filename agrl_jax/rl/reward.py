@@ -102,7 +102,7 @@ def score(reading: Reading, rolled: Rollout, batch: Batch, tables: RuleTables, c
     tier_right = (tier == batch.tier[:, None]) & reading.well_formed
     stated = jnp.where(reading.well_formed, tier, UNKNOWN)
     tier_score = _tier_score(stated, batch.tier, forced_len > 0, tables.num_tiers, cfg.tier_kind)
-    consistent = is_consistent(steps, tier, tables)
+    consistent = is_consistent(steps, tier, tables, batch.book)
     length = jnp.sum(rolled.valid, axis=-1)
     span = max(rolled.tokens.shape[-1] - cfg.overlong_from, 1)
     overlong = -jnp.clip((length - cfg.overlong_from) / span, 0.0, 1.0)
@@ -141,16 +141,23 @@ def is_model_answer(score: Score, reading: Reading, batch: Batch, tables: RuleTa
     sampled, they are consistent with the rule book, and every step whose truth is known is right."""
     r = tables.num_steps
     steps_right = (score.raw[..., 1 : r + 1] > 0) | (batch.steps[:, None] == UNKNOWN)
-    consistent = is_consistent(reading.value[..., :r], reading.value[..., r], tables)
+    consistent = is_consistent(reading.value[..., :r], reading.value[..., r], tables, batch.book)
     return score.passed & ~score.tier_forced & consistent & jnp.all(steps_right, axis=-1)
 
 
-def is_consistent(steps: Array, tier: Array, tables: RuleTables) -> Array:
-    """[...] bool: all steps [..., R] and the tier [...] are stated, and the table gives this tier for these steps."""
+def is_consistent(steps: Array, tier: Array, tables: RuleTables, book: Array | None = None) -> Array:
+    """[...] bool: all steps [..., R] and the tier [...] are stated, and the table gives this tier for these steps.
+
+    With `book` [B] the arrays begin with [B, G], and each example has the table of its own rule book.
+    """
     code = jnp.zeros(tier.shape, jnp.int32)
     for index, size in enumerate(tables.num_values):
         code = code * size + jnp.maximum(steps[..., index], 0)
-    return (tier != UNKNOWN) & jnp.all(steps != UNKNOWN, axis=-1) & (jnp.asarray(tables.tier_of)[code] == tier)
+    if book is None:
+        implied = jnp.asarray(tables.tier_of[0])[code]
+    else:
+        implied = jnp.asarray(tables.tier_of)[book[:, None], code]
+    return (tier != UNKNOWN) & jnp.all(steps != UNKNOWN, axis=-1) & (implied == tier)
 
 
 def _tier_score(stated: Array, truth: Array, guided: Array, num_tiers: int, kind: str) -> Array:

@@ -182,6 +182,7 @@ RULES: Mapping[str, Rule] = {
     "method": _TEXT,
     "rulebook.path": _TEXT,
     "rulebook.order": _one_of("think_then_respond", "respond_then_think"),
+    "rulebook.variants": _COUNT,
     # Data.
     "data.source": _one_of("benchmark", *sorted(FILES)),
     "data.path": _TEXT,
@@ -399,10 +400,19 @@ def validate_together(config: ConfigDict, data_shards: int = 1) -> None:
     The batch is split over the mesh axes `data` and `fsdp`, so `data_shards` is the product of their
     sizes. Raises ConfigError with all problems in one message.
     """
-    checks = (_policy_problems(config), _lora_problems(config), _optim_problems(config),
+    checks = (_variants_problems(config), _policy_problems(config), _lora_problems(config), _optim_problems(config),
               _batch_problems(config, data_shards), _difficulty_problems(config),
               _objective_problems(config))  # fmt: skip
     raise_problems([problem for check in checks for problem in check])
+
+
+def _variants_problems(config: ConfigDict) -> Iterator[str]:
+    variants = f"rulebook.variants={config.rulebook.variants}"
+    if config.rulebook.variants and config.data.style == "terse":
+        yield f"{variants} with data.style=terse: such prompts hold no rules to follow; use data.style=full or chat"
+    if config.rulebook.variants and config.method == "distill":
+        yield (f"{variants} with method=distill: the tiers of a teacher are by its own rule book; use "
+               "rulebook.variants=0")
 
 
 def _policy_problems(config: ConfigDict) -> Iterator[str]:

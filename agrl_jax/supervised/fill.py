@@ -106,7 +106,9 @@ def tokens_learnt(blanks: Blanks, batch: Batch) -> Array:
 
 def possible_steps(tables: RuleTables, batch: Batch) -> Array:
     """[B, values of step 0, ..., values of step R - 1] bool: combinations that agree with what is known."""
-    possible = jnp.asarray(tables.tier_of).reshape(tables.num_values) == jnp.expand_dims(
+    one_for_all = batch.book is None
+    table = jnp.asarray(tables.tier_of[0]) if one_for_all else jnp.asarray(tables.tier_of)[batch.book]  # [B, ...]
+    possible = table.reshape(*table.shape[:-1], *tables.num_values) == jnp.expand_dims(
         batch.tier, tuple(range(1, tables.num_steps + 1))
     )
     for part in range(tables.num_steps):

@@ -25,6 +25,7 @@ from agrl_jax.data.judged import Taught, read_taught
 from agrl_jax.data.mixture import MixtureConfig, mix
 from agrl_jax.data.pairs import Pair, PairsError, digest, hide_steps, item_text
 from agrl_jax.data.pipeline import EncodedSplit
+from agrl_jax.data.relabel import spread
 from agrl_jax.data.sources import read_source, read_tests, read_training
 from agrl_jax.evaluation.evaluator import EvalConfig, Evaluator
 from agrl_jax.policy import decoding, loading, lora, shipped, transformer
@@ -34,6 +35,7 @@ from agrl_jax.policy.lora import LoraConfig
 from agrl_jax.policy.tokenizer import Tokenizer
 from agrl_jax.rulebook import automaton, book, wording
 from agrl_jax.rulebook.book import RuleBook
+from agrl_jax.rulebook.variants import training_variants
 from agrl_jax.runtime import sharding
 from agrl_jax.runtime.checkpoint import SFT_END, Checkpointer
 from agrl_jax.runtime.config import FILES, ConfigError, resolve
@@ -52,6 +54,7 @@ _STAND_IN_VOCABULARY = 300  # the size of a tokenizer that preflight makes up: t
 _TOKEN_CHARACTERS = 3.4  # of the instructions that a language model's token spells, measured with SmolLM2
 _BUNDLED = frozenset(("benchmark", "benchmark_train", "mixture"))  # values of `sft.source` that need the benchmark
 SFT = "sft"  # in place of a split: the pairs of the warm start
+TRAINED = (SFT, "train")  # may be trained on, under variants of the rule book; all others are judged by the book itself
 _FORMERLY = {"lora": {"base_dtype": "float32"}}  # what workdirs without these fields were trained with
 _NO_SHAPE = ("pretrained", "thinking", "thought_len")  # fields of `policy` that say how a pretrained one is used
 _NO_SETTING = ("every", "validation_pairs", "batch_size")  # fields of `eval` that no scorecard depends on
@@ -69,6 +72,7 @@ class Model:
     init: Any  # key -> Params
     axes: Params  # logical axes of each parameter
     instructions: np.ndarray  # [I] tokens before all prompts
+    variants: tuple[RuleBook, ...] = ()  # of the rule book, of a training under variants; see `under_variants`
 
 
 @dataclass(frozen=True)
@@ -284,7 +288,8 @@ def load_data(config: ConfigDict, rules: RuleBook, workdir: epath.Path) -> Data:
 def encode(config: ConfigDict, model: Model, data: Data, names: Sequence[str]) -> dict[str, EncodedSplit]:
     """Tokenised splits, by name, in the shapes of the config; `sft` are the pairs of the warm start.
 
-    Raises PairsError with what is wrong in any of them.
+    Those that are TRAINED on are spread over the rule book and the model's variants of it. Raises PairsError with what
+    is wrong in any of them.
     """
     by_pairs: dict[int, EncodedSplit | None] = {}  # the warm start may have the pairs of a split
     problems = []
@@ -292,10 +297,12 @@ def encode(config: ConfigDict, model: Model, data: Data, names: Sequence[str]) -
         pairs = data.pairs(name)
         if id(pairs) in by_pairs:
             continue
+        variants = model.variants if name in TRAINED else ()
         try:
             by_pairs[id(pairs)] = pipeline.encode(
-                pairs, model.book, model.tokenizer, config.data.prompt_len, config.data.response_len,
-                config.data.style, families=data.families,
+                spread(pairs, variants, config.data.seed) if variants else pairs, model.book, model.tokenizer,
+                config.data.prompt_len, config.data.response_len, config.data.style, families=data.families,
+                variants=variants,
             )  # fmt: skip
         except PairsError as error:
             by_pairs[id(pairs)] = None
@@ -370,6 +377,18 @@ def load_model(
     else:
         tokenizer, shape = _from_scratch(config, rules, workdir, data)
     return _model(rules, tokenizer, shape, mesh, pipeline.instructions(rules, tokenizer, config.data.style))
+
+
+def under_variants(config: ConfigDict, model: Model) -> Model:
+    """The model as training takes it: with the tables of all rule books that pairs are spread over. Since these differ
+    in their instructions, these stand within the prompts. The same model if the config asks for no variants."""
+    if not config.rulebook.variants:
+        return model
+    variants = training_variants(model.book, config.rulebook.variants)
+    tier_of = np.stack([rules.tier_table() for rules in (model.book, *variants)])
+    return dataclasses.replace(
+        model, variants=variants, tables=model.tables.replace(tier_of=tier_of), instructions=model.instructions[:0]
+    )
 
 
 def stand_in_model(config: ConfigDict, mesh: jax.sharding.Mesh, shape: str = "") -> Model:

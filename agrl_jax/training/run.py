@@ -71,7 +71,7 @@ from agrl_jax.training.programs import (
     rl_program,
     sft_program,
 )
-from agrl_jax.types import Params, TrainState
+from agrl_jax.types import UNKNOWN, Params, TrainState
 
 # What is called after each step, `(step, whether it is the last, state, inspection, progress bar)`: further metrics.
 After = Callable[[int, bool, TrainState, Any, Progress], dict[str, float]]
@@ -220,8 +220,11 @@ def _set_up(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh, sa
     with processes.first_alone("set up"):
         assemble.keep_pretrained(config, workdir)  # before the data: a mistake here shows sooner
         data = assemble.load_data(config, rules, workdir)
-        model = assemble.load_model(config, workdir, rules, data, mesh)
+        judging = assemble.load_model(config, workdir, rules, data, mesh)
+        model = assemble.under_variants(config, judging)
     checkpoints.identify({"pairs": data.digests})
+    if model.variants:
+        checkpoints.identify({"variants": [variant.digest for variant in model.variants]})
     lessons = None
     if config.method == "distill":
         lessons, taught = assemble.load_lessons(config, model)
@@ -238,9 +241,10 @@ def _set_up(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh, sa
     at = checkpoints.newest()
     writer = MetricsWriter(workdir, resume=at)
     _say_set_up(say, mesh, rules, data)
+    _check_variants(say, model, splits)
     if at is not None:
         say(f"resuming from {at[0]} step {at[1]} in {workdir}")
-    evaluator = assemble.make_evaluator(config, model, mesh)
+    evaluator = assemble.make_evaluator(config, judging, mesh)
     return Run(config, workdir, mesh, model, data, splits, writer, checkpoints, evaluator, say, lessons)
 
 
@@ -255,6 +259,25 @@ def _check_batches(config: ConfigDict, data: Data) -> None:
             candidates, pool = config.rl.candidates, config.difficulty.pool
             factor = f"rl.candidates={candidates}" if candidates > 1 else f"difficulty.pool={pool}"
             raise ConfigError(f"rl.batch_size={size} x {factor} is more than the {len(pairs)} pairs that it trains on")
+
+
+def _check_variants(say: Callable[..., None], model: Model, splits: Mapping[str, EncodedSplit]) -> None:
+    """Says how many training pairs have which rule book. Raises ConfigError where all have the book itself."""
+    if not model.variants:
+        return
+    varied = 0
+    for name in assemble.TRAINED:
+        if name not in splits:
+            continue
+        batch = splits[name].batch
+        under = int(np.sum(batch.book > 0))
+        unknown = int(np.sum(np.any(batch.steps == UNKNOWN, axis=1)))
+        say(f"{name}: {under:,} of {len(batch.book):,} pairs under {len(model.variants)} variants of the rule book, "
+            f"the others under the book itself; of these, {unknown:,} because some of their steps are unknown")
+        varied += under
+    if not varied:
+        raise ConfigError(f"rulebook.variants={len(model.variants)}: no training pair has all its steps known, so no "
+                          "other table gives it a tier; use pairs with steps, or rulebook.variants=0")
 
 
 def _trained_on(config: ConfigDict, stage: str) -> str:
