@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -129,7 +128,7 @@ class _Maker:
     def misspelling(self) -> Query | None:
         family = self._dice.weighted({"plain": 2, "attribute": 4, "brand": 4})
         query = make_query(self._dice, self._world, self._stock, family)
-        text = query and _misspell(self._dice, query.text, _vocabulary(self._world))
+        text = query and _misspell(self._dice, query.text, self._world.words)
         return dataclasses.replace(query, text=text, family="misspelling") if text else None
 
     # Their parts
@@ -162,7 +161,7 @@ class _Maker:
         """Attributes to ask for, none of those taken."""
         options = []
         for name, values in kind.attributes.items():
-            askable = [value for value in values if self._world.attributes[name].can_ask(value)]
+            askable = [value for value in values if value in self._world.attributes[name].asked]
             if askable and name not in taken:
                 options.append((name, self._dice.popular(askable)))
         return self._dice.some(options, count, [POPULAR.get(name, 1.0) for name, _ in options])
@@ -184,7 +183,7 @@ class _Maker:
         if name == "not":
             options = []
             for attribute, values in kind.attributes.items():
-                able = [value for value in values if world.attributes[attribute].can_rule_out(value)]
+                able = [value for value in values if value in world.attributes[attribute].ruled_out]
                 if able and attribute not in taken:
                     options.append(Limit(name, attribute, self._dice.popular(able)))
             return options
@@ -227,7 +226,7 @@ def _tidy(text: str) -> str:
 
 
 def _misspell(dice: Dice, text: str, vocabulary: frozenset[str]) -> str | None:
-    """`text` with one or two words misspelt; None where that makes another word of the world."""
+    """`text` with one or two words misspelt; None where that makes another word of `vocabulary`."""
     words = text.split()
     long = [i for i, word in enumerate(words) if len(word) >= 5 and word.isalpha()]
     for i in dice.some(long, 2 if dice.chance(0.25) else 1):
@@ -247,15 +246,3 @@ def _slip(dice: Dice, word: str) -> str:
     if slip == "double":
         return word[:i] + word[i] + word[i:]
     return word[:i] + word[i + 1] + word[i] + word[i + 2 :]
-
-
-@functools.cache
-def _words(names: tuple[str, ...]) -> frozenset[str]:
-    return frozenset(word.lower() for name in names for word in name.split())
-
-
-def _vocabulary(world: World) -> frozenset[str]:
-    """Words that a slip must not make, since they would be spelt right."""
-    names = [name for kind in world.types.values() for name in kind.names]
-    ways = [way for attribute in world.attributes.values() for said in attribute.values.values() for way in said]
-    return _words((*names, *ways, *world.brands))

@@ -37,12 +37,17 @@ class Attribute:
     nouns: Mapping[str, str]  # by value the word after "without", where it can be ruled out so
     adjectives: Mapping[str, str]  # by value the word after "not", where it can be ruled out so
 
-    def can_ask(self, value: str) -> bool:
-        """Whether shoppers ask for the value: they do not ask for "contains gluten"."""
-        return not any(way.split()[0] in _ABSENT for way in self.values[value])
+    @functools.cached_property
+    def asked(self) -> frozenset[str]:
+        """The values that shoppers ask for: they do not ask for "contains gluten"."""
+        return frozenset(
+            value for value, ways in self.values.items() if not any(way.split()[0] in _ABSENT for way in ways)
+        )
 
-    def can_rule_out(self, value: str) -> bool:
-        return value in self.nouns or (value in self.adjectives and self.can_ask(value))
+    @functools.cached_property
+    def ruled_out(self) -> frozenset[str]:
+        """The values that shoppers rule out."""
+        return frozenset(self.nouns) | (frozenset(self.adjectives) & self.asked)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +93,13 @@ class World:
     @functools.cached_property
     def departments(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(kind.department for kind in self.types.values()))
+
+    @functools.cached_property
+    def words(self) -> frozenset[str]:
+        """The words of all products, values and brands, in lower case."""
+        names = [name for kind in self.types.values() for name in kind.names]
+        ways = [way for attribute in self.attributes.values() for said in attribute.values.values() for way in said]
+        return frozenset(word.lower() for name in (*names, *ways, *self.brands) for word in name.split())
 
     def relation(self, wanted: Iterable[str], name: str) -> str:
         """What the type `name` is to a shopper who wants one of the types `wanted`: the first of same, substitute,
@@ -249,7 +261,12 @@ def _check_wording(world: World) -> None:
 
 def says(text: str, words: str) -> bool:
     """Whether `words` stand in `text`, as whole words."""
-    return words in text and re.search(rf"(?<![\w-]){re.escape(words)}(?![\w-])", text) is not None
+    return words in text and _whole(words).search(text) is not None
+
+
+@functools.cache
+def _whole(words: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<![\w-]){re.escape(words)}(?![\w-])")
 
 
 def _fail(file: str, key: str, problem: str) -> NoReturn:
