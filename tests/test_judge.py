@@ -538,16 +538,13 @@ def test_a_temperature_is_fitted_kept_and_used(judge: Judge, tmp_path: Path) -> 
 # The command
 
 
-def test_the_command_judges_a_file(workdir: Path, tmp_path: Path) -> None:
+def test_the_command_judges_a_file(workdir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     source, output = ROOT / "examples" / "pairs.csv", tmp_path / "judged.csv"
+    files = (f"--checkpoint={workdir}", f"--input={source}", f"--output={output}")
     words = ("--batch_size=8", "--prompt_len=64", "--prefix=our_", f"--qrels={tmp_path / 'out.qrels'}")
-    done = subprocess.run(
-        [sys.executable, "-m", "agrl_jax.judge", f"--checkpoint={workdir}", f"--input={source}", f"--output={output}",
-         *words],
-        cwd=ROOT, env=os.environ | quick.ENVIRONMENT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "judged 24 of 24 rows" in done.stdout and str(output) in done.stdout
+    assert commands.exit_code(judge_command.main, *files, *words) == 0
+    said = capfd.readouterr().out
+    assert "judged 24 of 24 rows" in said and str(output) in said
     with output.open(newline="") as file:
         rows = list(csv.DictReader(file))
     qrels = [line.split() for line in (tmp_path / "out.qrels").read_text().splitlines()]

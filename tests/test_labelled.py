@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import commands
@@ -24,7 +21,6 @@ from agrl_jax.judging.trained import Settings
 from agrl_jax.rulebook.book import load
 
 BOOK = load("four_tier")
-ROOT = Path(__file__).parent.parent
 
 
 def write(path: Path, rows: list[dict]) -> Path:
@@ -127,20 +123,16 @@ def test_pairs_that_a_judge_cannot_judge_are_told(judge: Judge, tmp_path: Path) 
 # The command
 
 
-def test_the_command_scores_a_judged_file(tmp_path: Path) -> None:
+def test_the_command_scores_a_judged_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     rows = [
         {"query": f"q{i}", "title": "a shoe", "human": str(4 - i % 4), "gpt": str(4 - i // 2 % 4)} for i in range(8)
     ]
     file = write(tmp_path / "them.csv", rows)
-    done = subprocess.run(
-        [sys.executable, "-m", "agrl_jax.evaluate", f"--judged={file}", "--columns={label: human, judge_tier: gpt}"],
-        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert commands.exit_code(evaluate.main, f"--judged={file}", "--columns={label: human, judge_tier: gpt}") == 0
     card = json.loads((tmp_path / "them.scorecard.json").read_text())["judged"]["them"]
     # Labels 0 1 2 3 0 1 2 3 and judgements 0 0 1 1 2 2 3 3: the first and the last are right.
     assert card["accuracy"]["value"] == pytest.approx(2 / 8) and card["nll"]["value"] is None
-    assert "judged wrongly: 6 of 8 pairs, the worst:" in done.stdout
+    assert "judged wrongly: 6 of 8 pairs, the worst:" in capfd.readouterr().out
     with (tmp_path / "them.errors.csv").open(newline="") as errors:
         assert [int(row["grades_off"]) for row in csv.DictReader(errors)] == [2, 2, 1, 1, 1, 1]
 

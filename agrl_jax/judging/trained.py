@@ -187,15 +187,15 @@ def identity(rules: RuleBook, params: Params) -> dict[str, str]:
 
 def fingerprint(params: Params) -> str:
     """A short name for parameters: equal values have equal names, on any devices. Not cryptographic."""
-
-    @jax.jit
-    def checksum(leaf: Array) -> Array:
-        kind = jnp.uint32 if leaf.dtype.itemsize == 4 else jnp.uint16
-        return jnp.sum(jax.lax.bitcast_convert_type(leaf, kind), dtype=jnp.uint32)  # integers: exact in any order
-
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    sums = [(jax.tree_util.keystr(path), leaf.shape, int(checksum(leaf))) for path, leaf in leaves]
+    sums = [(jax.tree_util.keystr(path), leaf.shape, int(_checksum(leaf))) for path, leaf in leaves]
     return hashlib.sha256(repr(sums).encode()).hexdigest()[:16]
+
+
+@jax.jit
+def _checksum(leaf: Array) -> Array:
+    kind = jnp.uint32 if leaf.dtype.itemsize == 4 else jnp.uint16
+    return jnp.sum(jax.lax.bitcast_convert_type(leaf, kind), dtype=jnp.uint32)  # integers: exact in any order
 
 
 # --------------------------------------------------------------------------------------------- the kinds
