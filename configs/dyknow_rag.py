@@ -1,12 +1,11 @@
-"""GRPO on the bundled benchmark with the settings published for DyKnow-RAG (arXiv 2510.11122), and nothing more of it.
+"""GRPO on the bundled benchmark, with the settings published for DyKnow-RAG (arXiv 2510.11122) and nothing else of it.
 
     python -m agrl_jax.main --config=configs/dyknow_rag.py --workdir=runs/dyknow_rag
 
-Published are 16 answers to each example, a sampling temperature of 0.99, a KL weight of 0.02, advantages clamped to
-[-2, 2], and examples whose pass rate lies from 0.01 to 0.9. Its retrieval, its data and its model are no part of this,
-and all other fields are our defaults. The KL estimate k3 is GRPO's, and that pass rates are followed as the policy
-changes is ours. The batch is smaller by as much as the group is larger, so that a step costs what it does in
-`quickstart.py`. Not measured yet.
+The paper has 16 answers to each example, a sampling temperature of 0.99, a KL weight of 0.02, advantages clamped to
+[-2, 2], and examples with pass rates from 0.01 to 0.9. Its retrieval, data and model are left out, and all other fields
+are our defaults. The KL estimate k3 is that of GRPO. It is our choice to update pass rates as the policy changes. The
+group is four times that of `quickstart.py` and the batch a quarter, so that a step costs the same. Not measured yet.
 """
 
 from __future__ import annotations

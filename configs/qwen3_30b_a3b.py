@@ -4,8 +4,9 @@
     python -m agrl_jax.main --config=configs/qwen3_30b_a3b.py --config.policy.pretrained=DIR --workdir=runs/qwen3_30b
 
 The metrics `experts/...` tell how its routers spread the tokens of the prompts. The argument names another method:
-`--config=configs/qwen3_30b_a3b.py:grpo`. Not run yet: parameters and moments take 23 GB on each of sixteen devices;
-what the steps take besides has not been measured where ragged products are native (on CPUs they are dense, and large).
+`--config=configs/qwen3_30b_a3b.py:grpo`. Not run yet: parameters and moments take 23 GB on each of sixteen devices. The
+other memory of the steps has not been measured on devices with native ragged products (on CPUs they are dense and
+large).
 """
 
 from __future__ import annotations

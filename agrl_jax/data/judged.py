@@ -29,9 +29,10 @@ class Taught:
 
 
 def read_taught(path: epath.PathLike, book: RuleBook, columns: Mapping[str, str]) -> Taught:
-    """Reads pairs with `judge_tier`, `judge_prob_TIER` and, where they are known, `judge_step_STEP`. Steps that do not
-    imply the tier imply another, which then is the one that the answer with these steps states. `columns` are the
-    file's names of the texts, where they are not ours.
+    """Reads pairs with `judge_tier`, `judge_prob_TIER` and, where they are known, `judge_step_STEP`.
+
+    If all steps are known, the pair takes the tier that they imply, so that tier and steps of an answer agree.
+    `columns` are the file's names of the texts, where they are not ours.
 
     Raises:
       PairsError: the file cannot be read, lacks a column, has rows that cannot be used, or no judgement.

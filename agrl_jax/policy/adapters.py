@@ -1,4 +1,4 @@
-"""Low-rank adapters as a file of their own, small enough to ship; their base model lies elsewhere.
+"""Low-rank adapters in a file of their own, small enough to ship and without their base model.
 
 The file's header names the base (a path, or a name that `shipped.find` knows), and rank, alpha and modules; the tensors
 have the paths of the adapted matrices, with `a` and `b`.

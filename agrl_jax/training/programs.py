@@ -198,14 +198,16 @@ def _optimiser(config: ConfigDict, model: Model, stage: str, updates: int = 1, *
 
 
 def left_to(config: ConfigDict, reference: Weights) -> Weights:
-    """The end of the warm start for the stage after it: in the dtype of a base, where that stage begins adapters."""
+    """The end of the warm start, as the stage after it takes it: in the dtype of a base if that stage begins adapters.
+    """
     if reference.base is None and assemble.adapters_of(config, "rl") is not None:
         return Weights(assemble.as_base(config, reference.trained))
     return reference
 
 
 def _from_reference(config: ConfigDict, reference: Weights) -> tuple[Params | None, Params | None]:
-    """What the stage after the warm start trains over, and what it starts from: None, and None for fresh adapters."""
+    """What the stage after the warm start gets: the base (None if it trains all weights), and the parameters to start
+    from (None for fresh adapters)."""
     if reference.base is None and assemble.adapters_of(config, "rl") is not None:
         return reference.trained, None
     return reference.base, reference.trained
@@ -220,9 +222,8 @@ def _fresh_state(
 ) -> tuple[Callable[[], TrainState], TrainState]:
     """A function that makes the state at step 0 on the mesh, and the state's shapes, dtypes and shardings.
 
-    Starts from a copy of `start`, since the step donates its state; without, from the weights of the
-    pretrained model, or from a random draw. `guided` makes what guidance remembers, `rated` what sampling by
-    difficulty does.
+    The state has a copy of `start`, since the step donates its state. Without `start`, it has the weights of the
+    pretrained model, or random ones. `guided` makes the memory of guidance, `rated` that of sampling by difficulty.
     """
     init, axes = assemble.trained_part(config, model, stage)
     adapters = assemble.adapters_of(config, stage)

@@ -16,7 +16,7 @@ import random
 
 from agrl_jax.rulebook.book import RuleBook
 
-# The roles of each trade, as people call them: as ads call them.
+# By trade, the roles as people call them, each with the names that ads use.
 TRADES = {
     "care": {"nurse": ("Registered Nurse", "Staff Nurse RGN"), "carer": ("Care Assistant", "Support Worker")},
     "kitchen": {"cook": ("Chef de Partie", "Line Cook"), "kitchen porter": ("Dishwasher", "Kitchen Porter")},
