@@ -7,9 +7,9 @@ A list is a file with the columns `query`, an item (`id`, `product_id` or `title
 `--item`) and `rank` or `score`; with neither, its rows are in order. Without `--a` the judged file itself is the list.
 The judged file has `judge_tier`, as `agrl_jax.judge` writes it; `--columns="{judge_tier: label}"` takes labels.
 
-Prints nDCG@k and precision@k, the share of judged items, and of two lists the difference of b less a with its 95%
+Prints nDCG@k and precision@k, the share of judged items, and of two lists the difference b minus a, with its 95%
 interval and the p of a paired t-test over queries. `--out` holds them by query, the largest loss of b first, and the
-JSON file beside it the summary. Gains are grades less the lowest grade; an item that is not judged is worth nothing.
+JSON file beside it the summary. Gains are grades minus the lowest grade; an item that is not judged is worth nothing.
 """
 
 from __future__ import annotations

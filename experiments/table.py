@@ -148,7 +148,7 @@ def _in_short(
     short = {"macro_f1": METRICS["macro_f1"], "all_right": METRICS["all_right"]}
     columns = ["method", "seeds"]
     for split in measured:
-        columns += [f"{split}: {title}" for title in (*short.values(), f"macro-F1 of {reference} less it")]
+        columns += [f"{split}: {title}" for title in (*short.values(), f"{reference} minus it")]
     rows = []
     for run, seeds in found.items():
         row = [run, str(len(seeds))]
@@ -180,7 +180,8 @@ def _differences(split: str, reference: str, differences: Measured) -> Table:
     rows = [
         [run, *(str(measure(values[metric])) for metric in COMPARED)] for run, values in differences.items()
     ]
-    return Table(f"{split}: {reference} less each other", ["less", *(METRICS[name] for name in COMPARED)], rows, _NOTE)
+    columns = ["minus", *(METRICS[name] for name in COMPARED)]
+    return Table(f"{split}: {reference} minus each other method", columns, rows, _NOTE)
 
 
 def _families(split: str, found: Found, bootstrap: int) -> Table:

@@ -189,7 +189,7 @@ def test_a_sweep_killed_and_started_again_makes_each_run_once_and_a_table_of_the
 
     process = command(tmp_path, "experiments.table", "--bootstrap=20")
     said = process.communicate()[0]
-    assert process.returncode == 0 and "b_eval: agrl less each other" in said, said
+    assert process.returncode == 0 and "b_eval: agrl minus each other method" in said, said
     plots = {"scores.png", "curves.png", "training.png"}
     assert {file.name for file in kept.iterdir()} >= {"table.md", "table.csv", *plots}
 

@@ -64,7 +64,7 @@ def score(judged: Judgements, book: RuleBook, bootstrap: int = 1000, seed: int =
 def paired_difference(
     start: Judgements, end: Judgements, metric: str, book: RuleBook, bootstrap: int = 1000, seed: int = 0
 ) -> dict[str, float | None]:
-    """`{value, low, high}` of a metric of `end` less that of `start`, both judging the same pairs.
+    """`{value, low, high}` of a metric of `end` minus that of `start`, both judging the same pairs.
 
     Each resample gives both the same weights of queries, so that what makes a pair hard for both cancels.
     `metric` is any of `score`, such as `macro_f1`.

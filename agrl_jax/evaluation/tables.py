@@ -89,7 +89,7 @@ class Sheet(NamedTuple):
 def table(cards: Mapping[str, Mapping[str, Scores]]) -> rich.console.Group:
     """Scorecards to print with rich: the stages side by side, split by split, and a short table by family.
 
-    Two stages fit 80 columns, three fit 100. The difference is the last stage less the first.
+    Two stages fit 80 columns, three fit 100. The difference is the last stage minus the first.
     """
     drawn = []
     for sheet in sheets(cards):
@@ -149,7 +149,7 @@ def _metrics_sheet(split: str, stages: Mapping[str, Scores]) -> Sheet:
 
 
 def _row(name: str, measures: Sequence[Mapping[str, Any] | None]) -> list[str]:
-    """Support, each stage's value with interval, and the last less the first."""
+    """Support, each stage's value with interval, and the last minus the first."""
     cells = [_support(measures)]
     for measure in measures:
         cell = _short(measure and measure["value"])
