@@ -228,6 +228,7 @@ def test_pairs_without_steps_are_refused_before_anything_is_trained(tmp_path: Pa
     config = config_of(path, **{"rulebook.variants": 2, "data.style": "full", "data.prompt_len": 96})
     with pytest.raises(ConfigError, match="rulebook.variants=2: no training pair has all its steps known"):
         run.train(config, str(tmp_path / "run"), say=lambda *_: None)
+    assert not (tmp_path / "run" / assemble.CONFIG_FILE).exists()
 
 
 # ------------------------------------------------------------------------------------------------- a run

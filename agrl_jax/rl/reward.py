@@ -153,10 +153,8 @@ def is_consistent(steps: Array, tier: Array, tables: RuleTables, book: Array | N
     code = jnp.zeros(tier.shape, jnp.int32)
     for index, size in enumerate(tables.num_values):
         code = code * size + jnp.maximum(steps[..., index], 0)
-    if book is None:
-        implied = jnp.asarray(tables.tier_of[0])[code]
-    else:
-        implied = jnp.asarray(tables.tier_of)[book[:, None], code]
+    tier_of = jnp.asarray(tables.tier_of)
+    implied = tier_of[0][code] if book is None else tier_of[book[:, None], code]
     return (tier != UNKNOWN) & jnp.all(steps != UNKNOWN, axis=-1) & (implied == tier)
 
 

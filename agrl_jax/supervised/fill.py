@@ -106,8 +106,7 @@ def tokens_learnt(blanks: Blanks, batch: Batch) -> Array:
 
 def possible_steps(tables: RuleTables, batch: Batch) -> Array:
     """[B, values of step 0, ..., values of step R - 1] bool: combinations that agree with what is known."""
-    one_for_all = batch.book is None
-    table = jnp.asarray(tables.tier_of[0]) if one_for_all else jnp.asarray(tables.tier_of)[batch.book]  # [B, ...]
+    table = jnp.asarray(tables.tier_of)[0 if batch.book is None else batch.book]  # one for all, or [B, ...]
     possible = table.reshape(*table.shape[:-1], *tables.num_values) == jnp.expand_dims(
         batch.tier, tuple(range(1, tables.num_steps + 1))
     )

@@ -235,13 +235,13 @@ def _set_up(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh, sa
     check_guidance(config, len(data.pairs(_trained_on(config, "rl"))))
     check_constrained(config, model.tables.shortest)
     splits = assemble.encode(config, model, data, _needed(config, data))
+    _check_variants(say, model, splits)
     if jax.process_index() == 0:
         assemble.write_config(config, workdir)
         assemble.keep_rules(config, workdir)
     at = checkpoints.newest()
     writer = MetricsWriter(workdir, resume=at)
     _say_set_up(say, mesh, rules, data)
-    _check_variants(say, model, splits)
     if at is not None:
         say(f"resuming from {at[0]} step {at[1]} in {workdir}")
     evaluator = assemble.make_evaluator(config, judging, mesh)
