@@ -111,8 +111,10 @@ def base() -> ConfigDict:
     c.policy.param_dtype = "float32"  # of the parameters as they are trained and kept
     c.policy.compute_dtype = "float32"  # of activations and products; bfloat16 is faster on GPUs and TPUs
     c.policy.remat = False  # recompute layers in the backward pass, to save memory
-    # dense: attention holds the scores of all tokens by all; blockwise: those of a block at a time, so that memory does
-    # not grow with the square of the length. auto: on GPUs and TPUs blockwise from 1024 keys of a token on, else dense.
+    # dense: attention holds the scores of all tokens by all. blockwise: those of a block at a time, so that memory does
+    # not grow with the square of the length. kernel: so too, but TPUs go forward by JAX's kernel, where it can be used
+    # (bfloat16, head_dim a multiple of 128, no sliding window). auto: dense on CPUs, and where a token sees fewer than
+    # 1024 keys; else blockwise, since the kernel has not been timed.
     c.policy.attention = "auto"
     c.policy.thinking = "off"  # on: the model is asked to think before it answers; for rule books with free text
     c.policy.thought_len = 256  # tokens after which a thought is closed by force

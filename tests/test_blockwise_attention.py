@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from test_transformer import BASE, PROMPT_LEN, drawn, tokens, variants
 
-from agrl_jax.policy import blockwise_attention
+from agrl_jax.policy import blockwise_attention, tpu_attention
 from agrl_jax.policy.attention import LayerPrefix, _attend, _attend_blockwise
 from agrl_jax.policy.scoring import instructed, predicting_hidden, prefill, run_groups
 from agrl_jax.policy.transformer import build
@@ -30,21 +30,24 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blockwise_attention, "BLOCK", 4)
 
 
-def arrays(dtype: str = "float32", slots: int = N) -> dict[str, jax.Array]:
+def arrays(
+    dtype: str = "float32", slots: int = N, f: int = F, examples: int = B, kv_heads: int = K
+) -> dict[str, jax.Array]:
+    b, k = examples, kv_heads
     sizes = {
-        "q": (B, G, K, Q, N, F), "k": (B, G, K, slots, F), "v": (B, G, K, slots, F), "prompt_k": (B, K, S, F),
-        "prompt_v": (B, K, S, F), "shared_k": (K, SHARED, F), "shared_v": (K, SHARED, F),
+        "q": (b, G, k, Q, N, f), "k": (b, G, k, slots, f), "v": (b, G, k, slots, f), "prompt_k": (b, k, S, f),
+        "prompt_v": (b, k, S, f), "shared_k": (k, SHARED, f), "shared_v": (k, SHARED, f),
     }  # fmt: skip
     rng = np.random.default_rng(0)
     return {name: jnp.asarray(rng.normal(size=size), dtype) for name, size in sizes.items()}
 
 
-def values_and_gradients(attend, given, offset=None, reach=None):
+def values_and_gradients(attend, given, offset=None, reach=None, lengths=LENGTHS):
     """Of attention, and of all its inputs with a different slope at each output."""
-    into = np.random.default_rng(1).normal(size=(B, G, K, Q, N, F))
+    into = np.random.default_rng(1).normal(size=given["q"].shape)
 
     def run(given):
-        prefix = LayerPrefix(given["prompt_k"], given["prompt_v"], LENGTHS) if "prompt_k" in given else None
+        prefix = LayerPrefix(given["prompt_k"], given["prompt_v"], lengths) if "prompt_k" in given else None
         shared = Instructions(given["shared_k"], given["shared_v"]) if "shared_k" in given else None
         mixed = attend(given["q"], given["k"], given["v"], offset, prefix, shared, reach)
         return jnp.sum(mixed * into), mixed
@@ -92,6 +95,23 @@ def test_in_bfloat16_it_is_as_exact_as_all_scores(close):
     mixed, gradients = values_and_gradients(blockwise, rounded)
     assert mixed.dtype == jnp.bfloat16 and all(x.dtype == jnp.bfloat16 for x in gradients.values())
     close((mixed, gradients), exact, 0.01)
+
+
+def test_the_kernel_of_tpus_takes_the_place_of_the_forward_loop(close, monkeypatch):
+    """Interpreted. The gradient is in blocks, from what the kernel leaves."""
+    monkeypatch.setattr(blockwise_attention, "BLOCK", 128)
+    rounded = arrays("bfloat16", f=128)
+    rounded["q"] /= 12  # scaled, as queries are
+    exact = values_and_gradients(dense, jax.tree.map(lambda x: x.astype(jnp.float32), rounded))
+    close(values_and_gradients(partial(blockwise, kernel=True), rounded), exact, 0.01)  # not on this platform
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, tpu, default: tpu(*args))
+    monkeypatch.setattr(tpu_attention, "forward", partial(tpu_attention.forward, interpret=True))
+    close(values_and_gradients(partial(blockwise, kernel=True), rounded), exact, 0.01)
+
+
+def test_the_kernel_is_for_bfloat16_and_whole_registers():
+    assert tpu_attention.supports("bfloat16", 128)
+    assert not any(tpu_attention.supports(*what) for what in (("float32", 128), ("bfloat16", 64)))
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ import quick
 from conftest import END, RESPONSE_LEN, VOCABULARY, Small, lenient, make_small
 
 from agrl_jax import recipes
-from agrl_jax.policy import decode_attention, decoding, layers, transformer
+from agrl_jax.policy import blockwise_attention, decode_attention, decoding, layers, transformer
 from agrl_jax.policy.scoring import instructed, predicting_hidden, prefill, token_logprobs
 from agrl_jax.rl import difficulty, guidance
 from agrl_jax.rl.difficulty import DifficultyConfig
@@ -94,6 +94,25 @@ def test_so_does_decoding_as_a_platform_does_it(platform):
 @pytest.mark.slow
 def test_so_do_answers_sampled_under_the_grammar():
     assert "compared: 2x2x2; flipped tokens: 0" in run_on_eight("compare_constrained", "2x2x2")
+
+
+@pytest.mark.slow
+def test_attention_in_blocks_is_attention():
+    assert "compared: 8x1x1 2x2x2 1x2x4" in run_on_eight("compare_attention", "8x1x1", "2x2x2", "1x2x4")
+
+
+def compare_attention(*meshes: str) -> None:
+    """Values and gradients of attention in blocks on each mesh are those of all scores on one device."""
+    from test_blockwise_attention import LENGTHS, arrays, blockwise, dense, values_and_gradients
+
+    blockwise_attention.BLOCK = 4
+    given = arrays(examples=8, kv_heads=4)
+    expected = jax.device_get(values_and_gradients(dense, given, None, jnp.int32(17), jnp.tile(LENGTHS, 4)))
+    for sizes in meshes:
+        attend = partial(blockwise, placement=sharding.placing(mesh_of(sizes)))
+        found = jax.device_get(values_and_gradients(attend, given, None, jnp.int32(17), jnp.tile(LENGTHS, 4)))
+        jax.tree_util.tree_map_with_path(partial(close, sizes), found, expected)
+    print(f"compared: {' '.join(meshes)}")
 
 
 RATE = 0.5  # of plain gradient descent

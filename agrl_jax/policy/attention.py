@@ -127,7 +127,8 @@ class Attention(nnx.Module):
         if n == 1 and offset is not None and prefix is not None and by_kernel:
             mixed = _attend_once(q[:, :, :, :, 0], k, v, offset, prefix, instructions, placement)[:, :, :, :, None]
         elif n > 1 and self._blockwise(k, prefix, instructions):
-            mixed = _attend_blockwise(q, k, v, offset, prefix, instructions, reach, placement)
+            kernel = self.cfg.attention == "kernel"
+            mixed = _attend_blockwise(q, k, v, offset, prefix, instructions, reach, placement, kernel)
         else:
             mixed = _attend(q, k, v, 0 if offset is None else offset, prefix, instructions, reach)
         return jnp.moveaxis(mixed, 4, 2).astype(v.dtype).reshape(b, g, n, cfg.heads, f)
@@ -136,7 +137,7 @@ class Attention(nnx.Module):
         """Whether scores over these keys are never held."""
         sources = (k, *(x.k for x in (prefix, instructions) if x is not None))
         many = sum(keys.shape[-2] for keys in sources) >= blockwise_attention.LONG
-        return self.cfg.attention == "blockwise" or (self.cfg.attention == "auto" and many)
+        return self.cfg.attention in ("blockwise", "kernel") or (self.cfg.attention == "auto" and many)
 
     def attend_groups(
         self, q: Array, k: Array, v: Array, prompt_len: Array, size: tuple[int, int],
@@ -231,10 +232,13 @@ def _attend(
 
 def _attend_blockwise(
     q: Array, k: Array, v: Array, offset: Array | int | None, prefix: LayerPrefix | None,
-    instructions: Instructions | None, reach: Array | None, placement: Placement,
+    instructions: Instructions | None, reach: Array | None, placement: Placement, kernel: bool = False,
 ) -> Array:
-    """`_attend` whose scores are never held, in the dtype of `v`. Each device goes through its own examples and heads;
-    the gradient of the instructions is summed over devices once, at the end."""
+    """`_attend` whose scores are never held, in the dtype of `v`; `kernel` as in `blockwise_attention.attend`.
+
+    Each device goes through its own examples and heads; the gradient of the instructions is summed over devices once,
+    at the end.
+    """
     prompt = ("batch", *KEYS[2:])
     named = {"q": (q, (*KEYS, None)), "k": (k, KEYS), "v": (v, KEYS)}
     if offset is not None:
@@ -249,7 +253,7 @@ def _attend_blockwise(
     def attend(q: Array, *others: Array) -> Array:
         given = dict(zip(list(named)[1:], others, strict=True))
         segments = blockwise_attention.segments(q.shape[4], **given)
-        return blockwise_attention.attend(q, segments, blockwise_attention.BLOCK)
+        return blockwise_attention.attend(q, segments, blockwise_attention.BLOCK, kernel)
 
     arrays, axes = zip(*named.values(), strict=True)
     return placement.split(attend, axes, (*KEYS, None))(*arrays)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from agrl_jax.policy import tpu_attention
 from agrl_jax.types import Array
 
 LONG = 1024  # keys of a query from which `auto` goes through them in blocks
@@ -41,6 +42,11 @@ class Segment:
     first: Array | None  # [B or 1, n] the first; None: it is the first of all
     axes: str = dataclasses.field(metadata={"static": True})  # "bgk": each answer's own; "bk": a group's; "k": all's
     causal: bool = dataclasses.field(default=False, metadata={"static": True})  # no query sees a key later than itself
+
+    @property
+    def simple(self) -> bool:
+        """Whether queries see the keys up to themselves, or else all those that there are for their example."""
+        return self.first is None and (self.causal or "g" not in self.axes)
 
 
 def segments(
@@ -68,25 +74,34 @@ def segments(
     return tuple(segment for segment in found if segment.k.shape[-2])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def attend(q: Array, segments: tuple[Segment, ...], block: int) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def attend(q: Array, segments: tuple[Segment, ...], block: int, kernel: bool = False) -> Array:
     """Attention of scaled queries [B, G, K, Q, n, F], in that shape and in the dtype of the values.
 
     Q query heads share each of the K key heads; F is the size of a head. Each query must see a key of some segment.
     Products are of the operands' dtype, summed in float32, as is all that lies between them. `block` bounds the queries
-    and the keys of a block.
+    and the keys of a block. With `kernel`, TPUs go through the segments for which it can be used by JAX's own kernel.
     """
-    return _attend_forward(q, segments, block)[0]
+    return _attend_forward(q, segments, block, kernel)[0]
 
 
-def _attend_forward(q: Array, segments: tuple[Segment, ...], block: int) -> tuple[Array, tuple]:
-    parts = [_forward(q, segment, block) for segment in segments]
+def _attend_forward(q: Array, segments: tuple[Segment, ...], block: int, kernel: bool) -> tuple[Array, tuple]:
+    # What queries see is known before any layer runs. Behind a barrier with queries it is worked out block by block all
+    # the same; rematerialisation would keep it for all pairs of blocks.
+    rows, behind = jax.lax.optimization_barrier((q, segments))
+    parts = []
+    for segment in behind:
+        plain, by_kernel = (partial(function, block=block) for function in (_forward, _forward_by_kernel))
+        if kernel and segment.simple and tpu_attention.supports(q.dtype, q.shape[-1]):
+            parts.append(jax.lax.platform_dependent(rows, segment, tpu=by_kernel, default=plain))
+        else:
+            parts.append(plain(rows, segment))
     lse = functools.reduce(jnp.logaddexp, (lse for _, lse in parts))
     mixed = sum(jnp.exp(own - lse)[..., None] * part for part, own in parts).astype(segments[0].v.dtype)
     return mixed, (q, segments, mixed, lse)
 
 
-def _attend_backward(block: int, kept: tuple, slope: Array) -> tuple[Array, tuple[Segment, ...]]:
+def _attend_backward(block: int, kernel: bool, kept: tuple, slope: Array) -> tuple[Array, tuple[Segment, ...]]:
     """With the log-sum-exp of all segments, and with the product of output and slope, each segment's part is apart."""
     q, segments, mixed, lse = kept
     dot = jnp.sum(slope.astype(jnp.float32) * mixed, axis=-1)
@@ -187,9 +202,6 @@ def _over_pairs(blocks: _Blocks, step: Callable[[Sums, Array, Array], Sums], car
 
 def _forward(q: Array, segment: Segment, block: int) -> tuple[Array, Array]:
     """The output [B, G, K, Q, n, F] over one segment, and the log-sum-exp [B, G, K, Q, n]; both float32."""
-    # What queries see is known before any layer runs. Behind a barrier with queries it is worked out block by block all
-    # the same; rematerialisation would keep it for all pairs of blocks.
-    q, segment = jax.lax.optimization_barrier((q, segment))
     blocks = _Blocks(q.shape, segment, block)
     rows = blocks.of_queries(q)
 
@@ -205,6 +217,19 @@ def _forward(q: Array, segment: Segment, block: int) -> tuple[Array, Array]:
     empty = jnp.full(rows.shape[:2], _MASKED), jnp.zeros(rows.shape[:2]), jnp.zeros(rows.shape)
     peak, total, mixed = _over_pairs(blocks, step, empty)
     return blocks.to_queries(mixed / total[..., None]), blocks.to_queries(peak + jnp.log(total))
+
+
+def _forward_by_kernel(q: Array, segment: Segment, block: int) -> tuple[Array, Array]:
+    """`_forward` on a TPU; the kernel rounds its output to the dtype of q."""
+    if segment.causal:
+        rows, of_z = q.reshape(-1, *q.shape[3:]), (x.reshape(-1, *x.shape[3:]) for x in (segment.k, segment.v))
+        mixed, lse = tpu_attention.forward(rows, *of_z, None, block)
+        return mixed.reshape(q.shape).astype(jnp.float32), lse.reshape(q.shape[:-1])
+    blocks, examples = _Blocks(q.shape, segment, block), len(segment.last) if "b" in segment.axes else 1
+    size = jnp.broadcast_to(segment.last[:examples, :1] + 1, (examples, q.shape[2])).reshape(-1)
+    of_z = (x.reshape(len(size), *x.shape[-2:]) for x in (segment.k, segment.v))
+    mixed, lse = tpu_attention.forward(blocks.of_queries(q)[:, None], *of_z, size, block)
+    return blocks.to_queries(mixed[:, 0]).astype(jnp.float32), blocks.to_queries(lse[:, 0])
 
 
 def _backward(q: Array, segment: Segment, slope: Array, lse: Array, dot: Array, block: int) -> Sums:

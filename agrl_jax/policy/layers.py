@@ -82,7 +82,7 @@ class PolicyConfig:
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
     remat: bool = False
-    attention: str = "dense"  # holds all scores; blockwise: never; auto: blockwise where a token sees many keys
+    attention: str = "dense"  # holds all scores; blockwise, kernel: never; auto: blockwise for many keys
     max_positions: int = 4096  # written into exports; nothing here depends on it
     rope_scaling: RopeScaling | None = None
     unrotated_every: int = 0  # layers whose number (from 1) this divides have no rotary positions; 0: all have them
@@ -95,8 +95,8 @@ class PolicyConfig:
             raise ValueError(f"policy.kv_heads={self.kv_heads} must divide policy.heads={self.heads}")
         if self.norms not in ("before", "after", "both"):
             raise ValueError(f"policy.norms={self.norms!r} is not one of before, after, both")
-        if self.attention not in ("auto", "dense", "blockwise"):
-            raise ValueError(f"policy.attention={self.attention!r} is not one of auto, dense, blockwise")
+        if self.attention not in ("auto", "dense", "blockwise", "kernel"):
+            raise ValueError(f"policy.attention={self.attention!r} is not one of auto, dense, blockwise, kernel")
         if self.activation not in ("silu", "gelu_tanh"):
             raise ValueError(f"policy.activation={self.activation!r} is not one of silu, gelu_tanh")
         if self.window and self.rope_scaling is not None and self.rope_scaling.attention != 1:

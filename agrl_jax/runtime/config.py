@@ -216,7 +216,7 @@ RULES: Mapping[str, Rule] = {
     "policy.param_dtype": _DTYPE,
     "policy.compute_dtype": _DTYPE,
     "policy.remat": _FLAG,
-    "policy.attention": _one_of("auto", "dense", "blockwise"),
+    "policy.attention": _one_of("auto", "dense", "blockwise", "kernel"),
     # Low-rank adapters.
     "lora.rank": _COUNT,
     "lora.alpha": _POSITIVE,
