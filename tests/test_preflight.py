@@ -222,9 +222,7 @@ def config(**fields):
     return c
 
 
-@pytest.mark.parametrize(
-    ("layers", "length", "micro", "chunk"), [(2, 16, 1, 0), (8, 64, 1, 0), (8, 16, 4, 8), (2, 64, 4, 8)]
-)
+@pytest.mark.parametrize(("layers", "length", "micro", "chunk"), [(8, 16, 1, 0), (2, 64, 4, 8)])
 def test_matrix_operations_of_the_step_worked_out_by_hand(uncompiled, monkeypatch, layers, length, micro, chunk):
     found = step_flops(monkeypatch, **{
         "policy.layers": layers, "data.response_len": length, "rl.micro_batches": micro,
