@@ -3,6 +3,7 @@ response is one token, a policy small enough to compile in a second, batches who
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import shutil
@@ -122,6 +123,12 @@ def make_small(folder: Path, **shape: int) -> Small:
 def lenient(tables: RuleTables) -> RuleTables:
     """The tables, changed so that every answer is well-formed: an untrained policy hardly ever samples one that is."""
     return tables.replace(grammar_distance=0 * tables.grammar_distance)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays, so collections of garbage need not look at it again and again."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ GPU = jax.default_backend() == "gpu"
 
 
 def drawn(index: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(index), shape).astype(jnp.bfloat16)
+    return jnp.asarray(np.random.default_rng(index).normal(size=shape), jnp.bfloat16)
 
 
 def both(
@@ -30,7 +30,7 @@ def both(
     run = jax.jit(partial(decode_attention.decode_attention, interpret=not GPU))
     kernel = run(q, k, v, jnp.int32(offset), *prefix, *shared)
     q, k, v, *wide = (x.astype(jnp.float32) for x in (q[:, :, :, :, None], k, v, *prefix[:2], *shared))
-    plain = _attend(
+    plain = jax.jit(_attend)(
         q, k, v, offset, LayerPrefix(*wide[:2], prefix[2]), Instructions(*wide[2:]) if instructions else None
     )
     return np.asarray(kernel, np.float32), np.asarray(plain[:, :, :, :, 0])

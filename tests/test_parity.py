@@ -130,8 +130,13 @@ def test_padded_prompts_and_shared_prefixes_give_the_logits_of_whole_sequences(c
     policy, _, _ = build(cfg)
     prompts, lengths = hf_models.tokens(case, 3, 9, cfg.vocab_size), np.array([9, 4, 6])
     responses = hf_models.tokens(case + "!", 6, 5, cfg.vocab_size).reshape(3, 2, 5)
-    prefix = prefill(policy, params, jnp.asarray(prompts), jnp.asarray(lengths))
-    ours = policy.unembed(params, predicting_hidden(policy, params, prefix, jnp.asarray(responses)))
+
+    @jax.jit
+    def run(params, prompts, lengths, responses):
+        prefix = prefill(policy, params, prompts, lengths)
+        return policy.unembed(params, predicting_hidden(policy, params, prefix, responses))
+
+    found = run(params, prompts, lengths, responses)
 
     hf_models.write(tmp_path, case)
     model = hf_model(tmp_path)
@@ -146,7 +151,7 @@ def test_padded_prompts_and_shared_prefixes_give_the_logits_of_whole_sequences(c
         positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
         theirs = hf_logits(model, rows, attention_mask=mask, position_ids=positions)
         expected = np.stack([row[span] for row, span in zip(theirs, spans, strict=True)]).reshape(3, 2, 5, -1)
-        near(ours, expected)
+        near(found, expected)
 
 
 def test_bfloat16_stays_close_to_float32(tmp_path):

@@ -14,9 +14,9 @@ from test_step import CONFIG
 from agrl_jax.data.pairs import Pair
 from agrl_jax.evaluation.samples import score_answers
 from agrl_jax.policy.tokenizer import train_bpe
-from agrl_jax.rl import reader
+from agrl_jax.rl import reader, reward
 from agrl_jax.rl.objective import advantages
-from agrl_jax.rl.reward import RewardConfig, component_names, is_consistent, is_model_answer, score
+from agrl_jax.rl.reward import RewardConfig, component_names, is_consistent, is_model_answer
 from agrl_jax.rulebook.automaton import compile_tables
 from agrl_jax.types import UNKNOWN, Batch, Reading, Rollout
 
@@ -28,6 +28,7 @@ SUM = RewardConfig(
 )
 T = 8
 TIER, FIT, BRAND, CONSISTENT, FORMAT, OVERLONG = range(6)
+score = jax.jit(reward.score, static_argnames="cfg")
 
 
 def scored(small, stated, cfg=SUM, truth=(0, 0), tier=0, position=None, forced_len=0, length=4, well_formed=True,
@@ -54,7 +55,7 @@ def scored(small, stated, cfg=SUM, truth=(0, 0), tier=0, position=None, forced_l
         prompt=empty, prompt_len=empty[0], gold=empty, gold_len=empty[0], part_end=empty, known_parts=empty[0],
         steps=np.array([truth], np.int32), tier=np.array([tier], np.int32), row=empty[0], family=empty[0],
     )
-    s = score(reading, rolled, batch, small.tables, cfg)
+    s = score(reading, rolled, batch, small.tables, cfg=cfg)
     return (s, reading, batch) if whole else s
 
 
@@ -193,9 +194,10 @@ def test_the_expected_policy_gradient_is_that_of_the_score(small, kind, loss, fa
     rolled = Rollout(tokens=0 * yes, logp=0.0 * yes, sampled=yes, valid=yes, finished=yes[..., 0])
     reading = Reading(stated, np.ones_like(stated), np.ones_like(stated), well_formed=yes[..., 0])
     batch = small.batch([(0, 0)] * 81, tiers=[truth] * 81)
-    s = score(reading, rolled, batch, small.tables, dataclasses.replace(SUM, composition="terminal", tier_kind=kind))
+    cfg = dataclasses.replace(SUM, composition="terminal", tier_kind=kind)
+    s = score(reading, rolled, batch, small.tables, cfg=cfg)
     config = dataclasses.replace(CONFIG.objective, loss=loss, credit="sequence", kl="none")
-    advantage = advantages(s, reading, ~yes[..., 0], T, config)[..., 0]
+    advantage = jax.jit(advantages, static_argnums=(3, 4))(s, reading, ~yes[..., 0], T, config)[..., 0]
 
     def surrogate(logits):  # the advantages are constants, as in the loss
         logp = jax.nn.log_softmax(logits)[groups]
@@ -276,7 +278,7 @@ def test_score_of_answers_as_the_reader_reads_them(small):
     sampled = valid & ~((np.arange(6) < 3) & (np.arange(3) == 2)[None, :, None])
     rolled = Rollout(tokens, np.zeros(tokens.shape, np.float32), sampled, valid, np.ones((1, 3), bool))
     reading = reader.read(small.tables, tokens, valid)
-    s = score(reading, rolled, small.batch([(0, 0)]), small.tables, dataclasses.replace(SUM, overlong_from=6))
+    s = score(reading, rolled, small.batch([(0, 0)]), small.tables, cfg=dataclasses.replace(SUM, overlong_from=6))
     np.testing.assert_allclose(s.total[0], [2.375, 1.0, 0.125])
     np.testing.assert_array_equal(s.passed[0], [True, False, False])
 

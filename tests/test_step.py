@@ -262,14 +262,15 @@ def test_a_batch_sampled_in_pieces_has_the_same_answers(small, truths, platform)
 def test_groups_to_learn_from_fill_the_first_micro_batches_of_their_shard():
     learnt = np.array([0, 1, 0, 0, 1, 0, 1, 1], bool)
     examples = _Example(np.arange(8)[:, None], np.arange(8), None, None, None, learnt=learnt)
-    pieces, number = _learnt_first(examples, dataclasses.replace(CONFIG, shards=2, micro_batches=4))
+    learnt_first = jax.jit(_learnt_first, static_argnums=1)
+    pieces, number = learnt_first(examples, dataclasses.replace(CONFIG, shards=2, micro_batches=4))
     np.testing.assert_array_equal(pieces.prompt_len, [[1, 4], [0, 6], [2, 7], [3, 5]])
     assert number == 3  # the second shard has three of them
-    pieces, number = _learnt_first(examples, dataclasses.replace(CONFIG, shards=1, micro_batches=2))
+    pieces, number = learnt_first(examples, dataclasses.replace(CONFIG, shards=1, micro_batches=2))
     np.testing.assert_array_equal(pieces.prompt_len, [[1, 4, 6, 7], [0, 2, 3, 5]])
     assert number == 1
     nothing = examples.replace(learnt=np.zeros(8, bool))
-    assert _learnt_first(nothing, dataclasses.replace(CONFIG, shards=2, micro_batches=4))[1] == 0
+    assert learnt_first(nothing, dataclasses.replace(CONFIG, shards=2, micro_batches=4))[1] == 0
 
 
 @pytest.mark.parametrize("number", [0, 2, 4])
@@ -472,6 +473,7 @@ def test_gate_firings_are_answers_of_which_a_right_step_earned_nothing(step, mix
     score = seen.score.replace(raw=jnp.array(raw), earned=jnp.array(earned), counted=jnp.array(counted))
     names = tuple(f"step{i}" for i in range(raw.shape[-1] - 4))
     pairs, group = raw.shape[:2]
-    metrics = _rollout_metrics(mixed, seen.rolled, score, np.arange(pairs) < 2, names)
+    run = jax.jit(_rollout_metrics, static_argnums=4)
+    metrics = run(mixed, seen.rolled, score, np.arange(pairs) < 2, names)
     assert metrics["reward/equal_groups"] == pytest.approx(1 - 2 / pairs)
     assert metrics["reward/gated"] == pytest.approx(1 - (group + 2) / (pairs * group))
