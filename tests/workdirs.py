@@ -20,6 +20,7 @@ ITEMS = ["Query: red shoes", "Item: Nike running shoes, red"]
 def make_workdir(folder: Path, **rulebook: str) -> Path:
     """A workdir with the end of a warm start and two checkpoints of RL; the first one is the best."""
     config = get_config()
+    config.policy.layers = 1  # which compiles sooner
     config.rulebook.update(rulebook)
     assemble.write_config(config, epath.Path(folder))
     assemble.keep_rules(config, epath.Path(folder))
