@@ -25,6 +25,7 @@ from agrl_jax.data.pairs import Pair, PairsError, item_text
 from agrl_jax.rulebook import book, wording
 
 TENTH = catalog.SIZES | {"sft": 2_400, "train": 4_000}  # of what is trained on; the rest is whole
+WHOLE = pytest.param(catalog.SIZES, marks=pytest.mark.slow)
 # By pairs to train on: sha256 of the splits of seed 0, and of their reasons. Whoever changes one raises
 # `catalog.VERSION`.
 DIGESTS = {
@@ -42,9 +43,6 @@ EVALS = ("b_eval", "w_eval")
 HELD_IN = ("sft", "train", "validation")
 
 Splits = dict[str, list[Pair]]
-
-
-WHOLE = pytest.param(catalog.SIZES, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module", params=[TENTH, WHOLE], ids=["tenth", "whole"])
