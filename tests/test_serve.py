@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import commands
 import pytest
 import quick
 from workdirs import make_workdir
@@ -243,12 +244,12 @@ def start(workdir: Path, *arguments: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def test_a_port_that_is_taken_is_refused_before_the_model_is_read(tmp_path: Path) -> None:
+def test_a_port_that_is_taken_is_refused_before_the_model_is_read(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     with socket.create_server(("127.0.0.1", 0)) as bound:
-        taken = start(tmp_path, f"--port={bound.getsockname()[1]}")
-        said = taken.communicate(timeout=300)[1]
-    assert taken.returncode == 2
-    assert re.fullmatch(r"error: --host=127.0.0.1 --port=\d+: Address already in use; name another\n", said)
+        port = bound.getsockname()[1]
+        assert commands.exit_code(serve.main, f"--checkpoint={tmp_path}", f"--port={port}") == 2
+    said = f"error: --host=127.0.0.1 --port={port}: Address already in use; name another\n"
+    assert capfd.readouterr().err == said
 
 
 def test_a_request_that_could_never_be_taken_is_no_setting() -> None:
@@ -256,11 +257,12 @@ def test_a_request_that_could_never_be_taken_is_no_setting() -> None:
         serve.run(SimpleNamespace(max_pairs=9, max_waiting=8))
 
 
-def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
-    code = "import sys; sys.modules['uvicorn'] = None; from agrl_jax.serve import main; main(['', '--checkpoint=x'])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2
-    assert done.stderr == "error: serving needs uvicorn: pip install 'agrl_jax[serve]'\n"
+def test_without_the_extra_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert commands.exit_code(serve.main, "--checkpoint=x") == 2
+    assert capfd.readouterr().err == "error: serving needs uvicorn: pip install 'agrl_jax[serve]'\n"
 
 
 @pytest.mark.slow
