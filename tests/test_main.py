@@ -57,7 +57,7 @@ def without_times(path: Path) -> list[dict]:
 def whole(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> tuple[Path, str]:
     """A run that was never interrupted, and its output."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    return workdir, train(workdir, data_dir, {})
+    return workdir, finish(start(workdir, data_dir))
 
 
 def test_writes_everything_it_promises(whole: tuple[Path, str]) -> None:
