@@ -8,6 +8,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,6 +92,18 @@ class Small(NamedTuple):
             row=_int32(rows),
             family=_int32(row % 2 for row in rows),
         )
+
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """[n, V] of what follows each of n tokens, at most 16. All lengths are padded to one, so it compiles once."""
+        padded = _int32([*tokens, *itertools.repeat(0, 16 - len(tokens))])
+        return np.asarray(_logits(self.policy, self.params, padded))[: len(tokens)]
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(policy: Policy, params: Params, tokens: jax.Array) -> jax.Array:
+    hidden, _ = policy.apply(params, tokens[None, None])
+    return policy.unembed(params, hidden[0, 0])
 
 
 def _prompt(row: int) -> list[int]:

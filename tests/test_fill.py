@@ -57,8 +57,7 @@ def own_choice(small, batch, row):
     prompt = batch.prompt[row, : batch.prompt_len[row]].tolist()
 
     def likeliest(response, values):
-        hidden, _ = small.policy.apply(small.params, jnp.array([[prompt + response]]))
-        logits = small.policy.unembed(small.params, hidden[0, 0, -1])
+        logits = small.logits(prompt + response)[-1]
         return max(values, key=lambda value: logits[value])
 
     agree = [

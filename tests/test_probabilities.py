@@ -107,8 +107,7 @@ def whole_logprobs(small, prompt, texts):
     """The log-probability of each text after a prompt, scored as whole sequences, one by one."""
     found = []
     for text in texts:
-        hidden, _ = small.policy.apply(small.params, jnp.array([[[*prompt, *text]]]))
-        logp = jax.nn.log_softmax(small.policy.unembed(small.params, hidden[0, 0]))
+        logp = jax.nn.log_softmax(small.logits([*prompt, *text]))
         found.append(sum(float(logp[len(prompt) + i - 1, token]) for i, token in enumerate(text)))
     return np.array(found)
 

@@ -253,8 +253,8 @@ def test_reasons_are_written_where_they_are_known(small, explained, written):
 
     def likeliest(row, response, values):
         prompt = explained.prompt[row, : explained.prompt_len[row]].tolist()
-        hidden, _ = small.policy.apply(small.params, jnp.array([[prompt + response]]))
-        return max(values, key=lambda value: small.policy.unembed(small.params, hidden[0, 0, -1])[value])
+        logits = small.logits(prompt + response)[-1]
+        return max(values, key=lambda value: logits[value])
 
     fit = likeliest(1, [], [0, 1])  # fair with brand off, so the fit is not no
     last = likeliest(2, [], [0, 1])
