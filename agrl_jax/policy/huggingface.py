@@ -339,19 +339,24 @@ def _describe(cfg: PolicyConfig) -> dict[str, Any]:
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
         }
-    if (rope := cfg.rope_scaling) is not None:
-        scaling = {"rope_type": rope.kind, "factor": rope.factor}
-        if rope.kind != "linear":
-            scaling["original_max_position_embeddings"] = rope.original
-        if rope.kind == "llama3":
-            scaling |= {"low_freq_factor": rope.low_freq, "high_freq_factor": rope.high_freq}
-        if rope.kind == "yarn":
-            scaling |= {
-                "beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "attention_factor": rope.attention,
-                "truncate": rope.truncate,
-            }  # fmt: skip
-        config["rope_scaling"] = scaling
+    if cfg.rope_scaling is not None:
+        config["rope_scaling"] = _describe_rope(cfg.rope_scaling)
     return config
+
+
+def _describe_rope(rope: RopeScaling) -> dict[str, Any]:
+    """The `rope_scaling` of a config.json."""
+    scaling = {"rope_type": rope.kind, "factor": rope.factor}
+    if rope.kind != "linear":
+        scaling["original_max_position_embeddings"] = rope.original
+    if rope.kind == "llama3":
+        scaling |= {"low_freq_factor": rope.low_freq, "high_freq_factor": rope.high_freq}
+    if rope.kind == "yarn":
+        scaling |= {
+            "beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "attention_factor": rope.attention,
+            "truncate": rope.truncate,
+        }  # fmt: skip
+    return scaling
 
 
 def _save_tensors(folder: Path, cfg: PolicyConfig, params: Params, dtype: Any, max_shard_bytes: int) -> None:
