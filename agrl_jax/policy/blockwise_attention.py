@@ -129,7 +129,7 @@ class _Blocks:
         while block > _SMALLEST and z * block**2 > _SCORES:
             block //= 2
         self.rows, self.keys = min(block, self.alike * shape[4]), min(block, t)
-        self.k, self.v = (_padded(x.reshape(z, t, -1), self.keys) for x in (segment.k, segment.v))
+        self.k, self.v = (tpu_attention.padded(x.reshape(z, t, -1), self.keys, 1) for x in (segment.k, segment.v))
         self.last, self.first = (self._seen(x) for x in (segment.last, segment.first))
         self.causal = segment.causal
 
@@ -140,7 +140,7 @@ class _Blocks:
         """[B, G, K, Q, n, ...] as [Z, N, ...]: rows of one token stand together."""
         order = [_QUERY.index(axis) for axis in self._order]
         turned = x.transpose(*order, *range(len(order), x.ndim))
-        return _padded(turned.reshape(len(self.k), -1, *x.shape[len(order) :]), self.rows)
+        return tpu_attention.padded(turned.reshape(len(self.k), -1, *x.shape[len(order) :]), self.rows, 1)
 
     def to_queries(self, x: Array) -> Array:
         """The reverse of `of_queries`."""
@@ -174,11 +174,6 @@ class _Blocks:
 
     def key(self, x: Array, j: Array) -> Array:
         return jax.lax.dynamic_slice_in_dim(x, j * self.keys, self.keys, axis=1)
-
-
-def _padded(x: Array, block: int) -> Array:
-    """x [Z, N, ...] with zeros up to whole blocks."""
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), *((0, 0),) * (x.ndim - 2)))
 
 
 def _product(spec: str, x: Array, y: Array) -> Array:

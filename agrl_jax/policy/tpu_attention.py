@@ -34,7 +34,7 @@ def forward(
     """
     heads, rows, keys = q.shape[1], q.shape[2], k.shape[1]
     blocks = [min(block, -(-number // _LANES) * _LANES) for number in (rows, keys)]
-    q, (k, v) = _padded(q, blocks[0], 2), (_padded(x, blocks[1], 1) for x in (k, v))
+    q, (k, v) = padded(q, blocks[0], 2), (padded(x, blocks[1], 1) for x in (k, v))
     shape = q.shape[2], k.shape[1]
     mask = splash.CausalMask(shape) if size is None else splash.FullMask(shape)
     run = splash.make_splash_mqa(
@@ -54,7 +54,7 @@ def _among(run: Any, q: Array, k: Array, v: Array, there: Array) -> Any:
     return run(q, k, v, splash.SegmentIds(q=jnp.ones(q.shape[1], jnp.int32), kv=there))
 
 
-def _padded(x: Array, block: int, axis: int) -> Array:
+def padded(x: Array, block: int, axis: int) -> Array:
     """x with zeros along an axis, up to whole blocks."""
     pad = [(0, 0)] * x.ndim
     pad[axis] = (0, -x.shape[axis] % block)

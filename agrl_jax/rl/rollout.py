@@ -136,9 +136,10 @@ def rollout(
     """
     if forced is None:
         forced, forced_len, prefill_forced = *_nothing(keys, length), False
-    start = jnp.zeros_like(forced_len)
+    start, states = jnp.zeros_like(forced_len), jnp.zeros(keys.shape, jnp.int32)
     if prefill_forced:
         prefix, start = extend_prefix(policy, params, prefix, forced, forced_len), forced_len
+        states = _after_forced(grammar, states, forced, forced_len)
     sampler = _Sampler(
         policy, params, keys, forced, forced_len, start, temperature, (end_token, other_ends), grammar, thought
     )
@@ -153,7 +154,7 @@ def rollout(
         some = jnp.any(~s.ended & (start + last < length - 1)[:, None])
         return (last < length - 1) & some  # at most T - 1 passes: `bounds` counts them by this comparison
 
-    first = sampler.take(sampler.begin(), first_hidden(prefix, keys.shape[1]))
+    first = sampler.take(sampler.begin(states), first_hidden(prefix, keys.shape[1]))
     state = jax.lax.while_loop(unfinished, body, first)
     return _assembled(state, forced, forced_len, start)
 
@@ -182,8 +183,8 @@ class _Sampler:
     def length(self) -> int:
         return self.forced.shape[1]
 
-    def begin(self) -> _State:
-        """No slot is filled yet."""
+    def begin(self, states: Array) -> _State:
+        """No slot is filled yet; the recogniser is in `states` [B, G]."""
         b, g, length = *self.keys.shape, self.length
         state = _State(
             t=jnp.int32(0),
@@ -193,7 +194,7 @@ class _Sampler:
             tokens=jnp.full((b, g, length), self.ends[0], jnp.int32),
             logp=jnp.zeros((b, g, length), jnp.float32),
             valid=jnp.zeros((b, g, length), bool),
-            grammar=_after_forced(self.grammar, jnp.zeros((b, g), jnp.int32), self.forced, self.start),
+            grammar=states,
         )
         if self.thought is None:
             return state
