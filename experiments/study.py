@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -157,6 +158,7 @@ def load(path: str, folder: str) -> Sweep:
         raise ConfigError(f"--sweep={path}: not a file; there are {', '.join(sorted(_sweeps()))}")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # a dataclass defined in the file looks its own module up
     spec.loader.exec_module(module)
     if not isinstance(getattr(module, "SWEEP", None), Sweep):
         raise ConfigError(f"--sweep={path}: defines no SWEEP; there are {', '.join(sorted(_sweeps()))}")

@@ -105,6 +105,12 @@ def test_results_of_another_config_do_not_count() -> None:
     assert moved[0] == moved[1] != digest
 
 
+@pytest.mark.parametrize("module", [main_table, ablations, language_model, language_model_long])
+def test_a_sweep_is_loaded_by_its_file(module: ModuleType, tmp_path: Path) -> None:
+    sweep = study.load(module.__file__, str(tmp_path))
+    assert (sweep.name, sweep.runs, sweep.results) == (module.SWEEP.name, module.SWEEP.runs, tmp_path)
+
+
 @pytest.mark.parametrize(("name", "said"), [("no.py", "not a file"), ("experiments/choose.py", "defines no SWEEP")])
 def test_a_file_that_is_no_sweep_is_refused(name: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
