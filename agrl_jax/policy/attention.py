@@ -14,7 +14,8 @@ import numpy as np
 from flax import nnx
 
 from agrl_jax.policy import blockwise_attention, decode_attention
-from agrl_jax.policy.layers import KEYS, PolicyConfig, cast, einsum, linear, norm_weight, param, rms_norm
+from agrl_jax.policy.layers import KEYS, PolicyConfig, cast, linear, norm_weight, param, rms_norm
+from agrl_jax.policy.products import einsum
 from agrl_jax.types import Array, Instructions, Placement
 
 _MASKED = -1e30  # finite: a query that sees no key then yields a mean of the values, never a NaN

@@ -24,17 +24,8 @@ from flax import nnx
 
 from agrl_jax.policy.attention import Attention, LayerPrefix
 from agrl_jax.policy.experts import MixtureOfExperts
-from agrl_jax.policy.layers import (
-    HIDDEN,
-    KEYS,
-    QUERIES,
-    FeedForward,
-    PolicyConfig,
-    einsum,
-    norm_weight,
-    param,
-    rms_norm,
-)
+from agrl_jax.policy.layers import HIDDEN, KEYS, QUERIES, FeedForward, PolicyConfig, norm_weight, param, rms_norm
+from agrl_jax.policy.products import PRODUCT, einsum
 from agrl_jax.types import ANYWHERE, Array, Axes, Cache, Instructions, Params, Placement, Policy, Prefix
 
 _UNROLLED = 8  # so many layers at most are unrolled: on a CPU the gradient takes a quarter less, compiling takes more
@@ -205,7 +196,7 @@ def _scan(
     if cfg.remat:
         body = jax.checkpoint(layer, prevent_cse=False)
     elif unroll == 1:  # keep products alone: SmolLM2's gradient on a CPU is as fast, with residuals of 2.2, not 6.0 GB
-        body = jax.checkpoint(layer, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        body = jax.checkpoint(layer, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT))
     xs = (weights, prefix_kv, instructions, jnp.arange(cfg.layers))
     (x, kept), (fresh, seen) = jax.lax.scan(body, (x, kept), xs, unroll=unroll)
     kept = fresh if cache is None else kept
