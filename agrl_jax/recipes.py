@@ -109,7 +109,7 @@ def base() -> ConfigDict:
     c.policy.rope_theta = 10_000.0  # base of the rotary positions
     c.policy.norm_eps = 1e-6  # added to the mean square that RMSNorm divides by
     c.policy.param_dtype = "float32"  # of the parameters as they are trained and kept
-    c.policy.compute_dtype = "float32"  # of activations and products; bfloat16 is faster where the machine multiplies it
+    c.policy.compute_dtype = "float32"  # of activations and products; bfloat16 is faster where a machine multiplies it
     c.policy.remat = False  # recompute layers in the backward pass, to save memory
     # dense: attention holds the scores of all tokens by all. blockwise: those of a block at a time, so that memory does
     # not grow with the square of the length. kernel: so too, but TPUs go forward by JAX's kernel, where it can be used
