@@ -97,6 +97,11 @@ def test_so_do_answers_sampled_under_the_grammar():
 
 
 @pytest.mark.slow
+def test_so_does_attention_in_blocks():
+    assert "compared: 2x2x2 1x2x4; flipped tokens: 0" in run_on_eight("compare_blockwise", "2x2x2", "1x2x4")
+
+
+@pytest.mark.slow
 def test_attention_in_blocks_is_attention():
     assert "compared: 8x1x1 2x2x2 1x2x4" in run_on_eight("compare_attention", "8x1x1", "2x2x2", "1x2x4")
 
@@ -214,6 +219,11 @@ def compare(*meshes: str, **shape: int) -> None:
 
 def compare_experts(*meshes: str) -> None:
     compare(*meshes, experts=4, experts_per_token=2)
+
+
+def compare_blockwise(*meshes: str) -> None:
+    blockwise_attention.BLOCK = 4
+    compare(*meshes, attention="blockwise")
 
 
 def compare_constrained(*meshes: str) -> None:
