@@ -19,14 +19,15 @@ from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.runtime.config import last_branch
 from agrl_jax.runtime.files import write_text
 from agrl_jax.runtime.logs import read_jsonl
+from experiments import study
 from experiments.study import Sweep
 
 # Metrics of the steps that show how steady training was.
 WATCHED = ("reward/equal_groups", "policy/entropy", "policy/kl", "optim/grad_norm", "guide/share", "guide/level")
 
 
-def write(sweep: Sweep, run: str, seed: int, workdir: Path, diverged: bool, digest: str) -> None:
-    """Writes the result of the run in `workdir`; `digest` is that of its config."""
+def write(sweep: Sweep, run: str, seed: int, workdir: Path, diverged: bool, settings: Mapping[str, Any]) -> None:
+    """Writes the result of the run in `workdir`, which was made with `settings`."""
     config = json.loads((workdir / "config.json").read_text())
     method = sweep.method(run)
     rows = read_jsonl(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
@@ -35,7 +36,6 @@ def write(sweep: Sweep, run: str, seed: int, workdir: Path, diverged: bool, dige
     stage = method if method in cards else "sft"
     result = {
         "method": method,
-        "digest": digest,
         "run": run,
         "seed": seed,
         "diverged": diverged,
@@ -56,6 +56,7 @@ def write(sweep: Sweep, run: str, seed: int, workdir: Path, diverged: bool, dige
         "jax": jax.__version__,
         "device": _device(),
         "rulebook": config["rulebook"],
+        "settings": settings,
     }
     path = sweep.result(run, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,10 +71,10 @@ def _device() -> str:
     return jax.devices()[0].device_kind
 
 
-def is_there(sweep: Sweep, run: str, seed: int, digest: str) -> bool:
-    """Whether there is a result of exactly this config. If the config has changed, the run is made again."""
+def is_there(sweep: Sweep, run: str, seed: int, settings: Mapping[str, Any]) -> bool:
+    """Whether there is a result of a run with these settings. If one of them has changed, the run is made again."""
     path = sweep.result(run, seed)
-    return path.exists() and json.loads(path.read_text())["digest"] == digest
+    return path.exists() and study.same(json.loads(path.read_text()).get("settings", {}), settings)
 
 
 def read(sweep: Sweep) -> dict[str, dict[int, dict[str, Any]]]:

@@ -126,8 +126,8 @@ def run(
       overrides: command-line arguments for every run.
       after: called when a run is over.
     """
-    digests = {job: study.digest(_config(sweep, *job), overrides) for job in wanted}
-    jobs = [job for job in wanted if not results.is_there(sweep, *job, digests[job])]
+    settings = {job: study.settings(_config(sweep, *job), overrides) for job in wanted}
+    jobs = [job for job in wanted if not results.is_there(sweep, *job, settings[job])]
     if not jobs:
         say(f"{sweep.name}: nothing is missing")
         return 0
@@ -147,7 +147,7 @@ def run(
         else:
             workdir = start
         if code in (0, DIVERGED):
-            results.write(sweep, name, seed, workdir, code == DIVERGED, digests[name, seed])
+            results.write(sweep, name, seed, workdir, code == DIVERGED, settings[name, seed])
             if not sweep.keep_checkpoints:
                 _delete_checkpoints(workdir)
         return code
@@ -156,7 +156,7 @@ def run(
     if len(ready) < len(jobs):
         say(f"{len(jobs) - len(ready)} runs are left out: they have no warm start")
     # The name of a workdir depends on its config, so a changed config starts in a new workdir.
-    places = {job: folder / sweep.name / f"{job[0]}-{job[1]}-{digests[job][:6]}" for job in ready}
+    places = {job: folder / sweep.name / f"{job[0]}-{job[1]}-{study.digest(settings[job])}" for job in ready}
     return failed + _all(runner, sweep.name, [(*job, place) for job, place in places.items()], one, after)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from agrl_jax import recipes
-from agrl_jax.runtime.config import ConfigError, config_digest, flatten, last_branch, matches, parse_arg, resolve
+from agrl_jax.runtime.config import ConfigError, flatten, last_branch, matches, parse_arg, resolve
 
 RESULTS_VARIABLE = "AGRL_EXPERIMENT_RESULTS"  # tells a run where other results are, such as those of a search
 RESULTS = Path(os.environ.get(RESULTS_VARIABLE) or Path(__file__).parent / "results")
@@ -122,9 +122,22 @@ class Sweep:
 _ABOUT = ("method", "labels")  # entries of a run that are not fields
 
 
-def digest(config: ConfigDict, overrides: Sequence[str]) -> str:
-    """A digest of what results depend on. For a path in the overrides, only the name of the file counts."""
-    return sha256(repr([config_digest(config), sorted(_named(overrides))]).encode()).hexdigest()[:16]
+def settings(config: ConfigDict, overrides: Sequence[str]) -> dict[str, Any]:
+    """What a result depends on: all fields. Of a path in the overrides, only the name of the file counts."""
+    fields = flatten(resolve(config)) | dict(_named(overrides))
+    fields.pop("workdir", None)
+    return fields
+
+
+def same(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a run made with some settings is one with those wanted. A field that came later had its default."""
+    made = {name: made.get(name, value) for name, value in flatten(resolve(recipes.base())).items()} | made
+    return made == wanted
+
+
+def digest(fields: Mapping[str, Any]) -> str:
+    """A short name for settings."""
+    return sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:6]
 
 
 def start_digest(config: ConfigDict, overrides: Sequence[str]) -> str:

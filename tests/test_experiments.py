@@ -98,11 +98,21 @@ def test_every_method_has_the_same_search() -> None:
 
 def test_results_of_another_config_do_not_count() -> None:
     config = main_table.get_config("agrl")
-    digest = study.digest(config, [])
-    assert digest == study.digest(main_table.get_config("agrl"), [])
-    assert digest != study.digest(main_table.get_config("grpo"), [])
-    moved = [study.digest(config, [f"--config.data.path={folder}/esci.csv"]) for folder in ("/here", "/there")]
-    assert moved[0] == moved[1] != digest
+    wanted = study.settings(config, [])
+    assert study.same(wanted, study.settings(main_table.get_config("agrl"), []))
+    assert not study.same(wanted, study.settings(main_table.get_config("grpo"), []))
+    assert not study.same({}, wanted)
+    moved = [study.settings(config, [f"--config.data.path={folder}/esci.csv"]) for folder in ("/here", "/there")]
+    assert study.same(*moved) and not study.same(moved[0], wanted)
+
+
+@pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: sweep.name)
+def test_a_result_still_counts_when_a_field_is_new_and_has_its_default(sweep: study.Sweep) -> None:
+    wanted = study.settings(sweep.get_config(f"{next(iter(sweep.runs))},seed=0"), [])
+    older = {name: value for name, value in wanted.items() if name != "policy.attention"}
+    assert study.same(older, wanted)
+    assert not study.same(older, wanted | {"policy.attention": "dense"})
+    assert not study.same(wanted | {"policy.gone": 1}, wanted)
 
 
 @pytest.mark.parametrize("module", [main_table, ablations, language_model, language_model_long])
@@ -154,7 +164,7 @@ def test_only_a_run_that_says_so_has_diverged_and_a_crash_is_no_result(
     monkeypatch.setattr(run_sweep.Runner, "main", lambda *_: code)
     monkeypatch.setattr(run_sweep, "_made", lambda start: True)
     monkeypatch.setattr(run_sweep, "_share", lambda start, workdir: None)
-    monkeypatch.setattr(results, "write", lambda sweep, name, seed, workdir, diverged, digest: written.append(diverged))
+    monkeypatch.setattr(results, "write", lambda *args: written.append(args[4]))
     sweep = dataclasses.replace(mini_sweep.SWEEP, results=tmp_path)
     assert run_sweep.run(sweep, "mini.py", tmp_path, 1, [("agrl", 0)], []) == failed
     assert written == kept
@@ -201,7 +211,7 @@ def test_a_sweep_killed_and_started_again_makes_each_run_once_and_a_table_of_the
 
     shutil.copy(kept / "agrl-0.json", kept / "agrl-1.json")
     result = json.loads((kept / "agrl-1.json").read_text())
-    assert not results.is_there(sweep, "agrl", 1, result["digest"] + "0")
+    assert not results.is_there(sweep, "agrl", 1, result["settings"] | {"rl.steps": 0})
 
 
 def test_a_measure_by_hand() -> None:
