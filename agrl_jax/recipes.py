@@ -124,6 +124,7 @@ def base() -> ConfigDict:
     c.lora.alpha = 16.0  # the adapters' product is scaled by alpha / rank
     c.lora.modules = "q,k,v,out,gate,up,down"  # matrices of each layer that have adapters
     c.lora.stages = "both"  # or rl: the warm start trains all weights, and its result is the base of the adapters
+    c.lora.start = ""  # adapters that the warm start goes on with: a folder from agrl_jax.export, or smollm2-four-tier
     c.lora.base_dtype = "bfloat16"  # of the base, which is not trained; the adapters are float32
 
     c.optim = ConfigDict()  # the optimiser of every stage

@@ -25,7 +25,7 @@ from agrl_jax.policy.transformer import build, count_parameters
 from agrl_jax.runtime import optim, sharding
 from agrl_jax.runtime.config import ConfigError, validate_together
 from agrl_jax.runtime.logs import read_jsonl
-from agrl_jax.training import assemble
+from agrl_jax.training import assemble, programs
 
 pytestmark = pytest.mark.usefixtures("scanned")
 
@@ -134,6 +134,7 @@ def test_each_expert_has_adapters_of_its_own():
         ({}, "lora.stages=both without policy.pretrained"),
         ({"lora.stages": "rl"}, "rl.matrix_rate=0.004 with lora.rank=4: Muon is for whole matrices"),
         ({"policy.pretrained": "DIR", "rl.matrix_rate": 0.0}, "sft.matrix_rate=0.01 with lora.rank=4"),
+        ({"lora.rank": 0, "lora.start": "DIR"}, "lora.start=DIR needs adapters in the warm start: set lora.rank"),
         ({"lora.rank": 0, "optim.kind": "adafactor"}, "sft.matrix_rate=0.01 with optim.kind=adafactor"),
         ({"lora.rank": 0, "optim.moments": "bfloat16", "optim.b2": 0.999}, "optim.b2=0.999 .* use at most 0.98"),
     ],
@@ -197,6 +198,15 @@ def test_adapters_alone_are_trained_kept_resumed_and_merged_on_export(tmp_path: 
     _, merged, _ = loading.load_pretrained(tmp_path / "small")
     jax.tree.map(np.testing.assert_array_equal, merged, whole)
     assert trained.load(str(tmp_path / "small")).style == "chat"
+
+    config.lora.start = str(tmp_path / "small")  # another run goes on with them
+    mesh, again = sharding.make_mesh(), assemble.load_model(config, epath.Path(workdir))
+    program = programs.sft_program(config, mesh, again, assemble.load_base(config, again, mesh))
+    trained_here = assemble.load_trained(epath.Path(workdir), config, again, mesh, "rl")
+    jax.tree.map(np.testing.assert_array_equal, program.fresh().params, trained_here)
+    config.lora.rank = 3
+    with pytest.raises(ConfigError, match="lora.start=.*small: has lora.rank=2, the config 3"):
+        assemble.first_adapters(config, again, mesh)
 
 
 @pytest.mark.slow

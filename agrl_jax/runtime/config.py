@@ -222,6 +222,7 @@ RULES: Mapping[str, Rule] = {
     "lora.alpha": _POSITIVE,
     "lora.modules": _TEXT,
     "lora.stages": _one_of("both", "rl"),
+    "lora.start": _TEXT,
     "lora.base_dtype": _DTYPE,
     # The optimiser.
     "optim.kind": _one_of("adamw", "adafactor"),
@@ -434,6 +435,8 @@ def _policy_problems(config: ConfigDict) -> Iterator[str]:
 
 def _lora_problems(config: ConfigDict) -> Iterator[str]:
     lora = config.lora
+    if lora.start and not (lora.rank and lora.stages == "both"):
+        yield f"lora.start={lora.start} needs adapters in the warm start: set lora.rank to theirs, and lora.stages=both"
     if not lora.rank:
         return
     if lora.stages == "both" and not config.policy.pretrained:

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from agrl_jax.data.pipeline import EncodedSplit
 from agrl_jax.data.relabel import spread
 from agrl_jax.data.sources import read_source, read_tests, read_training
 from agrl_jax.evaluation.evaluator import EvalConfig, Evaluator
+from agrl_jax.policy import adapters as adapter_files
 from agrl_jax.policy import decoding, loading, lora, shipped, transformer
 from agrl_jax.policy import tokenizer as tokenizers
 from agrl_jax.policy.layers import PolicyConfig
@@ -432,6 +434,33 @@ def load_base(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh) -> Para
     if adapters_of(config, SFT) is None:
         return None
     return load_pretrained(config, model, mesh, config.lora.base_dtype)
+
+
+def first_adapters(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh) -> Params | None:
+    """The adapters that the warm start goes on with, float32, on the mesh; None where it draws fresh ones.
+
+    Raises:
+      ConfigError: they have another base, rank or other modules than the config sets.
+    """
+    cfg = adapters_of(config, SFT)
+    if cfg is None or not config.lora.start:
+        return None
+    path = shipped.find(config.lora.start)
+    found = adapter_files.read(path)
+    theirs = _adapter_fields(found.base, found.cfg)
+    for name, wanted in _adapter_fields(config.policy.pretrained, cfg).items():
+        if theirs[name] != wanted:
+            raise ConfigError(f"lora.start={config.lora.start}: has {name}={theirs[name]}, the config {wanted}")
+    adapter_files.check(path, found, jax.eval_shape(model.init, jax.random.key(0)), model.axes)
+    params = jax.tree.map(lambda x: x.astype(np.float32), found.params)
+    return sharding.put(params, sharding.param_shardings(mesh, lora.adapter_axes(model.axes, cfg), params))
+
+
+def _adapter_fields(base: str, cfg: LoraConfig) -> dict[str, Any]:
+    """What adapters must have in common with a run that goes on with them; of a path, the last part."""
+    modules = ",".join(sorted(cfg.modules))
+    numbers = {"lora.rank": cfg.rank, "lora.alpha": cfg.alpha}
+    return {"policy.pretrained": Path(base).name, **numbers, "lora.modules": modules}
 
 
 def as_base(config: ConfigDict, params: Params) -> Params:

@@ -104,7 +104,8 @@ def sft_program(
 
     Here and in `rl_program` arrays may be abstract, shapes with shardings: the step can then be compiled, not called.
     """
-    return _supervised_program(config, mesh, model, "sft", base, None, blanks)
+    start = assemble.first_adapters(config, model, mesh)
+    return _supervised_program(config, mesh, model, "sft", base, start, blanks)
 
 
 def continued_sft_program(
