@@ -218,15 +218,20 @@ def main(argv: list[str], plan: Plan = PLAN) -> None:
     run.define_flags()
     flags.DEFINE_list("regimes", list(REGIMES), "Which, in their order.")
     flags.DEFINE_bool("search", True, "Search the rates first; else all methods take those that it would start from.")
+    flags.DEFINE_bool("tables", False, "Make no run: only write the tables of the results that exist.")
     overrides = [word for word in argv if word.startswith("--config.")]
     parse_flags([word for word in argv if word not in overrides])
     values = flags.FLAGS
     plan = dataclasses.replace(plan, results=Path(values.results).resolve())
     run.stop_when_told()
+    failed = 0
     try:
         if unknown := [name for name in values.regimes if name not in REGIMES]:
             raise ConfigError(f"--regimes={unknown[0]}: there are {', '.join(REGIMES)}")
-        failed = plan.run(Path(values.dir).resolve(), values.workers, values.regimes, overrides, values.search)
+        if values.tables:
+            plan.tables(values.regimes)
+        else:
+            failed = plan.run(Path(values.dir).resolve(), values.workers, values.regimes, overrides, values.search)
     except ConfigError as error:
         exit_with(error)
     except KeyboardInterrupt:
