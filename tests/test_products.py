@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from agrl_jax.policy.layers import PolicyConfig
-from agrl_jax.policy.products import einsum, matmul
+from agrl_jax.policy.products import einsum, matmul, matmul_transposed
 from agrl_jax.policy.scoring import run_groups
 from agrl_jax.policy.transformer import build
 
@@ -30,11 +30,15 @@ def test_a_product_and_its_gradient_are_those_of_jax_but_for_rounding(rows, dtyp
     found = jax.jit(run(matmul))(x, y)
     close(found, run(jnp.matmul)(*(a.astype(jnp.float32) for a in (x, y))), tolerance)
     assert {leaf.dtype for leaf in found[1]} == {jnp.dtype(dtype)}
+    turned = matmul_transposed(x, y.T)
+    close(turned, jnp.matmul(x.astype(jnp.float32), y.astype(jnp.float32)), tolerance)
+    assert turned.dtype == jnp.dtype(dtype)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
 @pytest.mark.parametrize(
-    "spec", ["bik,bjk->bij", "bgik,bjk->bgij", "bgij,bjk->bgik", "nd,dv->nv"]  # scores (twice), values, logits
+    "spec", ["bik,bjk->bij", "bgik,bjk->bgij", "bgij,bjk->bgik", "nd,dv->nv", "nd,vd->nv"]
+    # scores (twice), values, logits (twice)
 )
 def test_gradient_of_einsum_is_that_of_jax_but_for_rounding(spec, dtype, tolerance, close):
     rng = np.random.default_rng(0)

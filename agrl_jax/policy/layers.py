@@ -14,7 +14,7 @@ from flax import nnx
 
 from agrl_jax.policy.decoding import FEW, OutputsFirst
 from agrl_jax.policy.lora import Adapted
-from agrl_jax.policy.products import matmul
+from agrl_jax.policy.products import matmul, matmul_transposed
 from agrl_jax.types import Array, Placement
 
 # Logical axes of activations.
@@ -147,9 +147,9 @@ def linear(x: Array, weight: Array | OutputsFirst | Adapted, inputs: int = 1) ->
         *outputs, size = *weight.matrix.shape[:-inputs], math.prod(weight.matrix.shape[-inputs:])
         rows, matrix = x.reshape(-1, size), weight.matrix.reshape(-1, size)
         if len(rows) > FEW:
-            flat = matmul(rows, matrix.T)
+            flat = matmul_transposed(rows, matrix)
         else:  # without the barrier, XLA turns the product around again
-            flat = jax.lax.optimization_barrier(matmul(matrix, rows.T)).T
+            flat = jax.lax.optimization_barrier(matmul_transposed(matrix, rows)).T
         return flat.reshape(*x.shape[: x.ndim - inputs], *outputs)
     size = math.prod(weight.shape[:inputs])
     flat = matmul(x.reshape(-1, size), weight.reshape(size, -1))

@@ -18,10 +18,16 @@ def matmul(x: Array, y: Array) -> Array:
     """x [n, k] times y [k, m], rounded to their dtype: [n, m], named PRODUCT.
 
     With AVX-512 instructions for bfloat16, as AMD's Zen 4 and Intel's Cooper Lake have them, a CPU multiplies bfloat16
-    twice as fast as float32. XLA uses them only for products that it may return in float32 and that do not contract the
-    first axis of the left operand, so products and gradients are brought into that form here.
+    twice as fast as float32. XLA uses them only for products that it may return in float32, that do not contract the
+    first axis of the left operand, and that have no operand that is transposed apart. All products and gradients here
+    have that form.
     """
     return checkpoint_name(x @ y if x.dtype == jnp.float32 else _matmul(x, y), PRODUCT)
+
+
+def matmul_transposed(x: Array, y: Array) -> Array:
+    """x [n, k] times the transpose of y [m, k], in their dtype: [n, m]. For decoding: its gradient is not fast."""
+    return _einsum("nk,mk->nm", x, y)
 
 
 @jax.custom_vjp
