@@ -33,7 +33,8 @@ from agrl_jax.runtime.processes import DIVERGED
 from experiments import results, study
 from experiments.study import Sweep
 
-KEPT = ("tokenizer.json", "policy.json", "scorecard.json", "judgements.parquet")  # copied from a warm start to its runs
+# What a run needs of its warm start, beside the checkpoint.
+KEPT = ("tokenizer.json", "tokenizer_config.json", "policy.json", "scorecard.json", "judgements.parquet")
 
 
 @dataclass

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 import commands
+import hf_models
 import mini_sweep
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ import quick
 
 from agrl_jax import recipes
 from agrl_jax.evaluation.metrics import Judgements
+from agrl_jax.policy import tokenizer as tokenizers
 from agrl_jax.runtime.config import ConfigError, check_guidance, flatten, validate, validate_together
 from agrl_jax.training.run import first_batch
 from experiments import (
@@ -284,7 +286,9 @@ def test_runs_share_the_files_of_a_warm_start_and_lose_only_their_own_checkpoint
     for file in ("scorecard.json", "checkpoints/sft_end/0/params", "checkpoints/sft/20/state"):
         (start / file).parent.mkdir(parents=True, exist_ok=True)
         (start / file).write_text(file)
+    hf_models.tokenizer().ending_with(7).save(start)  # one file has the words, another says which of them ends
     run_sweep._share(start, workdir)
+    assert tokenizers.load(workdir).end_token == 7
     shared = "checkpoints/sft_end/0/params"
     assert (workdir / shared).samefile(start / shared) and not (workdir / "checkpoints" / "sft").exists()
     (workdir / "checkpoints" / "rl" / "3").mkdir(parents=True)
