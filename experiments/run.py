@@ -157,7 +157,8 @@ def run(
     if len(ready) < len(jobs):
         say(f"{len(jobs) - len(ready)} runs are left out: they have no warm start")
     # The name of a workdir depends on its config, so a changed config starts in a new workdir.
-    places = {job: folder / sweep.name / f"{job[0]}-{job[1]}-{study.digest(settings[job])}" for job in ready}
+    names = {job: study.digest(_config(sweep, *job), overrides) for job in ready}
+    places = {job: folder / sweep.name / f"{job[0]}-{job[1]}-{names[job]}" for job in ready}
     return failed + _all(runner, sweep.name, [(*job, place) for job, place in places.items()], one, after)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from agrl_jax import recipes
-from agrl_jax.runtime.config import ConfigError, flatten, last_branch, matches, parse_arg, resolve
+from agrl_jax.runtime.config import ConfigError, config_digest, flatten, last_branch, matches, parse_arg, resolve
 
 RESULTS_VARIABLE = "AGRL_EXPERIMENT_RESULTS"  # tells a run where other results are, such as those of a search
 RESULTS = Path(os.environ.get(RESULTS_VARIABLE) or Path(__file__).parent / "results")
@@ -135,9 +135,9 @@ def same(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     return made == wanted
 
 
-def digest(fields: Mapping[str, Any]) -> str:
-    """A short name for settings."""
-    return sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:6]
+def digest(config: ConfigDict, overrides: Sequence[str]) -> str:
+    """A short name for the settings of a run."""
+    return sha256(repr([config_digest(config), sorted(_named(overrides))]).encode()).hexdigest()[:6]
 
 
 def start_digest(config: ConfigDict, overrides: Sequence[str]) -> str:

@@ -35,7 +35,7 @@ def test_a_product_and_its_gradient_are_those_of_jax_but_for_rounding(rows, dtyp
     assert turned.dtype == jnp.dtype(dtype)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+@dtypes
 @pytest.mark.parametrize(
     "spec", ["bik,bjk->bij", "bgik,bjk->bgij", "bgij,bjk->bgik", "nd,dv->nv", "nd,vd->nv"]
     # scores (twice), values, logits (twice)

@@ -19,7 +19,7 @@ def matmul(x: Array, y: Array) -> Array:
 
     With AVX-512 instructions for bfloat16, as AMD's Zen 4 and Intel's Cooper Lake have them, a CPU multiplies bfloat16
     twice as fast as float32. XLA uses them only for products that it may return in float32, that do not contract the
-    first axis of the left operand, and that have no operand that is transposed apart. All products and gradients here
+    first axis of the left operand, and that have no operand that is transposed apart. This product and its gradients
     have that form.
     """
     return checkpoint_name(x @ y if x.dtype == jnp.float32 else _matmul(x, y), PRODUCT)
