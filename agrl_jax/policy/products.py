@@ -22,7 +22,23 @@ def matmul(x: Array, y: Array) -> Array:
     first axis of the left operand, and that have no operand that is transposed apart. This product and its gradients
     have that form.
     """
-    return checkpoint_name(x @ y if x.dtype == jnp.float32 else _matmul(x, y), PRODUCT)
+    return checkpoint_name(x @ y, PRODUCT) if x.dtype == jnp.float32 else _kept(_matmul(x, y))
+
+
+@jax.custom_vjp
+def _kept(x: Array) -> Array:
+    """x of 16 bits, which `jax.checkpoint` can save under the name PRODUCT."""
+    return _named(x)
+
+
+def _named(x: Array) -> Array:
+    # A scan stacks what its layers save. To write one layer's bfloat16 into the stack, XLA on a CPU converts all of the
+    # stack to float32 and back. It writes integers in place.
+    bits = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), PRODUCT)
+    return jax.lax.bitcast_convert_type(bits, x.dtype)
+
+
+_kept.defvjp(lambda x: (_named(x), None), lambda _, slope: (slope,))
 
 
 def matmul_transposed(x: Array, y: Array) -> Array:
@@ -92,7 +108,9 @@ def _transposed(x: Array, y: Array) -> Array:
     def on_cpu(x: Array, y: Array) -> Array:
         if len(x) % 2:
             return jnp.einsum("nk,nm->km", x, y)
-        # XLA computes this product in float32, and the same sum over two axes in bfloat16.
-        return _einsum("bnk,bnm->km", x.reshape(2, -1, x.shape[1]), y.reshape(2, -1, y.shape[1]))
+        # XLA computes this product in float32, and the same sum over two axes in bfloat16. It transposes the left operand,
+        # here the narrower one, together with the arithmetic that makes it, which is slow.
+        x, y = x.reshape(2, -1, x.shape[1]), y.reshape(2, -1, y.shape[1])
+        return _einsum("bnk,bnm->km", x, y) if x.shape[2] < y.shape[2] else _einsum("bnm,bnk->mk", y, x).T
 
     return jax.lax.platform_dependent(x, y, cpu=on_cpu, default=partial(jnp.einsum, "nk,nm->km"))
