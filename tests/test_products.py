@@ -20,9 +20,10 @@ dtypes = pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("b
 
 @dtypes
 @pytest.mark.parametrize("rows", [6, 7])  # an even number of rows is split in two for the gradient
-def test_a_product_and_its_gradient_are_those_of_jax_but_for_rounding(rows, dtype, tolerance, close):
+@pytest.mark.parametrize("width", [5, 9])  # the gradient transposes the narrower operand
+def test_a_product_and_its_gradient_are_those_of_jax_but_for_rounding(width, rows, dtype, tolerance, close):
     rng = np.random.default_rng(0)
-    x, y, into = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((rows, 8), (8, 5), (rows, 5)))
+    x, y, into = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((rows, 8), (8, width), (rows, width)))
 
     def run(product):
         return jax.value_and_grad(lambda x, y: jnp.sum((product(x, y) * into).astype(jnp.float32)), argnums=(0, 1))
@@ -56,8 +57,11 @@ def test_gradient_of_einsum_is_that_of_jax_but_for_rounding(spec, dtype, toleran
 
 @pytest.mark.usefixtures("scanned")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_gradient_of_stacked_layers_makes_no_product_anew(dtype):
-    """With rows x 28 outputs there are two products forward, gate and up, and the gradient of what `down` reads."""
+def test_the_gradient_of_stacked_layers_makes_no_product_anew_and_stacks_each_in_place(dtype):
+    """With rows x 28 outputs there are two products forward, gate and up, and the gradient of what `down` reads.
+
+    To stack bfloat16, XLA on a CPU converts the whole stack to float32 at each layer.
+    """
     cfg = PolicyConfig(
         vocab_size=23, width=20, layers=3, heads=4, kv_heads=2, head_dim=6, mlp=28, compute_dtype=dtype
     )
@@ -70,3 +74,5 @@ def test_the_gradient_of_stacked_layers_makes_no_product_anew(dtype):
     text = jax.jit(jax.grad(loss)).lower(jax.eval_shape(init, jax.random.key(0))).compile().as_text()
     rows = prompt.size + response[..., 1:].size  # the last token predicts none
     assert len(re.findall(rf"\[{rows},28\]\S* dot\(", text)) == 3
+    stacks = re.findall(rf"(\w+)\[3,{rows},28\]\S* dynamic-update-slice\(", text)
+    assert stacks == ["f32" if dtype == "float32" else "u16"] * 2
