@@ -108,8 +108,8 @@ def _transposed(x: Array, y: Array) -> Array:
     def on_cpu(x: Array, y: Array) -> Array:
         if len(x) % 2:
             return jnp.einsum("nk,nm->km", x, y)
-        # XLA computes this product in float32, and the same sum over two axes in bfloat16. It transposes the left operand,
-        # here the narrower one, together with the arithmetic that makes it, which is slow.
+        # XLA computes this product in float32, and the same sum over two axes in bfloat16. It transposes the left
+        # operand together with the arithmetic that makes it, which is slow; so the left one is the narrower.
         x, y = x.reshape(2, -1, x.shape[1]), y.reshape(2, -1, y.shape[1])
         return _einsum("bnk,bnm->km", x, y) if x.shape[2] < y.shape[2] else _einsum("bnm,bnk->mk", y, x).T
 
