@@ -13,7 +13,7 @@ import pytest
 
 from agrl_jax.policy.attention import scaled
 from agrl_jax.policy.decoding import for_decoding
-from agrl_jax.policy.layers import PolicyConfig, RopeScaling
+from agrl_jax.policy.layers import PolicyConfig, RopeScaling, rms_norm
 from agrl_jax.policy.scoring import predicting_hidden, prefill, run_groups
 from agrl_jax.policy.transformer import build, count_parameters
 
@@ -185,6 +185,22 @@ def test_biases_are_added_to_queries_keys_and_values():
         assert np.abs(logits[name] - logits["all"]).max() > 1e-3
     without = run(BASE, changed(params, **dict.fromkeys(names)), tokens((4,)))
     np.testing.assert_allclose(run(cfg, changed(params, **zeros), tokens((4,))), without, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(6,), (4, 6)], ids=["one axis", "over all heads"])
+def test_the_gradient_of_a_norm_is_that_of_its_formula(shape, close):
+    cfg = dataclasses.replace(BASE, norm_offset=0.5)
+    rng = np.random.default_rng(0)
+    x, weight, into = rng.normal(size=(2, 3, 4, 6)), rng.normal(size=shape), rng.normal(size=(2, 3, 4, 6))
+
+    def formula(cfg, x, weight):
+        mean = (x**2).mean(axis=tuple(range(-len(shape), 0)), keepdims=True)
+        return x / jnp.sqrt(mean + cfg.norm_eps) * (cfg.norm_offset + weight)
+
+    def gradient(norm):
+        return jax.grad(lambda x, weight: jnp.sum(norm(cfg, x, weight) * into), argnums=(0, 1))(x, weight)
+
+    close(gradient(rms_norm), gradient(formula), 1e-6)
 
 
 def test_query_and_key_norms_forget_the_scale_of_their_projections():
