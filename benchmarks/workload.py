@@ -63,6 +63,7 @@ WORKS = {
     "A": Work(prompts=4, prompt_len=93, group_size=8, response_len=64),
     "B": Work(prompts=4, prompt_len=600, group_size=16, response_len=96),  # the shape of real relevance judging
     "C": Work(prompts=16, prompt_len=710, group_size=8, response_len=32, shared_len=650),  # with instructions
+    "terse": Work(prompts=16, prompt_len=64, group_size=4, response_len=32),  # experiments/language_model.py
     "quickstart": Work(prompts=64, prompt_len=40, group_size=4, response_len=17),
     "tiny": Work(prompts=4, prompt_len=12, group_size=2, response_len=16),
     "tiny_shared": Work(prompts=4, prompt_len=12, group_size=2, response_len=16, shared_len=7),
