@@ -40,11 +40,11 @@ class Row(NamedTuple):
 
 ROWS = (
     Row("quickstart", "v5e:4x4", {}),
-    Row("smollm2_135m", "v5e:4x4", {"policy.compute_dtype": "bfloat16", "rl.micro_batches": 2}),
-    Row("qwen3_0p6b", "v5e:4x4", {"mesh.data": 1, "mesh.fsdp": -1, "rl.micro_batches": 2}),
+    Row("smollm2_135m", "v5e:4x4", {"policy.compute_dtype": "bfloat16", "rl.micro_batches": 1}),
+    Row("qwen3_0p6b", "v5e:4x4", {"mesh.data": 1, "mesh.fsdp": -1, "rl.micro_batches": 1}),
     Row("qwen3_8b", "v5p:4x4x4", {"mesh.tensor": 4, "rl.batch_size": 64, "rl.micro_batches": 1}),
-    Row("qwen3_8b", "v6e:8x8", {"mesh.tensor": 4, "rl.batch_size": 64, "rl.micro_batches": 2}),
-    Row("qwen3_30b_a3b", "v5p:4x4x8", {"rl.batch_size": 128, "rl.micro_batches": 2}),
+    Row("qwen3_8b", "v6e:8x8", {"mesh.tensor": 4, "rl.batch_size": 64, "rl.micro_batches": 1}),
+    Row("qwen3_30b_a3b", "v5p:4x4x8", {"rl.batch_size": 128, "rl.micro_batches": 1}),
 )
 
 
