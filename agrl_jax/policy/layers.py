@@ -131,29 +131,8 @@ def rms_norm(cfg: PolicyConfig, x: Array, weight: Array) -> Array:
     """
     x32 = x.astype(jnp.float32)
     axes = tuple(range(-weight.ndim, 0))
-    x32 = _scaled(weight.ndim, x32, jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axes, keepdims=True) + cfg.norm_eps))
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axes, keepdims=True) + cfg.norm_eps)
     return (x32 * (cfg.norm_offset + weight.astype(jnp.float32))).astype(x.dtype)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scaled(number: int, x: Array, scale: Array) -> Array:
-    """x times `scale`, whose last `number` axes have size one."""
-    return x * scale
-
-
-def _scaled_backward(number: int, operands: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
-    x, scale = operands
-    axes = "hd"[-number:]
-    # As a sum of products, which is what JAX would make of it, XLA on a CPU takes 20 times as long.
-    of_scale = jax.lax.platform_dependent(
-        slope, x,
-        cpu=partial(jnp.einsum, f"...{axes},...{axes}->..."),
-        default=lambda slope, x: jnp.sum(slope * x, axis=tuple(range(-number, 0))),
-    )  # fmt: skip
-    return slope * scale, of_scale.reshape(scale.shape)
-
-
-_scaled.defvjp(lambda number, x, scale: (x * scale, (x, scale)), _scaled_backward)
 
 
 def linear(x: Array, weight: Array | OutputsFirst | Adapted, inputs: int = 1) -> Array:
