@@ -22,23 +22,7 @@ def matmul(x: Array, y: Array) -> Array:
     first axis of the left operand, and that have no operand that is transposed apart. This product and its gradients
     have that form.
     """
-    return checkpoint_name(x @ y, PRODUCT) if x.dtype == jnp.float32 else _kept(_matmul(x, y))
-
-
-@jax.custom_vjp
-def _kept(x: Array) -> Array:
-    """x of 16 bits, which `jax.checkpoint` can save under the name PRODUCT."""
-    return _named(x)
-
-
-def _named(x: Array) -> Array:
-    # A scan stacks what its layers save. To write one layer's bfloat16 into the stack, XLA on a CPU converts all of the
-    # stack to float32 and back. It writes integers in place.
-    bits = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), PRODUCT)
-    return jax.lax.bitcast_convert_type(bits, x.dtype)
-
-
-_kept.defvjp(lambda x: (_named(x), None), lambda _, slope: (slope,))
+    return checkpoint_name(x @ y, PRODUCT) if x.dtype == jnp.float32 else _matmul(x, y)
 
 
 def matmul_transposed(x: Array, y: Array) -> Array:
@@ -46,9 +30,12 @@ def matmul_transposed(x: Array, y: Array) -> Array:
     return _einsum("nk,mk->nm", x, y)
 
 
-@jax.custom_vjp
-def _matmul(x: Array, y: Array) -> Array:
-    return _einsum("nk,km->nm", x, y)
+def _named_product(x: Array, y: Array) -> Array:
+    product = _einsum("nk,km->nm", x, y)
+    # A scan stacks what its layers save. To write one layer's bfloat16 into the stack, XLA on a CPU converts all of the
+    # stack to float32 and back. It writes integers in place.
+    bits = checkpoint_name(jax.lax.bitcast_convert_type(product, jnp.uint16), PRODUCT)
+    return jax.lax.bitcast_convert_type(bits, product.dtype)
 
 
 def _matmul_backward(operands: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
@@ -56,7 +43,8 @@ def _matmul_backward(operands: tuple[Array, Array], cotangent: Array) -> tuple[A
     return _einsum("nm,km->nk", cotangent, y), _transposed(x, cotangent)
 
 
-_matmul.defvjp(lambda x, y: (_matmul(x, y), (x, y)), _matmul_backward)
+_matmul = jax.custom_vjp(_named_product)
+_matmul.defvjp(lambda x, y: (_named_product(x, y), (x, y)), _matmul_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
