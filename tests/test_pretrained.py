@@ -274,14 +274,14 @@ def test_smollm2_learns_the_form_of_answers_on_two_cores(tmp_path: Path, monkeyp
     config = importlib.import_module("configs.smollm2_135m").get_config("cpu")
     config.rulebook.path = str(tmp_path / "short.yaml")
     config.data.update(prompt_len=64, response_len=20)
-    config.sft.update(steps=16, batch_size=2, learning_rate=1e-4, warmup=2)
+    config.sft.update(steps=12, batch_size=2, learning_rate=1e-4, warmup=2)
     config.rl.update(steps=2, warmup=1)
     config.reward.overlong_from = 18
     config.eval.update(pairs=8, validation_pairs=8, pass_pairs=0)
     card = run(config, tmp_path / "run")
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     loss = [row["policy/loss"] for row in rows if row["stage"] == "sft"]
-    assert np.mean(loss[-4:]) < 0.3 * loss[0]
+    assert np.mean(loss[-4:]) < 0.4 * loss[0]
     rl = [row for row in rows if row["stage"] == "rl"]
     assert len(rl) == 2 and all(row["optim/finite"] == 1 and row["compiles"] == 1 for row in rl)
     assert max(row["policy/sampler_gap"] for row in rl) < 1e-3
