@@ -58,6 +58,8 @@ REGIMES: dict[str, tuple[Fields, Mapping[str, Fields]]] = {
             "sft_tiers": {"method": "sft_all", "labels": _TIERS, "more.steps": 115},  # the policy fills in the steps
             "sft_sum": {"method": "sft_all", "labels": _TIERS, "more.steps": 115, "sft.unknown_steps": "sum"},
             "dpo": {}, "grpo": {}, "agrl": {"labels": _TIERS},
+            # AGRL without one of its parts: without guidance, and guided without learning from what was forced.
+            "rrs": {"labels": _TIERS}, "agrl_mask": {"method": "agrl", "labels": _TIERS, "guidance.treatment": "mask"},
         },
     ),
     "head": (
