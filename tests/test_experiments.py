@@ -255,8 +255,9 @@ def test_the_language_model_is_searched_first_and_then_seed_by_seed(
     monkeypatch.setattr(results, "read", read)
     assert plan.run(tmp_path, 1, ["scarce", "head"], [], search=True) == 0
     after = jobs[9:]
-    assert [seed for _, seed in after] == [0] * 15 + [1] * 15 + [2] * 15
-    assert {run for run, seed in after[:7]} == {f"scarce/{name}" for name in language_model.REGIMES["scarce"][1]}
+    scarce, head = (len(language_model.REGIMES[regime][1]) for regime in ("scarce", "head"))
+    assert [seed for _, seed in after] == [seed for seed in (0, 1, 2) for _ in range(scarce + head)]
+    assert {run for run, _ in after[:scarce]} == {f"scarce/{name}" for name in language_model.REGIMES["scarce"][1]}
     slow = {"rl.learning_rate": 7e-6, "rl.steps": 60}  # the schedule ends with the whole budget
     assert json.loads(plan.tuned.read_text())["agrl"] == slow
     assert slow.items() <= plan.sweep.fields("head/rrs").items()  # it takes the settings of agrl
