@@ -46,8 +46,6 @@ SEEDS = (0, 1, 2)
 Fields = Mapping[str, Any]
 
 _TIERS = "tier, steps of 500"
-_MASK = {"method": "agrl", "labels": _TIERS, "guidance.treatment": "mask"}
-_REACHABLE = {"method": "agrl", "labels": _TIERS, "reward.unknown_steps": "reachable"}
 
 # The fields that each regime changes, and its methods with the fields that they change.
 REGIMES: dict[str, tuple[Fields, Mapping[str, Fields]]] = {
@@ -61,10 +59,9 @@ REGIMES: dict[str, tuple[Fields, Mapping[str, Fields]]] = {
             "sft_tiers": {"method": "sft_all", "labels": _TIERS, "more.steps": 115},  # the policy fills in the steps
             "sft_sum": {"method": "sft_all", "labels": _TIERS, "more.steps": 115, "sft.unknown_steps": "sum"},
             "dpo": {}, "grpo": {}, "agrl": {"labels": _TIERS},
-            # AGRL without one of its parts: without guidance, and guided without learning from what was forced. With a
-            # reward for steps that the tier alone bears out, the same.
-            "rrs": {"labels": _TIERS}, "agrl_mask": _MASK, "agrl_reachable": _REACHABLE,
-            "agrl_reachable_mask": _MASK | _REACHABLE,
+            # AGRL that does not learn from what was forced, and AGRL with rewards for steps that only the tier bears out.
+            "agrl_mask": {"method": "agrl", "labels": _TIERS, "guidance.treatment": "mask"},
+            "agrl_reachable": {"method": "agrl", "labels": _TIERS, "reward.unknown_steps": "reachable"},
         },
     ),
     "head": (
