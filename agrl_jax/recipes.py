@@ -223,8 +223,6 @@ def base() -> ConfigDict:
     c.reward = ConfigDict()  # what an answer earns; see agrl_jax/rl/reward.py
     c.reward.composition = "gated"  # terminal, sum, gated, gated_tier
     c.reward.tier_kind = "exact"  # or ordinal: the nearer the tier the more; brier, rps: scores of probabilities
-    # What steps of unknown truth earn. ignore: nothing; reachable: as right ones, if the true tier can still follow.
-    c.reward.unknown_steps = "ignore"
     c.reward.tier_weight = 1.0  # of the right tier
     c.reward.step_weight = 1.0  # of each step; if it is far below tier_weight, wrong steps that give the right tier pay
     c.reward.consistent_weight = 0.25  # of steps that imply the stated tier
@@ -397,7 +395,6 @@ _ACTS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("objective.gspo_clip_low", "objective.loss", lambda loss: loss == "gspo"),
     ("objective.gspo_clip_high", "objective.loss", lambda loss: loss == "gspo"),
     ("reward.step_weight", "reward.composition", lambda composition: composition != "terminal"),
-    ("reward.unknown_steps", "reward.composition", lambda composition: composition != "terminal"),
     ("reward.consistent_weight", "reward.composition", lambda composition: composition != "terminal"),
     ("reward.format_weight", "reward.composition", lambda composition: composition != "terminal"),
     ("optim.moments", "optim.kind", lambda kind: kind == "adamw"),

@@ -59,9 +59,7 @@ REGIMES: dict[str, tuple[Fields, Mapping[str, Fields]]] = {
             "sft_tiers": {"method": "sft_all", "labels": _TIERS, "more.steps": 115},  # the policy fills in the steps
             "sft_sum": {"method": "sft_all", "labels": _TIERS, "more.steps": 115, "sft.unknown_steps": "sum"},
             "dpo": {}, "grpo": {}, "agrl": {"labels": _TIERS},
-            # AGRL that does not learn from forced tokens, and AGRL with rewards for steps that only the tier bears out.
-            "agrl_mask": {"method": "agrl", "labels": _TIERS, "guidance.treatment": "mask"},
-            "agrl_reachable": {"method": "agrl", "labels": _TIERS, "reward.unknown_steps": "reachable"},
+            "agrl_mask": {"method": "agrl", "labels": _TIERS, "guidance.treatment": "mask"},  # forced tokens do not teach
         },
     ),
     "head": (

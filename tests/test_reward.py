@@ -16,16 +16,15 @@ from agrl_jax.evaluation.samples import score_answers
 from agrl_jax.policy.tokenizer import train_bpe
 from agrl_jax.rl import reader, reward
 from agrl_jax.rl.objective import advantages
-from agrl_jax.rl.reward import RewardConfig, component_names, is_model_answer
-from agrl_jax.rl.table import is_consistent, reachable
+from agrl_jax.rl.reward import RewardConfig, component_names, is_consistent, is_model_answer
 from agrl_jax.rulebook.automaton import compile_tables
 from agrl_jax.types import UNKNOWN, Batch, Reading, Rollout
 
 # The rule book of conftest: fit yes 0, part 1, no 2; brand ok 0, off 1; tiers good 0, fair 1, bad 2.
 # The table: (yes, ok) good; (no, any) bad; all else fair.
 SUM = RewardConfig(
-    composition="sum", tier_kind="exact", unknown_steps="ignore", tier_weight=1.0, step_weight=0.5,
-    consistent_weight=0.25, format_weight=0.125, overlong_weight=2.0, overlong_from=4,
+    composition="sum", tier_kind="exact", tier_weight=1.0, step_weight=0.5, consistent_weight=0.25,
+    format_weight=0.125, overlong_weight=2.0, overlong_from=4,
 )
 T = 8
 TIER, FIT, BRAND, CONSISTENT, FORMAT, OVERLONG = range(6)
@@ -215,44 +214,6 @@ def test_a_step_of_unknown_truth_is_not_counted(small):
     np.testing.assert_allclose(s.total[0], [1 + 0.125, 0.5 + 0.25 + 0.125])  # the second answer is consistent
     s = scored(small, [(UNKNOWN, 0, 0)], truth=(UNKNOWN, 0))
     assert s.raw[0, 0, FIT] == 0  # "not stated" does not match "not known"
-
-
-def test_a_step_of_unknown_truth_is_right_while_the_tier_can_be_reached(small):
-    cfg = dataclasses.replace(SUM, unknown_steps="reachable")
-
-    def steps(stated, **truth):
-        s = scored(small, stated, cfg, **truth)
-        return np.where(s.counted, s.raw, np.nan)[0, :, [FIT, BRAND]].T.tolist()
-
-    none = np.nan  # not counted
-    answers = [(0, 1, 1), (0, 0, 0), (1, 0, 1), (2, 0, 2), (UNKNOWN, 0, 0)]
-    fair, good, bad = ({"truth": (UNKNOWN, UNKNOWN), "tier": tier} for tier in (1, 0, 2))
-    np.testing.assert_equal(steps(answers, **fair), [[1, 1], [1, 0], [1, 1], [0, none], [0, none]])
-    np.testing.assert_equal(steps(answers, **good), [[1, 0], [1, 1], [0, none], [0, none], [0, none]])
-    np.testing.assert_equal(steps(answers, **bad), [[0, none], [0, none], [0, none], [1, 1], [0, none]])
-    # Brand is known to be ok, so a fair item's fit is part. What is known is counted behind a wrong step too.
-    np.testing.assert_equal(steps(answers, truth=(UNKNOWN, 0), tier=1), [[0, 0], [0, 1], [1, 1], [0, 1], [0, 1]])
-    yes = {"truth": (0, UNKNOWN), "tier": 1}
-    np.testing.assert_equal(steps(answers, **yes), [[1, 1], [1, 0], [0, none], [0, none], [0, none]])
-    forced = scored(small, answers[:4], cfg, forced_len=1, **fair)
-    assert not forced.counted[..., FIT].any()  # a forced step is counted nowhere
-    np.testing.assert_array_equal(forced.counted[0, :, BRAND], [True, True, True, False])
-
-
-@pytest.mark.parametrize("kind", ["ignore", "reachable"])
-def test_where_all_steps_are_known_it_makes_no_difference_what_unknown_ones_earn(small, kind):
-    answers = list(itertools.product(range(3), range(2), range(3)))
-    one = scored(small, answers, truth=(1, 1), tier=1)
-    other = scored(small, answers, dataclasses.replace(SUM, unknown_steps=kind), truth=(1, 1), tier=1)
-    jax.tree.map(np.testing.assert_array_equal, one, other)
-
-
-def test_the_tier_of_all_steps_is_the_only_one_that_they_can_reach(small):
-    answers = np.array(list(itertools.product(range(3), range(2))), np.int32)
-    for tier in range(3):
-        batch = small.batch([(UNKNOWN, UNKNOWN)] * len(answers), tiers=[tier] * len(answers))
-        found = reachable(answers[:, None], batch, small.tables)[:, 0, -1]
-        np.testing.assert_array_equal(found, small.book.tier_table() == tier)
 
 
 def test_a_forced_part_earns_nothing_and_is_counted_nowhere(small):

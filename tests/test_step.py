@@ -40,8 +40,8 @@ CONFIG = StepConfig(
     group_size=G, response_len=RESPONSE_LEN, temperature=0.8, epochs=1, minibatches=1, micro_batches=1,
     logprob_chunk=50, total_steps=100, shards=1, inspect=B,
     reward=RewardConfig(
-        composition="gated", tier_kind="exact", unknown_steps="ignore", tier_weight=1.0, step_weight=0.5,
-        consistent_weight=0.25, format_weight=0.25, overlong_weight=0.1, overlong_from=4,
+        composition="gated", tier_kind="exact", tier_weight=1.0, step_weight=0.5, consistent_weight=0.25,
+        format_weight=0.25, overlong_weight=0.1, overlong_from=4,
     ),
     objective=ObjectiveConfig(
         loss="grpo", credit="sequence", clip_low=0.2, clip_high=0.28, kl="k3", kl_weight=0.1, entropy_weight=0.01,

@@ -26,14 +26,13 @@ from agrl_jax.data.pairs import Pair
 from agrl_jax.data.relabel import all_known, spread
 from agrl_jax.evaluation import intervals
 from agrl_jax.rl.reward import is_model_answer, score
-from agrl_jax.rl.table import possible_steps, reachable
 from agrl_jax.rulebook import book, variants, wording
 from agrl_jax.rulebook.book import RuleBook, RuleBookError
 from agrl_jax.rulebook.variants import training_variants, variant
 from agrl_jax.runtime.config import ConfigError, validate_together
 from agrl_jax.runtime.logs import MetricsWriter, read_jsonl
 from agrl_jax.supervised import sft
-from agrl_jax.supervised.fill import Blanks
+from agrl_jax.supervised.fill import Blanks, possible_steps
 from agrl_jax.supervised.marginal import forks
 from agrl_jax.training import assemble, run
 from agrl_jax.types import UNKNOWN, Reading, Rollout
@@ -189,14 +188,6 @@ def test_unknown_steps_are_those_that_the_own_book_leaves_open(small, under_two)
     possible[[0, 1], 0, 1] = True
     possible[2, 1, 0] = True  # brand is ok, and the tier is fair: fit is part
     np.testing.assert_array_equal(possible_steps(under_two, batch), possible)
-
-
-def test_a_step_is_right_while_the_own_book_leads_to_the_tier(small, under_two) -> None:
-    """Fit is yes, brand is off: fair by the first book, bad by the second, in which no item that fits is fair."""
-    batch = small.batch([(UNKNOWN, UNKNOWN)] * 3, tiers=[1, 1, 2]).replace(book=np.array([0, 1, 1], np.int32))
-    steps = np.array([[[0, 1]]] * 3, np.int32)
-    found = reachable(steps, batch, under_two)[:, 0]
-    np.testing.assert_array_equal(found, [[True, True], [False, False], [True, True]])
 
 
 def test_an_answer_that_the_own_book_excludes_does_not_spoil_the_loss_of_unknown_steps(small, under_two, close) -> None:

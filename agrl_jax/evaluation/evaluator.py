@@ -25,8 +25,8 @@ from agrl_jax.evaluation.probabilities import (
 from agrl_jax.policy.scoring import instructed, prefill
 from agrl_jax.policy.tokenizer import Tokenizer
 from agrl_jax.rl import reader
+from agrl_jax.rl.reward import is_consistent
 from agrl_jax.rl.rollout import PURPOSE_EVALUATE, rollout, row_keys
-from agrl_jax.rl.table import is_consistent
 from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.types import UNKNOWN, Array, Batch, Params, Policy, Rollout, RuleTables
 

@@ -13,15 +13,6 @@ The paper's exact weights and gate are not public; `composition` chooses among r
     gated      step rewards count only in an answer that is rule-consistent (our reading)
     gated_tier step rewards count only in a well-formed answer whose tier is right
 
-`unknown_steps` says what a step earns where its truth is unknown, as in a pair that is labelled with the tier alone:
-
-    ignore     nothing: it is not counted
-    reachable  what a right step earns, if the decision table can still lead from the steps so far to all that is known
-               of the pair. Behind the first step from which it cannot, no step of unknown truth is counted.
-
-Some tiers imply a step, others none. With `ignore`, a pair of the former is rewarded for steps and tier, one of the
-latter for the tier alone. So values of a step that only the latter have lose ground to the others.
-
 `tier_kind` says what a stated tier y earns where t is true. The distance d of two tiers is 1 if they differ; in
 `ordinal` and `rps` it is the number of places between them, divided by the largest such number:
 
@@ -55,7 +46,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from agrl_jax.rl.table import is_consistent, reachable
 from agrl_jax.types import UNKNOWN, Array, Batch, Reading, Rollout, RuleTables
 
 PROPER = ("brier", "rps")  # kinds of tier reward that compare the answers of a group
@@ -67,7 +57,6 @@ class RewardConfig:
 
     composition: str  # terminal, sum, gated, gated_tier
     tier_kind: str  # exact, ordinal, brier, rps
-    unknown_steps: str  # ignore, reachable
     tier_weight: float
     step_weight: float
     consistent_weight: float
@@ -109,13 +98,7 @@ def score(reading: Reading, rolled: Rollout, batch: Batch, tables: RuleTables, c
     forced_len = jnp.sum(rolled.forced, axis=-1)
     part_sampled = reading.position >= forced_len[..., None]  # parts never stated (position T) too
 
-    step_known = jnp.broadcast_to(truth != UNKNOWN, steps.shape)
-    step_right = (steps == truth) & step_known
-    if cfg.unknown_steps == "reachable":
-        after = reachable(steps, batch, tables)
-        before = jnp.concatenate([jnp.ones_like(after[..., :1]), after[..., :-1]], axis=-1)
-        step_right |= after & ~step_known
-        step_known |= before
+    step_right = (steps == truth) & (truth != UNKNOWN)
     tier_right = (tier == batch.tier[:, None]) & reading.well_formed
     stated = jnp.where(reading.well_formed, tier, UNKNOWN)
     tier_score = _tier_score(stated, batch.tier, forced_len > 0, tables.num_tiers, cfg.tier_kind)
@@ -132,7 +115,7 @@ def score(reading: Reading, rolled: Rollout, batch: Batch, tables: RuleTables, c
     )
     always = jnp.ones_like(consistent)
     counted = jnp.concatenate(
-        [part_sampled[..., r:], part_sampled[..., :r] & step_known]
+        [part_sampled[..., r:], part_sampled[..., :r] & (truth != UNKNOWN)]
         + [x[..., None] for x in (jnp.any(part_sampled, axis=-1), always, always)],
         axis=-1,
     )
@@ -160,6 +143,19 @@ def is_model_answer(score: Score, reading: Reading, batch: Batch, tables: RuleTa
     steps_right = (score.raw[..., 1 : r + 1] > 0) | (batch.steps[:, None] == UNKNOWN)
     consistent = is_consistent(reading.value[..., :r], reading.value[..., r], tables, batch.book)
     return score.passed & ~score.tier_forced & consistent & jnp.all(steps_right, axis=-1)
+
+
+def is_consistent(steps: Array, tier: Array, tables: RuleTables, book: Array | None = None) -> Array:
+    """[...] bool: all steps [..., R] and the tier [...] are stated, and the table gives this tier for these steps.
+
+    With `book` [B] the arrays begin with [B, G], and each example has the table of its own rule book.
+    """
+    code = jnp.zeros(tier.shape, jnp.int32)
+    for index, size in enumerate(tables.num_values):
+        code = code * size + jnp.maximum(steps[..., index], 0)
+    tier_of = jnp.asarray(tables.tier_of)
+    implied = tier_of[0][code] if book is None else tier_of[book[:, None], code]
+    return (tier != UNKNOWN) & jnp.all(steps != UNKNOWN, axis=-1) & (implied == tier)
 
 
 def _tier_score(stated: Array, truth: Array, guided: Array, num_tiers: int, kind: str) -> Array:

@@ -307,7 +307,6 @@ RULES: Mapping[str, Rule] = {
     # Reward.
     "reward.composition": _one_of("terminal", "sum", "gated", "gated_tier"),
     "reward.tier_kind": _one_of("exact", "ordinal", "brier", "rps"),
-    "reward.unknown_steps": _one_of("ignore", "reachable"),
     "reward.tier_weight": _WEIGHT,
     "reward.step_weight": _WEIGHT,
     "reward.consistent_weight": _WEIGHT,

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from agrl_jax.data.pipeline import PartTexts
 from agrl_jax.policy.scoring import score_parts
-from agrl_jax.rl.table import one_value, possible_steps
 from agrl_jax.supervised.marginal import Forks
 from agrl_jax.types import UNKNOWN, Array, Batch, Params, Policy, Prefix, RuleTables
 
@@ -51,7 +50,7 @@ def filled_responses(
         allowed = jnp.any(possible, axis=others)  # [B, values]
         truth = batch.steps[:, part]
         value = jnp.where(truth == UNKNOWN, jnp.argmax(jnp.where(allowed, logp, -jnp.inf), axis=1), truth)
-        possible &= one_value(value, part, tables)
+        possible &= _one_value(value, part, tables)
         return value
 
     before = None if batch.reason is None else (batch.reason, batch.reason_len)
@@ -103,3 +102,22 @@ def tokens_learnt(blanks: Blanks, batch: Batch) -> Array:
         learnt = (truth != UNKNOWN) & (whole | (not is_step))
         total += jnp.where(learnt, sizes[place, truth], 0)
     return jnp.sum(total)
+
+
+def possible_steps(tables: RuleTables, batch: Batch) -> Array:
+    """[B, values of step 0, ..., values of step R - 1] bool: combinations that agree with what is known."""
+    table = jnp.asarray(tables.tier_of)[0 if batch.book is None else batch.book]  # one for all, or [B, ...]
+    possible = table.reshape(*table.shape[:-1], *tables.num_values) == jnp.expand_dims(
+        batch.tier, tuple(range(1, tables.num_steps + 1))
+    )
+    for part in range(tables.num_steps):
+        possible &= _one_value(batch.steps[:, part], part, tables)
+    return possible
+
+
+def _one_value(value: Array, part: int, tables: RuleTables) -> Array:
+    """bool, ready to broadcast to `possible_steps`: combinations in which step `part` has `value` [B]; all where
+    `value` is UNKNOWN."""
+    size = tables.num_values[part]
+    mask = (jnp.arange(size) == value[:, None]) | (value == UNKNOWN)[:, None]
+    return mask.reshape(-1, *(size if axis == part else 1 for axis in range(tables.num_steps)))

@@ -18,8 +18,7 @@ from agrl_jax.policy.scoring import (
     token_logprobs,
 )
 from agrl_jax.rl.step import UpdateFn, split
-from agrl_jax.rl.table import possible_steps
-from agrl_jax.supervised.fill import Blanks, filled_responses, tokens_learnt, tokens_scored
+from agrl_jax.supervised.fill import Blanks, filled_responses, possible_steps, tokens_learnt, tokens_scored
 from agrl_jax.supervised.marginal import label_logprob
 from agrl_jax.types import UNKNOWN, Array, Batch, Params, Policy, TrainState
 
