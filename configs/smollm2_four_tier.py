@@ -40,8 +40,8 @@ def _again(c: ConfigDict) -> ConfigDict:
     c.seed = 1
     c.lora.start = "smollm2-four-tier"
     c.policy.compute_dtype = "bfloat16"
-    c.sft.update(steps=600, learning_rate=7e-4)
-    c.mixture.rows = 2 * 16 * 600  # half of the rows are seen: fewer of those that the first round saw
+    c.sft.update(steps=800, learning_rate=7e-4)
+    c.mixture.rows = 2 * 16 * 800  # half of the rows are seen: fewer of those that the first round saw
     c.rl.update(source="sft", steps=80, batch_size=16, group_size=4, learning_rate=1e-4, warmup=10)
     c.guidance.update(source="own", threshold=0.25, replace=2)
     c.eval.every = 20
