@@ -59,7 +59,8 @@ REGIMES: dict[str, tuple[Fields, Mapping[str, Fields]]] = {
             "sft_tiers": {"method": "sft_all", "labels": _TIERS, "more.steps": 115},  # the policy fills in the steps
             "sft_sum": {"method": "sft_all", "labels": _TIERS, "more.steps": 115, "sft.unknown_steps": "sum"},
             "dpo": {}, "grpo": {}, "agrl": {"labels": _TIERS},
-            "agrl_mask": {"method": "agrl", "labels": _TIERS, "guidance.treatment": "mask"},  # forced tokens do not teach
+            # Forced tokens do not teach.
+            "agrl_mask": {"method": "agrl", "labels": _TIERS, "guidance.treatment": "mask"},
         },
     ),
     "head": (
