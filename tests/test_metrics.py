@@ -181,6 +181,17 @@ def test_the_time_left_does_not_count_the_first_step_which_compiles(monkeypatch)
     assert lines[3] == "rl 3/11  validation 8/24"
 
 
+def test_the_time_left_counts_no_step_that_compiles(monkeypatch):
+    out, clock = io.StringIO(), iter([0.0, 60.0, 62.0, 90.0, 94.0])
+    monkeypatch.setattr(console_module.time, "monotonic", lambda: next(clock))
+    with progress("sft", total=10, every_s=0, console=rich.console.Console(file=out)) as bar:
+        bar.update(1)
+        bar.update(2)
+        bar.update(3, compiled=True)  # batches of another width
+        bar.update(4)
+    assert [line.split("eta ")[1] for line in out.getvalue().splitlines()] == ["?", "0:16", "0:14", "0:18"]
+
+
 def test_progress_on_a_terminal_is_a_bar_with_figures():
     out = io.StringIO()
     console = rich.console.Console(file=out, force_terminal=True, width=120)
@@ -188,7 +199,7 @@ def test_progress_on_a_terminal_is_a_bar_with_figures():
         bar.update(5, {"reward": 0.25})
         bar.print("a rollout")
     text = out.getvalue()
-    assert "5/10" in text and "reward 0.250" in text and "a rollout" in text
+    assert "5/10" in text and "eta ?" in text and "reward 0.250" in text and "a rollout" in text
 
 
 def test_table_shows_numbers_short_and_brackets_as_text():

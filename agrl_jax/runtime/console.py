@@ -21,17 +21,17 @@ class Progress(AbstractContextManager):
     def __init__(self, stage: str, total: int, start: int, every_s: float, console: rich.console.Console) -> None:
         self._stage, self._total, self._done = stage, total, start
         self._every_s, self._console = every_s, console
-        self._began = self._said = time.monotonic()
-        self._first: tuple[int, float] | None = None  # step and time of the first update, which includes compiling
+        self._began = self._said = self._last = time.monotonic()
+        self._updates, self._steps, self._seconds = 0, 0, 0.0  # steps and seconds without those that compiled
         self._bar = None
         if console.is_terminal:
             self._bar = rich.progress.Progress(
                 rich.progress.TextColumn("[bold]{task.description}"), rich.progress.BarColumn(bar_width=24),
                 rich.progress.MofNCompleteColumn(), rich.progress.TimeElapsedColumn(),
-                rich.progress.TextColumn("eta"), rich.progress.TimeRemainingColumn(),
-                rich.progress.TextColumn("{task.fields[figures]}"), console=console,
+                rich.progress.TextColumn("eta {task.fields[eta]}"), rich.progress.TextColumn("{task.fields[figures]}"),
+                console=console,
             )  # fmt: skip
-            self._task = self._bar.add_task(stage, total=total, completed=start, figures="")
+            self._task = self._bar.add_task(stage, total=total, completed=start, eta="?", figures="")
 
     def __enter__(self) -> Progress:
         if self._bar is not None:
@@ -42,29 +42,28 @@ class Progress(AbstractContextManager):
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, step: int, figures: Mapping[str, float | str] | None = None) -> None:
+    def update(self, step: int, figures: Mapping[str, float | str] | None = None, compiled: bool = False) -> None:
         """Says that `step` steps are done, with figures to show, such as `{"reward": 0.61}`.
 
-        The time left follows from the steps after the first update, since the first step compiles.
+        The time left follows from the steps between updates, without the first one and those that `compiled`.
         """
-        ended, self._done = self._done < self._total <= step, step
         now = time.monotonic()
-        self._first = self._first or (step, now)
+        if self._updates and not compiled:
+            self._steps, self._seconds = self._steps + step - self._done, self._seconds + now - self._last
+        ended = self._done < self._total <= step
+        self._updates, self._done, self._last = self._updates + 1, step, now
         text = "  ".join(f"{name} {_short(value)}" for name, value in (figures or {}).items())
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, **({"figures": text} if figures else {}))
+            self._bar.update(self._task, completed=step, eta=self._eta(), **({"figures": text} if figures else {}))
             return
         if now - self._said >= self._every_s or ended:
             self._said = now
-            times = f"{_clock(now - self._began)} eta {self._eta(now)}"
+            times = f"{_clock(now - self._began)} eta {self._eta()}"
             self.print(f"{self._stage} {step}/{self._total}  {times}  {text}".rstrip())
 
-    def _eta(self, now: float) -> str:
-        first, began = self._first
-        if self._done >= self._total:
-            return "0:00"
-        rate = (self._done - first) / max(now - began, 1e-9)
-        return _clock((self._total - self._done) / rate) if rate > 0 else "?"
+    def _eta(self) -> str:
+        left = max(self._total - self._done, 0)
+        return _clock(left * self._seconds / max(self._steps, 1)) if self._steps or not left else "?"
 
     def advance(self, steps: int) -> None:
         """Says that `steps` more steps are done."""

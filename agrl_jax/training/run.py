@@ -508,7 +508,8 @@ def _run_stage(
         for done in range(int(state.step) + 1, total + 1):
             if spent >= budget:
                 break
-            if not program.step._cache_size():
+            programs = program.step._cache_size()
+            if not programs:
                 bar.print(f"{stage}: compiling the step, about a minute")
             began = time.monotonic()
             state, metrics, seen = program.step(state, batch, *program.fixed)
@@ -524,7 +525,8 @@ def _run_stage(
             extra = after(done, last, state, seen, bar) if after else {}
             if done % config.log.every == 0 or last or extra:
                 run.writer.write(stage, done, row | extra)
-            bar.update(done, {name: row[metric] for name, metric in figures.items() if metric in row})
+            shown = {name: row[metric] for name, metric in figures.items() if metric in row}
+            bar.update(done, shown, compiled=row["compiles"] > programs)
             signum = processes.greatest(run.signum)  # a signal to one process stops all at the same step
             if done % config.checkpoint.every == 0 or last or signum or extra:
                 quality = {"macro_f1": extra["validation/macro_f1"]} if "validation/macro_f1" in extra else None
