@@ -4,10 +4,10 @@
     python -m agrl_jax.main --config=configs/smollm2_four_tier.py --config.data.path=ESCI.csv --workdir=runs/judge
 
 The real pairs are 1,263 of the Shopping Queries Dataset, labelled with the tier alone; a file of your own pairs works
-too. The training is supervised alone, and takes an hour or two on two CPU cores.
+too. The training is supervised alone, and takes half an hour to two hours on two CPU cores.
 
-`configs/smollm2_four_tier.py:again` goes on with the adapters in the box: supervised, mostly on other pairs of the same
-mixture, then by AGRL. It computes in bfloat16, which is faster on a CPU that has it.
+`configs/smollm2_four_tier.py:again` goes on with the adapters in the box, mostly on other pairs of the same mixture. It
+computes in bfloat16, which is faster on a CPU that has it.
 """
 
 from __future__ import annotations
@@ -32,17 +32,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.objective.logprob_chunk = 0
     c.eval.update(pairs=300, validation_pairs=300, pass_k=1, pass_pairs=1, batch_size=16)
     c.checkpoint.every = 20
-    return _again(c) if args.variant == "again" else recipes.with_method(c, "sft")
-
-
-def _again(c: ConfigDict) -> ConfigDict:
-    """A shorter warm start from the box, then AGRL, both on a new mixture. A real pair is guided by own answers."""
-    c.seed = 1
-    c.lora.start = "smollm2-four-tier"
-    c.policy.compute_dtype = "bfloat16"
-    c.sft.update(steps=800, learning_rate=7e-4)
-    c.mixture.rows = 2 * 16 * 800  # half of the rows are seen: fewer of those that the first round saw
-    c.rl.update(source="sft", steps=80, batch_size=16, group_size=4, learning_rate=1e-4, warmup=10)
-    c.guidance.update(source="own", threshold=0.25, replace=2)
-    c.eval.every = 20
-    return recipes.with_method(c, "agrl")
+    if args.variant == "again":
+        c.seed = 1
+        c.lora.start = "smollm2-four-tier"
+        c.policy.compute_dtype = "bfloat16"
+        c.sft.update(steps=800, learning_rate=7e-4)
+        c.mixture.rows = 2 * 16 * 800  # half of the rows are seen: fewer of those that the first round saw
+    return recipes.with_method(c, "sft")
