@@ -6,8 +6,8 @@
 The real pairs are 1,263 of the Shopping Queries Dataset, labelled with the tier alone; a file of your own pairs works
 too. The training is supervised alone, and takes half an hour to two hours on two CPU cores.
 
-`configs/smollm2_four_tier.py:again` goes on with the adapters in the box, mostly on other pairs of the same mixture. It
-computes in bfloat16, which is faster on a CPU that has it.
+`configs/smollm2_four_tier.py:again` goes on with the adapters in the box, mostly on other bundled pairs and on the same
+real ones. It computes in bfloat16, which is faster on a CPU that has it.
 """
 
 from __future__ import annotations

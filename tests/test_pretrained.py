@@ -281,7 +281,7 @@ def test_smollm2_learns_the_form_of_answers_on_two_cores(tmp_path: Path, monkeyp
     card = run(config, tmp_path / "run")
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     loss = [row["policy/loss"] for row in rows if row["stage"] == "sft"]
-    assert np.mean(loss[-4:]) < 0.4 * loss[0]
+    assert np.mean(loss[-4:]) < 0.3 * loss[0]
     rl = [row for row in rows if row["stage"] == "rl"]
     assert len(rl) == 2 and all(row["optim/finite"] == 1 and row["compiles"] == 1 for row in rl)
     assert max(row["policy/sampler_gap"] for row in rl) < 1e-3

@@ -21,8 +21,9 @@ class Progress(AbstractContextManager):
     def __init__(self, stage: str, total: int, start: int, every_s: float, console: rich.console.Console) -> None:
         self._stage, self._total, self._done = stage, total, start
         self._every_s, self._console = every_s, console
-        self._began = self._said = self._last = time.monotonic()
-        self._updates, self._steps, self._seconds = 0, 0, 0.0  # steps and seconds without those that compiled
+        self._began = self._said = time.monotonic()
+        self._last: float | None = None  # time of the latest update
+        self._steps, self._seconds = 0, 0.0  # from which the time left follows
         self._bar = None
         if console.is_terminal:
             self._bar = rich.progress.Progress(
@@ -45,13 +46,14 @@ class Progress(AbstractContextManager):
     def update(self, step: int, figures: Mapping[str, float | str] | None = None, compiled: bool = False) -> None:
         """Says that `step` steps are done, with figures to show, such as `{"reward": 0.61}`.
 
-        The time left follows from the steps between updates, without the first one and those that `compiled`.
+        The time left follows from the steps before this update, unless it is the first or some of them `compiled`.
         """
         now = time.monotonic()
-        if self._updates and not compiled:
-            self._steps, self._seconds = self._steps + step - self._done, self._seconds + now - self._last
+        if self._last is not None and not compiled:
+            self._steps += step - self._done
+            self._seconds += now - self._last
         ended = self._done < self._total <= step
-        self._updates, self._done, self._last = self._updates + 1, step, now
+        self._done, self._last = step, now
         text = "  ".join(f"{name} {_short(value)}" for name, value in (figures or {}).items())
         if self._bar is not None:
             self._bar.update(self._task, completed=step, eta=self._eta(), **({"figures": text} if figures else {}))
