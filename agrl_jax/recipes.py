@@ -69,6 +69,7 @@ def base() -> ConfigDict:
     c.rulebook = ConfigDict()  # the business's rules
     c.rulebook.path = "four_tier"  # a bundled rule book by name, or the path of a YAML file
     c.rulebook.order = "think_then_respond"  # or respond_then_think: the tier first
+    c.rulebook.free_text = "book"  # as the rule book says; or between, which leaves room for reasons, or none
     # Training pairs are spread over this many variants of the rule book besides itself: other tables and other words,
     # each in the prompts of its pairs. Needs data.style=full or chat. 0: all are judged by the book itself.
     c.rulebook.variants = 0

@@ -167,7 +167,7 @@ def test_weights_in_half_precision(workdir: Path, exported: Path, tmp_path: Path
     assert trained.load(str(tmp_path / "half")).params["embedding"].dtype == "bfloat16"
 
 
-def test_a_rule_book_of_a_relative_path_goes_along_from_anywhere(
+def test_a_rule_book_of_a_relative_path_and_its_free_text_go_along_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = tmp_path / "home"
@@ -175,13 +175,14 @@ def test_a_rule_book_of_a_relative_path_goes_along_from_anywhere(
     monkeypatch.chdir(home)
     rules = book.file_of("four_tier").read_text()
     Path("rules.yaml").write_text(rules)
-    make_workdir(home / "run", path="rules.yaml")
+    make_workdir(home / "run", path="rules.yaml", free_text="between")
     Path("rules.yaml").write_text(rules + "# changed since\n")
     monkeypatch.chdir(tmp_path)
     export("home/run", "exported")
     assert (tmp_path / "exported" / "rulebook.yaml").read_text() == rules
     judges = [Judge.from_checkpoint(folder, batch_size=4) for folder in ("home/run", "exported")]
     assert judges[0].identity == judges[1].identity
+    assert {judge.book.response.free_text for judge in judges} == {"between"}
 
 
 def test_what_cannot_be_exported_is_refused(workdir: Path, exported: Path, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from agrl_jax.judging.cuts import CutsError
 from agrl_jax.judging.engine import Judge
 from agrl_jax.judging.files import judge_file, parse_shard
 from agrl_jax.judging.trained import Settings, TrainedError
-from agrl_jax.rulebook import book, wording
+from agrl_jax.rulebook import wording
 from agrl_jax.runtime.checkpoint import CheckpointError
 from agrl_jax.runtime.config import ConfigError
 
@@ -129,10 +129,7 @@ def test_an_untrained_policy_answers_in_form(judge: Judge) -> None:
 
 @pytest.mark.slow
 def test_free_text_is_ended_in_time(tmp_path: Path) -> None:
-    text = book.file_of("four_tier").read_text().replace("free_text: none", "free_text: between")
-    (tmp_path / "free.yaml").write_text(text)
-    (tmp_path / "run").mkdir()
-    folder = make_workdir(tmp_path / "run", path=str(tmp_path / "free.yaml"))
+    folder = make_workdir(tmp_path, free_text="between")
     free = Judge.from_checkpoint(str(folder), batch_size=BATCH, settings=Settings(response_len=64, prompt_len=32))
     for one in free.judge(some_rows(3)):
         assert wording.well_formed(free.book, one.response)

@@ -146,11 +146,9 @@ def test_a_workdir_keeps_that_its_model_thinks_and_for_how_long(tmp_path: Path) 
     config.policy.update(thinking="on", thought_len=9)
     workdir.mkdir()
     assemble.keep_pretrained(config, workdir)
-    with pytest.raises(ConfigError, match="policy.thinking=on needs room for thoughts.*four_tier is none"):
+    with pytest.raises(ConfigError, match="policy.thinking=on needs room for thoughts.*rulebook.free_text=between"):
         assemble.load_model(config, workdir)
-    text = book.file_of("four_tier").read_text().replace("free_text: none", "free_text: between")
-    (tmp_path / "rules.yaml").write_text(text)
-    config.rulebook.path = str(tmp_path / "rules.yaml")
+    config.rulebook.free_text = "between"
     thought = assemble.load_model(config, workdir).tables.thought
     opening, closing = words.encode("<think></think>", parse_special=True)
     assert (thought.begin, thought.end[0], thought.limit) == (opening, closing, 9)

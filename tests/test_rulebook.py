@@ -484,6 +484,16 @@ def test_refuses_files_and_names_that_do_not_exist(tmp_path: Path) -> None:
         load("four_teir")
     with pytest.raises(RuleBookError, match=r"unknown value 'respond'; .* think_then_respond, respond_then_think"):
         load(order="respond")
+    with pytest.raises(RuleBookError, match=r"rule book free text: unknown value 'beween'; did you mean 'between'\?"):
+        load(free_text="beween")
+
+
+def test_free_text_can_be_asked_for_and_refused_whatever_the_file_says(tmp_path: Path) -> None:
+    assert load().response.free_text == "none"
+    asked = load(free_text="between")
+    file = write(tmp_path, book_lib.file_of("four_tier").read_text().replace("free_text: none", "free_text: between"))
+    assert asked == load(file) and asked.digest != load().digest
+    assert load(file, free_text="none") == load()
 
 
 def test_every_bundled_book_loads_in_both_orders() -> None:

@@ -123,6 +123,7 @@ def _write_record(
         "rulebook": RULEBOOK_FILE,
         "rulebook_digest": model.book.digest,
         "order": model.book.order,
+        "free_text": model.book.response.free_text,
         "style": config.data.style,
         "prompt_len": config.data.prompt_len,
         "response_len": config.data.response_len,

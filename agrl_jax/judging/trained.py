@@ -208,7 +208,7 @@ def _load_workdir(folder: epath.Path, stage: str, settings: Settings, mesh: jax.
         "policy.param_dtype": settings.dtype, "policy.compute_dtype": settings.dtype,
     }  # fmt: skip
     config.update_from_flattened_dict({name: value for name, value in given.items() if value is not None})
-    rules = book.load(settings.rulebook, config.rulebook.order) if settings.rulebook else None
+    rules = assemble.rules_in(settings.rulebook, config) if settings.rulebook else None
     model = assemble.load_model(config, folder, rules, mesh=mesh)
     params, found = load_stage(folder, config, model, mesh, stage)
     style = settings.style or config.data.style
@@ -228,7 +228,7 @@ def _load_model(path: epath.Path, settings: Settings, mesh: jax.sharding.Mesh) -
     """A folder or file of a language model, with the record of its training where `export` left one."""
     record = _read_record(path / RECORD_FILE) if path.is_dir() and (path / RECORD_FILE).exists() else {}
     own_book = path / record["rulebook"] if record else "four_tier"
-    rules = book.load(settings.rulebook or own_book, settings.order or record.get("order"))
+    rules = book.load(settings.rulebook or own_book, settings.order or record.get("order"), record.get("free_text"))
     _check_digest(rules, record.get("rulebook_digest"), str(path))
     with _local(path) as local:
         shape, params, tokenizer = loading.load_pretrained(
@@ -282,7 +282,8 @@ def _read_record(file: epath.Path) -> dict[str, Any]:
     record = read_json(file, TrainedError, "; export the workdir again")
     if missing := [name for name in RECORDED if name not in record]:
         raise TrainedError(f"{file}: not the record of an export: lacks {missing[0]!r}; export the workdir again")
-    return {name: record[name] for name in RECORDED}
+    free_text = record.get("free_text")  # in an older export the rule book alone has it
+    return {name: record[name] for name in RECORDED} | {"free_text": free_text}
 
 
 def _check_digest(rules: RuleBook, trained_by: str | None, checkpoint: str) -> None:

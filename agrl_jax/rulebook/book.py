@@ -29,24 +29,29 @@ class RuleBookError(ValueError):
     """A rule book that cannot be used; the message names file, line and key."""
 
 
-def load(path: epath.PathLike = "four_tier", order: str | None = None) -> RuleBook:
+def load(
+    path: epath.PathLike = "four_tier", order: str | None = None, free_text: str | None = None
+) -> RuleBook:
     """Reads and checks a rule book.
 
     Args:
       path: a YAML file, local or remote; or the bare name of a bundled book.
       order: `think_then_respond` or `respond_then_think`, instead of the order in the file.
+      free_text: `none` or `between`, instead of what the file says.
 
     Raises:
       RuleBookError: the file cannot be read, is misspelt, is not total, has a row that can never win, or has
         ambiguous wording.
     """
-    book, problems = check(path, order)
+    book, problems = check(path, order, free_text)
     if problems:
         raise RuleBookError(problems[0])
     return book
 
 
-def check(path: epath.PathLike, order: str | None = None) -> tuple[RuleBook, list[str]]:
+def check(
+    path: epath.PathLike, order: str | None = None, free_text: str | None = None
+) -> tuple[RuleBook, list[str]]:
     """Reads a rule book as `load` does, and returns all problems of its table and wording instead of raising.
 
     A combination that no row covers has the tier UNKNOWN.
@@ -54,13 +59,17 @@ def check(path: epath.PathLike, order: str | None = None) -> tuple[RuleBook, lis
     Raises:
       RuleBookError: the file cannot be read, or is misspelt.
     """
-    if order is not None and order not in ORDERS:
-        raise RuleBookError(f"rule book order: unknown value {order!r}{_hint(order, ORDERS)}")
+    for what, value, options in (("order", order, ORDERS), ("free text", free_text, FREE_TEXT)):
+        if value is not None and value not in options:
+            raise RuleBookError(f"rule book {what}: unknown value {value!r}{_hint(value, options)}")
     root = _read(path)
     fields = root.fields(
         ("name", "order", "response", "prompt", "tiers", "steps", "table"), required=("tiers", "steps", "table")
     )
     book, places = _parse(fields, order)
+    if free_text is not None:
+        response = dataclasses.replace(book.response, free_text=free_text)
+        book = dataclasses.replace(book, response=response)
     problems = list(_table_problems(book, fields["table"]))
     if found := wording.ambiguity(book):
         phrase, problem = found

@@ -182,6 +182,7 @@ RULES: Mapping[str, Rule] = {
     "method": _TEXT,
     "rulebook.path": _TEXT,
     "rulebook.order": _one_of("think_then_respond", "respond_then_think"),
+    "rulebook.free_text": _one_of("book", "none", "between"),
     "rulebook.variants": _COUNT,
     # Data.
     "data.source": _one_of("benchmark", *sorted(FILES)),

@@ -110,7 +110,7 @@ class Data:
 
 def load_rules(config: ConfigDict) -> RuleBook:
     """The rule book that a config names."""
-    return book.load(config.rulebook.path, config.rulebook.order)
+    return rules_in(config.rulebook.path, config)
 
 
 def keep_rules(config: ConfigDict, workdir: epath.Path) -> None:
@@ -126,7 +126,13 @@ def rules_file(config: ConfigDict, workdir: epath.Path) -> epath.Path:
 
 def kept_rules(config: ConfigDict, workdir: epath.Path) -> RuleBook:
     """The rule book that a workdir was trained with."""
-    return book.load(rules_file(config, workdir), config.rulebook.order)
+    return rules_in(rules_file(config, workdir), config)
+
+
+def rules_in(file: epath.PathLike, config: ConfigDict) -> RuleBook:
+    """The rule book in a file, with the order and the free text that a config asks for."""
+    free_text = config.rulebook.free_text
+    return book.load(file, config.rulebook.order, None if free_text == "book" else free_text)
 
 
 def write_config(config: ConfigDict, workdir: epath.Path) -> None:
@@ -417,7 +423,8 @@ def _model(
 ) -> Model:
     if tokenizer.thinking and rules.response.free_text == "none":
         raise ConfigError(
-            f"policy.thinking=on needs room for thoughts: response.free_text of the rule book {rules.name} is none"
+            f"policy.thinking=on needs room for thoughts, and the rule book {rules.name} has no free text; set "
+            "rulebook.free_text=between"
         )
     padding = [None] * (shape.vocab_size - tokenizer.vocab_size)  # some models pad their vocabulary
     tables = automaton.compile_tables(

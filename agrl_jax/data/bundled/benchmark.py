@@ -124,7 +124,7 @@ def _check_reasons(splits: Mapping[str, Sequence[Pair]], rules: RuleBook) -> Non
             if phrase := wording.misread_reason(rules, part, value, reason):
                 raise PairsError(
                     f"the bundled benchmark's reason {reason!r} would be read as the answer {phrase!r} of the rule "
-                    f"book {rules.name}; word its responses differently, or set response.free_text: none"
+                    f"book {rules.name}; word its responses differently, or set rulebook.free_text=none"
                 )
 
 
