@@ -28,7 +28,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -39,11 +38,10 @@ from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
 from agrl_jax.runtime.console import say
 from agrl_jax.runtime.files import write_json, write_text
 from experiments import choose, run, study, table
-from experiments.study import Sweep
+from experiments.study import Fields, Sweep
 
 BUDGET = 450_000  # forward-equivalent tokens of each run after the warm start: some 60 steps of AGRL
 SEEDS = (0, 1, 2)
-Fields = Mapping[str, Any]
 
 _TIERS = "tier, steps of 500"
 

@@ -135,31 +135,40 @@ def run(
     runner = Runner(file, folder, overrides, sweep.results)
     for slot in _slots(workers):
         runner.slots.put(slot)
-    starts = {job: folder / "starts" / study.start_digest(_config(sweep, *job), overrides) for job in jobs}
+    starts = {job: _start(sweep, folder, *job, overrides) for job in jobs}
     missing = {place: job for job, place in starts.items() if not _made(place)}
     say(f"{sweep.name}: {len(jobs)} runs and {len(missing)} warm starts to make, {workers} at a time, in {folder}")
     failed = _all(runner, "warm starts", [(*job, place) for place, job in missing.items()], runner.start)
 
-    def one(name: str, seed: int, workdir: Path) -> int:
+    def one(name: str, seed: int, place: Path) -> int:
         code, start = 0, starts[name, seed]
-        if _config(sweep, name, seed).rl.steps:
-            _share(start, workdir)
-            code = runner.main(name, seed, workdir)
-        else:
-            workdir = start
+        if place != start:
+            _share(start, place)
+            code = runner.main(name, seed, place)
         if code in (0, DIVERGED):
-            results.write(sweep, name, seed, workdir, code == DIVERGED, settings[name, seed])
+            results.write(sweep, name, seed, place, code == DIVERGED, settings[name, seed])
             if not sweep.keep_checkpoints:
-                _delete_checkpoints(workdir)
+                _delete_checkpoints(place)
         return code
 
     ready = [job for job in jobs if _made(starts[job])]
     if len(ready) < len(jobs):
         say(f"{len(jobs) - len(ready)} runs are left out: they have no warm start")
-    # The name of a workdir depends on its config, so a changed config starts in a new workdir.
-    names = {job: study.digest(_config(sweep, *job), overrides) for job in ready}
-    places = {job: folder / sweep.name / f"{job[0]}-{job[1]}-{names[job]}" for job in ready}
+    places = {job: workdir(sweep, folder, *job, overrides) for job in ready}
     return failed + _all(runner, sweep.name, [(*job, place) for job, place in places.items()], one, after)
+
+
+def workdir(sweep: Sweep, folder: Path, name: str, seed: int, overrides: Sequence[str]) -> Path:
+    """Where a run is made: in the workdir of its warm start, if that is all of it."""
+    config = _config(sweep, name, seed)
+    if not config.rl.steps:
+        return _start(sweep, folder, name, seed, overrides)
+    # The name depends on the config, so a changed config starts in a new workdir.
+    return folder / sweep.name / f"{name}-{seed}-{study.digest(config, overrides)}"
+
+
+def _start(sweep: Sweep, folder: Path, name: str, seed: int, overrides: Sequence[str]) -> Path:
+    return folder / "starts" / study.start_digest(_config(sweep, name, seed), overrides)
 
 
 def _all(

@@ -24,6 +24,8 @@ from ml_collections import ConfigDict
 from agrl_jax import recipes
 from agrl_jax.runtime.config import ConfigError, config_digest, flatten, last_branch, matches, parse_arg, resolve
 
+Fields = Mapping[str, Any]  # of a config, by dotted names
+
 RESULTS_VARIABLE = "AGRL_EXPERIMENT_RESULTS"  # tells a run where other results are, such as those of a search
 RESULTS = Path(os.environ.get(RESULTS_VARIABLE) or Path(__file__).parent / "results")
 TUNED = RESULTS / "tuned.json"  # what the search chose: {method: fields}
@@ -78,7 +80,7 @@ class Sweep:
 
     name: str
     # The fields of each run; also `method`, if it is not the run's name, and `labels`, if they are not those of LABELS.
-    runs: Mapping[str, Mapping[str, Any]]
+    runs: Mapping[str, Fields]
     seeds: tuple[int, ...]
     tuned: Path | None = TUNED  # the settings that a search chose for each method
     reference: str = "agrl"  # the run that others are compared with

@@ -19,12 +19,17 @@ import mini_sweep
 import numpy as np
 import pytest
 import quick
+import test_scorecard
 
 from agrl_jax import recipes
+from agrl_jax.evaluation import judgements
 from agrl_jax.evaluation.metrics import Judgements
 from agrl_jax.policy import tokenizer as tokenizers
+from agrl_jax.rulebook import book
 from agrl_jax.runtime.config import ConfigError, check_guidance, flatten, validate, validate_together
+from agrl_jax.runtime.files import write_json
 from agrl_jax.training.run import first_batch
+from agrl_jax.types import UNKNOWN
 from experiments import (
     ablations,
     choose,
@@ -33,6 +38,7 @@ from experiments import (
     language_model_long,
     longer,
     main_table,
+    reasoning,
     results,
     search,
     study,
@@ -44,7 +50,7 @@ ROOT = Path(__file__).parent.parent
 PLAN = language_model.PLAN
 SWEEPS = (
     main_table.SWEEP, longer.SWEEP, search.SWEEP, ablations.SWEEP, esci.SWEEP, PLAN.search, PLAN.sweep,
-    language_model_long.SWEEP,
+    language_model_long.SWEEP, reasoning.SWEEP,
 )  # fmt: skip
 
 
@@ -117,7 +123,7 @@ def test_a_result_still_counts_when_a_field_is_new_and_has_its_default(sweep: st
     assert not study.same(wanted | {"policy.gone": 1}, wanted)
 
 
-@pytest.mark.parametrize("module", [main_table, ablations, language_model, language_model_long])
+@pytest.mark.parametrize("module", [main_table, ablations, language_model, language_model_long, reasoning])
 def test_a_sweep_is_loaded_by_its_file(module: ModuleType, tmp_path: Path) -> None:
     sweep = study.load(module.__file__, str(tmp_path))
     assert (sweep.name, sweep.runs, sweep.results) == (module.SWEEP.name, module.SWEEP.runs, tmp_path)
@@ -312,6 +318,24 @@ def test_words_held_out_of_training_are_told_apart() -> None:
     shown = table._held_out("b_eval", found, bootstrap=0)
     row = dict(zip(shown.columns, shown.rows[0], strict=True))
     assert (row["seen (2): accuracy"], row["unseen (2): accuracy"]) == ("1.000", "0.500")
+
+
+def test_a_judge_with_reasons_is_compared_on_the_same_pairs(tmp_path: Path) -> None:
+    sweep = dataclasses.replace(reasoning.SWEEP, results=tmp_path)
+    tiers = {"verdicts": ([0, 1, 3, 3], 0.2), "reasons": ([0, 1, 2, 0], 0.5), "student": ([0, 1, 0, 1], 0.1)}
+    for name, (predicted, seconds) in tiers.items():
+        judged = test_scorecard.judgements([0, 1, 2, 3], predicted)
+        if name == "student":
+            judged = dataclasses.replace(judged, predicted_steps=np.full_like(judged.predicted_steps, UNKNOWN))
+        file = sweep.result(f"judged/{name}", seed=1)
+        file.parent.mkdir(exist_ok=True, parents=True)
+        judgements.write(file.with_suffix(".parquet"), name, dict.fromkeys(reasoning.SPLITS, judged), book.load())
+        write_json(file, {"cpu_seconds": seconds, "free": {"b_eval": 0.75, "w_eval": 0.5}})
+    said = reasoning.write_table(sweep, bootstrap=0).read_text()
+    assert said.count("| verdicts | 1 | 0.750 |") == said.count("| reasons | 1 | 0.750 |") == 2
+    assert said.count("| reasons minus verdicts | 0.000 |") == 2 and "constrained minus" not in said
+    assert "| reasons | 20.0 | 2.50 | 0.75 | 0.50 |" in said
+    assert "| student | 1 | 0.500 | 0.333 | - | - | - |" in said  # it states no steps, so it has none wrong
 
 
 def fake(macro_f1: list[float], diverged: bool = False) -> dict:
