@@ -67,7 +67,7 @@ def evaluate(
     encoded = assemble.encode(config, model, data, dict.fromkeys([*splits, "validation"]))
     validation = encoded["validation"] if "validation" in splits else encoded.pop("validation")
     known = pipeline.stratified(validation, config.eval.validation_pairs, config.data.seed)
-    rows = {name: pipeline.stratified(split, pairs or len(split), config.data.seed) for name, split in encoded.items()}
+    rows = {name: pipeline.stratified(split, pairs, config.data.seed) for name, split in encoded.items()}
     evaluator = assemble.make_evaluator(config, model, mesh)
     for_decoding = assemble.for_decoding(config, model, mesh)
     cards: metrics.Scorecards = {}

@@ -100,6 +100,8 @@ def run(values: flags.FlagValues) -> None:
         if values[name].value:
             check_writable(values[name].value, f"--{name}")
     form = PairsFormat.parse(values.columns, values.labels, values.bins)
+    if values.use_cuts and values.fit_temperature and not values.fit_cuts:
+        raise ConfigError("--use_cuts with --fit_temperature: cut points depend on the temperature; add --fit_cuts")
     fits = values.fit_cuts or values.fit_temperature
     judge = checkpoint_flags.load(values, values.use_cuts and not fits)
     if values.fit_temperature:

@@ -60,6 +60,7 @@ def run(path: str, values: flags.FlagValues) -> dict[str, Any]:
         groups, unreadable = coverage.read_stated(values.pairs, [rules, *([old] if old else [])], form)
         found |= coverage.meet(groups, rules, form) | {"unreadable": unreadable}
         lines += [f"{values.pairs}:", *coverage.describe(found)]
+        lines += coverage.listed(f"rows and columns that cannot be used: {len(unreadable):,}", unreadable)
     if old and values.pairs and not problems:
         found["changed"] = coverage.changed(groups, old, rules, form)
         lines += coverage.describe_changed(found["changed"])

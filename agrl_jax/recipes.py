@@ -264,7 +264,7 @@ def base() -> ConfigDict:
     c.eval = ConfigDict()  # validation and the scorecard
     c.eval.every = 50  # RL steps between validations; 0: only at the end
     c.eval.pairs = 500  # of each split, stratified and fixed; 0: all
-    c.eval.validation_pairs = 256  # pairs of each validation
+    c.eval.validation_pairs = 256  # pairs of each validation; 0: all
     c.eval.pass_k = 8  # samples of each pair for pass@k and majority@k
     c.eval.pass_pairs = 128  # pairs sampled so
     c.eval.constrained = False  # judge under the rule book's grammar, as agrl_jax.judge does

@@ -66,7 +66,7 @@ def measure(workdir: epath.Path, stage: str, pairs: int) -> dict[str, Any]:
     params = assemble.for_decoding(config, model, mesh)(loaded, None)
     validation = encoded["validation"]
     known = pipeline.stratified(validation, config.eval.validation_pairs, config.data.seed)
-    rows = {name: pipeline.stratified(encoded[name], pairs or len(encoded[name]), config.data.seed) for name in SPLITS}
+    rows = {name: pipeline.stratified(encoded[name], pairs, config.data.seed) for name in SPLITS}
     with progress("judge", len(known) + 2 * sum(map(len, rows.values()))) as bar:
         temperature = evaluator.calibrate(params, validation, known, bar.advance).temperature
         result = {"seed": config.seed, "stage": stage, "temperature": temperature}

@@ -129,7 +129,7 @@ def test_one_row_a_pair_and_one_row_a_rating_read_alike(tmp_path):
 
 def test_a_report_by_hand(tmp_path):
     probs = [dict(zip((f"judge_prob_{t.name}" for t in BOOK.tiers), p, strict=True))
-             for p in ((0.9, 0.1, 0, 0), (0.2, 0.6, 0.2, 0), (0.25,) * 4)]  # fmt: skip
+             for p in ((0.9, 0.1, 0, 0), (0.2, 0.6, 0.2, 0), ("",) * 4)]  # fmt: skip
     rows = [row | of for row, of in zip(WIDE, probs, strict=True)]
     ratings = raters.read_ratings(write(tmp_path / "wide.csv", rows), BOOK, raters=("ann", "ben", "cleo"))
     found = raters.report(ratings, BOOK, wanted=0.9, bootstrap=0)
@@ -140,6 +140,8 @@ def test_a_report_by_hand(tmp_path):
     assert figures["ann", "majority of the others"] == (2, 0.5)  # the others are tied on b and y; only ben is left on z
     assert found["by_tier"]["3-Related"]["n"] == 1 and found["by_family"]["all"]["n"] == 2
     assert found["abstain"]["coverage"] == 1.0 and found["alpha"]["people"]["n"] == 3
+    rows[0]["judge_prob_4-Excellent"] = ""  # of a pair that is judged
+    assert raters.read_ratings(write(tmp_path / "wide.csv", rows), BOOK, raters=("ann", "ben")).confidence is None
 
 
 @pytest.mark.parametrize(

@@ -225,6 +225,15 @@ def test_what_is_watched_may_change_and_stages_may_grow(saved, identity):
         assert checkpoints.newest() == ("sft", 5)
 
 
+def test_a_budget_of_zero_has_no_end(tmp_path):
+    with Checkpointer(tmp_path, identity=changed(config__rl__budget=100)) as checkpoints:
+        checkpoints.save("sft", 1, make_state(1))
+    with Checkpointer(tmp_path, identity=changed(config__rl__budget=0)) as checkpoints:
+        checkpoints.save("sft", 2, make_state(2))
+    with pytest.raises(CheckpointMismatch, match="rl.budget: 0 -> 100"):
+        Checkpointer(tmp_path, identity=changed(config__rl__budget=100))
+
+
 def test_a_stage_may_not_shrink_and_one_that_is_over_may_not_grow(saved):
     with pytest.raises(CheckpointMismatch, match="rl.steps: 100 -> 50"):
         Checkpointer(saved, identity=changed(config__rl__steps=50))

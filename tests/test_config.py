@@ -308,7 +308,13 @@ def test_own_answers_that_can_never_be_there_are_refused():
     assert "own can never act: in rl.steps=10 x rl.batch_size=8 none of the 80 pairs is met twice" in str(error.value)
     assert "use guidance.threshold=0.25, at least 11 steps" in str(error.value)
     cfg.check_guidance(changed(**own), pairs=79)  # so one pair is met a second time
+    cfg.check_guidance(changed(**own, difficulty__pool=2), pairs=159)  # likewise: each step is given 16
+    with pytest.raises(ConfigError, match=r"x difficulty.pool=2 none of the 160 pairs .* at least 11 steps"):
+        cfg.check_guidance(changed(**own, difficulty__pool=2), pairs=160)
     cfg.check_guidance(changed(**own, guidance__threshold=0.25), pairs=80)  # one right answer of four, and it fails
+    with pytest.raises(ConfigError, match="use guidance.threshold=0.3334,"):  # 0.3333 would not be enough either
+        cfg.check_guidance(changed(**own | {"rl__group_size": 3}), pairs=80)
+    cfg.check_guidance(changed(**own | {"rl__group_size": 3}, guidance__threshold=0.3334), pairs=80)
     cfg.check_guidance(changed(rl__steps=10), pairs=80)
     cfg.check_guidance(changed(**own, guidance__enabled=False), pairs=80)
     cfg.check_guidance(changed(**own, method="dpo"), pairs=80)

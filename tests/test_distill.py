@@ -294,6 +294,7 @@ def test_the_judge_in_the_box_can_teach():
     recipes.check(config)
     validate_together(config)
     assert (config.policy.pretrained, config.rulebook.order, config.sft.steps) == (name, "respond_then_think", 0)
+    assert config.lora.rank and not config.lora.start  # new adapters, over weights that hold the box's
     assert (config.method, config.distill.path) == ("distill", "student/teacher.parquet")
     assert config.distill.learning_rate == config.sft.learning_rate / 3 and config.distill.matrix_rate == 0
 

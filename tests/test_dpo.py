@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -13,7 +14,7 @@ from conftest import END, RESPONSE_LEN
 from agrl_jax.rl import reader
 from agrl_jax.supervised import dpo
 from agrl_jax.supervised.dpo import Answers, Preferences
-from agrl_jax.types import Policy, TrainState
+from agrl_jax.types import Policy, Thought, TrainState
 
 KEY = np.asarray(jax.random.key_data(jax.random.key(1)))
 B, N = 6, 8
@@ -47,6 +48,16 @@ def test_right_is_well_formed_and_of_the_true_tier_and_wrong_is_of_another_or_no
             assert answers.right[b, n] == (formed[b, n] and tier[b, n] == batch.tier[b])
             assert answers.wrong[b, n] == (tier[b, n] != batch.tier[b])
     assert answers.wrong.any() and np.any(tier == batch.tier[:, None])
+
+
+def test_tokens_that_close_a_thought_by_force_are_no_part_of_an_answer(small, batch):
+    tables = dataclasses.replace(small.tables, thought=Thought(None, (8, 9), 4))
+    mine = partial(dpo.sample_answers, small.policy, tables, number=N, length=RESPONSE_LEN, temperature=0.7)
+    answers = jax.device_get(jax.jit(mine)(small.params, KEY, batch))
+    first = answers.tokens[..., :4]
+    late = ~np.any((first == 8) | (first == tables.end_token), axis=-1)
+    assert late.any() and np.all(answers.tokens[late][:, 4:6] == (8, 9))
+    assert not answers.valid[late][:, 4:6].any() and answers.valid[late][:, :4].all()
 
 
 def test_mining_again_or_in_another_order_finds_the_same(small, sample, batch, answers):

@@ -109,6 +109,12 @@ def test_a_judge_that_states_the_tier_last_is_not_asked_for_it_alone(workdir: Pa
     assert "needs a judge that states the tier first" in capfd.readouterr().err
 
 
+def test_cut_points_of_another_temperature_are_not_used(workdir: Path, capfd) -> None:
+    arguments = [f"--checkpoint={workdir}", "--fit_temperature=examples/pairs.csv", "--use_cuts"]
+    assert commands.exit_code(judge_command.main, *arguments) == 2
+    assert "cut points depend on the temperature; add --fit_cuts" in capfd.readouterr().err
+
+
 # Judgements
 
 
@@ -349,6 +355,17 @@ def test_equal_pairs_are_judged_once(judge: Judge, tmp_path: Path, monkeypatch: 
 
 
 # Shards and buckets
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_shard_of_no_rows_is_a_file_of_no_rows(judge: Judge, tmp_path: Path, kind: str) -> None:
+    table = pandas.DataFrame(some_rows(2))
+    source, output = tmp_path / f"in.{kind}", tmp_path / f"out.{kind}"
+    table.to_csv(source, index=False) if kind == "csv" else table.to_json(source, orient="records", lines=True)
+    judge_file(judge, str(source), str(output), shard=(1, 3))  # rows 1 to 0
+    lines = output.read_text().splitlines()
+    assert lines[0].startswith("query,title,") if kind == "csv" else not lines
+    assert len(lines) <= 1 and not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])

@@ -53,6 +53,16 @@ def test_anyones_judgements_are_scored_under_their_own_names(tmp_path: Path) -> 
         assert [row["query"] for row in csv.DictReader(file)] == ["q2", "q3", "q1"]
 
 
+def test_a_file_judged_without_steps_has_no_figures_of_steps(tmp_path: Path) -> None:
+    steps = {f"{name}_{step.name}": "" for step in BOOK.steps for name in ("judge_step", "step")}
+    row = {"query": "q", "title": "a shoe", "label": "4", "judge_tier": "4"} | steps | {"step_category": "same"}
+    scores = labelled.read_judged(write(tmp_path / "alone.csv", [row]), BOOK).scores(BOOK, bootstrap=0)
+    assert scores["accuracy"]["value"] == 1
+    assert [scores[name]["value"] for name in ("adherence", "step_accuracy", "all_right")] == [None] * 3
+    (said,) = write(tmp_path / "said.csv", [row | {"judge_step_brand": "match"}]),
+    assert labelled.read_judged(said, BOOK).scores(BOOK, bootstrap=0)["step_accuracy"]["value"] == 0
+
+
 def test_equally_wrong_answers_are_listed_by_the_probability_of_the_truth(tmp_path: Path) -> None:
     names = [f"judge_prob_{tier.name}" for tier in BOOK.tiers]
     stated = [(0.7, 0.3, 0, 0), (0.9, 0.1, 0, 0), (0.6, 0.4, 0, 0)]

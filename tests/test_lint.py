@@ -233,6 +233,17 @@ def test_the_command(tmp_path, book):
     assert found["problems"] == [] and found["pairs"] == 2 and len(found["changed"]) == 1
 
 
+def test_the_command_says_which_rows_and_columns_it_cannot_use(tmp_path, book, capfd):
+    write(tmp_path / "book.yaml", BOOK)
+    file = pairs(tmp_path / "mine.csv", ("Buy", "yes", "any"), ("Skip", "no", "any"))
+    text = file.read_text().replace("step_size", "step_siez", 1)
+    file.write_text(text + 'q9,"t9')  # a quote that never ends
+    assert commands.exit_code(lint.main, str(tmp_path / "book.yaml"), f"--pairs={file}") == 0
+    said = capfd.readouterr().out
+    assert "rows and columns that cannot be used: 2" in said
+    assert "column 'step_siez': no step of the rule book" in said and "row 3 (line 4): " in said
+
+
 def test_the_command_says_what_training_would_refuse(tmp_path, capfd):
     write(tmp_path / "bad.yaml", BOOK.replace("size: no}", "colour: [right, wrong, any]}"))
     assert commands.exit_code(lint.main, str(tmp_path / "bad.yaml")) == 1

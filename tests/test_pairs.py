@@ -409,6 +409,12 @@ class TestFormat:
         known = "q3" in [pair.query for pair in file.splits["train"]]
         assert ("queries of the test pairs that are trained on too: 1" in file.notes) == known
 
+    def test_labels_of_test_pairs_that_contradict_their_steps_are_counted(self, tmp_path):
+        train = write(tmp_path, "query,title,label\n" + "".join(f"q{n},t,4\n" for n in range(40)), "train.csv")
+        test = write(tmp_path, "query,title,label,step_category\nhat,t,4,complement\n", "test.csv")
+        file = read_pairs(train, BOOK, test=test)
+        assert file.contradicting == (1,) and "labels that contradict the rule book: 1 pairs" in file.notes[0]
+
     def test_test_pairs_in_both_files_are_refused(self, tmp_path):
         text = "query,title,label,split\na,t,4,train\nb,t,4,validation\nc,t,4,test\n"
         path = write(tmp_path, text)

@@ -152,6 +152,11 @@ def test_bad_input_is_refused_in_one_line(client: TestClient, echo: Echo, body: 
     assert not echo.asked
 
 
+def test_a_whole_number_may_be_of_any_size(client: TestClient) -> None:
+    body = b'{"query": "a", "title": "c", "price": 1' + b"0" * 400 + b"}"
+    assert client.post("/judge", content=body).status_code == 200
+
+
 def test_other_paths_and_methods(client: TestClient) -> None:
     assert client.get("/judge").status_code == 405
     nowhere = client.get("/nowhere")

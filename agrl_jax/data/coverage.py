@@ -158,17 +158,17 @@ def describe(found: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
     never = [f"{step}: {value}" for step, counts in values.items() for value, n in counts.items() if not n]
     total = sum(map(len, values.values()))
-    lines += _listed(f"rows of the table that no pair is known to meet: {len(idle)} of {len(rows)}", idle, len(idle))
-    lines += _listed(f"values never labelled: {len(never)} of {total}", never, len(never))
+    lines += listed(f"rows of the table that no pair is known to meet: {len(idle)} of {len(rows)}", idle, len(idle))
+    lines += listed(f"values never labelled: {len(never)} of {total}", never, len(never))
     unlabelled = [name for name, count in found["tiers"].items() if not count]
     lines += [f"tiers never labelled: {', '.join(unlabelled)}"] if unlabelled else []
     contradicting = [
         f"row {one['row']}: labelled {one['label']}, its steps give {one['table'] or 'no tier'}"
         for one in found["contradicting"]
     ]
-    lines += _listed(f"labels that contradict the table: {len(contradicting):,} pairs", contradicting)
+    lines += listed(f"labels that contradict the table: {len(contradicting):,} pairs", contradicting)
     foreign = [f"{one['column']} {one['value']!r}: {one['pairs']:,} pairs" for one in found["foreign"]]
-    return lines + _listed(f"cells that the rule book does not know: {len(foreign):,}", foreign)
+    return lines + listed(f"cells that the rule book does not know: {len(foreign):,}", foreign)
 
 
 def describe_changed(found: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -178,7 +178,7 @@ def describe_changed(found: Sequence[Mapping[str, Any]]) -> list[str]:
     maybe = len(found) - len(surely)
     lines = [f"pairs whose tier changes: {len(surely):,}, and may change by steps not known: {maybe:,}"]
     lines += [f"  {move}: {count:,}" for move, count in moves.most_common(MAX_LISTED)]
-    return lines + _listed(
+    return lines + listed(
         "the first of them:",
         [f"row {one['row']}: {one['query'][:40]!r} -> {one['title'][:60]!r}" for one in surely or found],
     )
@@ -224,7 +224,7 @@ def _block(steps: Sequence[int]) -> tuple[Any, ...]:
     return tuple(slice(None) if value == UNKNOWN else slice(value, value + 1) for value in steps)
 
 
-def _listed(what: str, lines: Sequence[str], most: int = MAX_LISTED) -> list[str]:
+def listed(what: str, lines: Sequence[str], most: int = MAX_LISTED) -> list[str]:
     """A heading and the first of the `lines`; nothing where there are none."""
     more = [f"  ... and {len(lines) - most:,} more"] if len(lines) > most else []
     return [what, *(f"  {line}" for line in lines[:most]), *more] if lines else []

@@ -175,9 +175,9 @@ def read_pairs(
       PairsError: as `read_labelled`, or a split has no pairs.
     """
     found = read_labelled(source, book, form)
-    tests = None if test is None else read_labelled(test, book, form)
-    splits = _into_splits(found.pairs, seed, TRAIN_SHARES if tests else SHARES)
-    if tests:
+    tests = Labelled([]) if test is None else read_labelled(test, book, form)
+    splits = _into_splits(found.pairs, seed, SHARES if test is None else TRAIN_SHARES)
+    if test is not None:
         if splits.get("test"):
             raise PairsError(f"{name_of(source)}: has rows for test in its column 'split', and so has {name_of(test)}")
         splits["test"] = [dataclasses.replace(pair, split="test") for pair in tests.pairs]
@@ -188,8 +188,10 @@ def read_pairs(
         else:
             what += ": each split needs a query of its own, and there are too few"
         raise PairsError(f"{name_of(source)}: {what}")
-    skipped = found.skipped + (tests.skipped if tests else ())
-    return PairsFile(splits, found.contradicting, skipped=skipped, unread=found.unread)
+    unread = tuple(dict.fromkeys(found.unread + tests.unread))
+    return PairsFile(
+        splits, found.contradicting + tests.contradicting, skipped=found.skipped + tests.skipped, unread=unread
+    )
 
 
 def read_labelled(source: Source, book: RuleBook, form: PairsFormat = AS_DESCRIBED) -> Labelled:

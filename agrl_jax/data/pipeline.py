@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import grain
@@ -141,18 +142,24 @@ def batches(
     """
     if not 0 < batch_size <= len(encoded):
         raise ValueError(f"batch_size={batch_size} should be from 1 to {len(encoded)}, the number of pairs")
-    rows = grain.MapDataset.range(len(encoded)).shuffle(seed=seed).batch(batch_size, drop_remainder=True).repeat()
+    epoch = grain.MapDataset.range(len(encoded)).shuffle(seed=seed).batch(batch_size, drop_remainder=True)
+    rows = epoch.repeat()
     if by_length:
-        return (_cut(encoded.take(_like_sized(encoded, rows, k, seed))) for k in itertools.count(start))
+        like_sized = partial(_like_sized, encoded.batch.prompt_len, rows, len(epoch), seed)
+        return (_cut(encoded.take(like_sized(k))) for k in itertools.count(start))
     return (encoded.take(rows[k]) for k in itertools.count(start))
 
 
-def _like_sized(encoded: EncodedSplit, rows: Any, k: int, seed: int) -> np.ndarray:
-    """The rows of batch k. Each group of batches sorts its rows by length, and shuffles its batches."""
-    group, place = divmod(k, _LIKE_SIZED)
-    mine = np.concatenate([rows[group * _LIKE_SIZED + i] for i in range(_LIKE_SIZED)])
-    mine = mine[np.argsort(encoded.batch.prompt_len[mine], kind="stable")].reshape(_LIKE_SIZED, -1)
-    return mine[np.random.default_rng([seed, group]).permutation(_LIKE_SIZED)[place]]
+def _like_sized(prompt_len: np.ndarray, rows: Any, per_epoch: int, seed: int, k: int) -> np.ndarray:
+    """The rows of batch k. Each group of batches of an epoch sorts its rows by length, and shuffles its batches."""
+    epoch, of_epoch = divmod(k, per_epoch)
+    group, place = divmod(of_epoch, _LIKE_SIZED)
+    start = group * _LIKE_SIZED
+    size = min(_LIKE_SIZED, per_epoch - start)
+    mine = np.concatenate([rows[epoch * per_epoch + start + i] for i in range(size)])
+    mine = mine[np.argsort(prompt_len[mine], kind="stable")].reshape(size, -1)
+    number = epoch * -(-per_epoch // _LIKE_SIZED) + group
+    return mine[np.random.default_rng([seed, number]).permutation(size)[place]]
 
 
 def _cut(batch: Batch) -> Batch:
@@ -176,13 +183,13 @@ def eval_batches(
 
 
 def stratified(encoded: EncodedSplit, count: int, seed: int) -> np.ndarray:
-    """A fixed sample of `count` rows (all, if there are fewer), ascending, in which every combination of family
-    and tier has its share in the split, to within one row.
+    """A fixed sample of `count` rows, ascending, in which every combination of family and tier has its share in the
+    split, to within one row. All rows, if there are fewer or `count` is 0.
     """
     strata: dict[tuple[int, int], list[int]] = {}
     for row, key in enumerate(zip(encoded.batch.family.tolist(), encoded.batch.tier.tolist(), strict=True)):
         strata.setdefault(key, []).append(row)
-    count = min(count, len(encoded))
+    count = min(count or len(encoded), len(encoded))
     keys = sorted(strata)
     exact = np.array([count * len(strata[key]) / len(encoded) for key in keys])
     sizes = np.floor(exact).astype(int)

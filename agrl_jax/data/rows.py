@@ -678,5 +678,5 @@ class Journal:
     def records(self) -> Iterator[Record]:
         """All rows so far."""
         with self.path.open(encoding="utf-8") as file:
-            next(file)
+            next(file, None)  # the identity; a journal of no rows lacks it
             yield from map(json.loads, file)

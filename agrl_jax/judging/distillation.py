@@ -88,7 +88,7 @@ def student_config(checkpoint: str, folder: epath.Path, changes: Mapping[str, An
         record = read_json(place / trained.RECORD_FILE, TrainedError)
         config = assemble.whole_config(record["config"])
         rules, tokenizer = place / record["rulebook"], loading.read_tokenizer(place)
-        more = {"policy.pretrained": checkpoint}
+        more = {"policy.pretrained": checkpoint, "lora.start": ""}  # the adapters that it began with are merged into it
     else:
         raise TrainedError(
             f"{checkpoint}: should be the workdir of a training run or a folder that agrl_jax.export wrote, which say "
@@ -183,7 +183,7 @@ def _score(judge: Judge, config: ConfigDict, folder: epath.Path) -> None:
     model = assemble.load_model(config, folder, rules)
     cards = {}
     for name, split in assemble.encode(config, model, data, data.eval_splits).items():
-        chosen = pipeline.stratified(split, config.eval.pairs or len(split), config.data.seed)
+        chosen = pipeline.stratified(split, config.eval.pairs, config.data.seed)
         judged, _ = judge.judgements([split.pairs[i] for i in chosen])
         scores = intervals.score(judged, judge.book, config.eval.bootstrap, config.seed)
         cards[name] = scores | {"settings": settings}

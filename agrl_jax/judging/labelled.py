@@ -96,7 +96,7 @@ def read_judged(path: epath.PathLike, book: RuleBook, form: PairsFormat = AS_DES
     )
     missing = ("truncated", "response_tokens")
     missing += () if reader.has_probs else _OF_PROBABILITIES
-    missing += () if reader.has_steps else _OF_STEPS
+    missing += () if (steps != UNKNOWN).any() else _OF_STEPS  # none is stated by a judge of the tier alone
     return Scored(pairs, judged, [], missing)
 
 

@@ -29,7 +29,7 @@ class Ratings:
     raters: tuple[str, ...]
     labels: np.ndarray  # [N, raters] int
     judged: np.ndarray  # [N] int, the judge's tier
-    confidence: np.ndarray | None  # [N] the highest of the judge's tier probabilities, if they are known
+    confidence: np.ndarray | None  # [N] the highest of the judge's tier probabilities, if all that it judged have them
 
 
 def read_ratings(
@@ -74,6 +74,7 @@ def read_ratings(
     names = tuple(raters) if raters else tuple(sorted({name for pair in pairs.values() for name in pair["labels"]}))
     judged = [reader.tier(pair["number"], f"{PREFIX}tier", pair["cell"](f"{PREFIX}tier")) for pair in pairs.values()]
     confidence = [reader.confidence(pair["number"], pair["cell"]) for pair in pairs.values()]
+    unsure = any(one is None and tier != UNKNOWN for one, tier in zip(confidence, judged, strict=True))
     if reader.bad:
         raise PairsError(listed(f"{path}: {len(reader.bad)} rows cannot be used:", reader.bad))
     cells = [pair["cell"] for pair in pairs.values()]
@@ -84,7 +85,7 @@ def read_ratings(
         raters=names,
         labels=np.array([[pair["labels"].get(name, UNKNOWN) for name in names] for pair in pairs.values()]),
         judged=np.array(judged),
-        confidence=None if None in confidence else np.array(confidence),
+        confidence=None if unsure else np.array(confidence, float),
     )
 
 

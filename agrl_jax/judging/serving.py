@@ -260,7 +260,8 @@ def check(pair: Any, where: str) -> None:
         if name not in _FIELDS:
             near = did_you_mean(name, _FIELDS) or f"; there are {', '.join(_FIELDS)}"
             raise HTTPException(400, f"{where}there is no field {name!r}{near}")
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        number = whole or (isinstance(value, float) and math.isfinite(value))
         if not (value is None or number or isinstance(value, str)):
             raise HTTPException(400, f"{where}{name} should be text or a number, not {_kind(value)}")
         if isinstance(value, str) and not is_unicode(value):

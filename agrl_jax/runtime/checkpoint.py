@@ -307,8 +307,12 @@ class Checkpointer:
         open_stages = STAGES[1:] if self.sft_ended else STAGES
         growing = {field for stage in open_stages for field in MAY_GROW[stage]}
 
+        def size(field: str, value: float) -> float:
+            return value if value or field != "config.rl.budget" else math.inf  # a budget of 0 has no end
+
         def may_differ(field: str) -> bool:
-            grows = field in growing and field in before and field in now and before[field] <= now[field]
+            both_have = field in growing and field in before and field in now
+            grows = both_have and size(field, before[field]) <= size(field, now[field])
             return grows or matches(field, (*MAY_CHANGE, *ahead))
 
         differences = diff(

@@ -490,7 +490,7 @@ def _batch_problems(config: ConfigDict, data_shards: int) -> Iterator[str]:
     per_shard = rl.batch_size // data_shards
     if per_shard and guidance.capacity * per_shard < 1 - 1e-9:
         yield (f"guidance.capacity={guidance.capacity} of {per_shard} examples per data shard is less than one "
-               f"group; use at least {1 / per_shard:.4g}, or guidance.enabled=False")
+               f"group; use at least {_one_part_of(per_shard)}, or guidance.enabled=False")
 
 
 def _difficulty_problems(config: ConfigDict) -> Iterator[str]:
@@ -574,13 +574,21 @@ def check_guidance(config: ConfigDict, pairs: int) -> None:
     the group, nor from an earlier meeting of one of the `pairs` training pairs."""
     rl, guidance = config.rl, config.guidance
     own = guidance.enabled and guidance.source == "own" and last_branch(config.method) == "rl" and rl.steps > 0
-    if own and guidance.threshold * rl.group_size < 1 - 1e-9 and rl.steps * rl.batch_size <= pairs:
+    pool = config.difficulty.pool
+    met = rl.batch_size * pool  # of each step
+    if own and guidance.threshold * rl.group_size < 1 - 1e-9 and rl.steps * met <= pairs:
+        from_pool = f" x difficulty.pool={pool}" if pool > 1 else ""
         raise_problems([
-            f"guidance.source=own can never act: in rl.steps={rl.steps} x rl.batch_size={rl.batch_size} none of the "
-            f"{pairs} pairs is met twice, and with guidance.threshold={guidance.threshold} below 1/rl.group_size a "
-            f"failing group has no right answer; use guidance.threshold={1 / rl.group_size:.4g}, at least "
-            f"{pairs // rl.batch_size + 1} steps, or guidance.source=gold"
+            f"guidance.source=own can never act: in rl.steps={rl.steps} x rl.batch_size={rl.batch_size}{from_pool} "
+            f"none of the {pairs} pairs is met twice, and with guidance.threshold={guidance.threshold} below "
+            f"1/rl.group_size a failing group has no right answer; use guidance.threshold="
+            f"{_one_part_of(rl.group_size)}, at least {pairs // met + 1} steps, or guidance.source=gold"
         ])
+
+
+def _one_part_of(number: int) -> str:
+    """One of `number`, rounded up to four digits, so that it is enough."""
+    return f"{math.ceil(10_000 / number) / 10_000:g}"
 
 
 def _multiple(size: int, of: int) -> str:

@@ -34,7 +34,7 @@ class Answers:
     """N answers to each of B pairs, from which preferences are mined."""
 
     tokens: Array  # [B, N, T] int32
-    valid: Array  # [B, N, T] bool
+    valid: Array  # [B, N, T] bool: the policy's own tokens, not those that close a thought by force
     logp: Array  # [B, N] float32 log-probability of each whole answer
     right: Array  # [B, N] bool
     wrong: Array  # [B, N] bool
@@ -47,7 +47,7 @@ class Preferences:
     prompt: Array  # [M, S] int32
     prompt_len: Array  # [M] int32
     tokens: Array  # [M, 2, T] int32
-    valid: Array  # [M, 2, T] bool
+    valid: Array  # [M, 2, T] bool, as in Answers
     reference: Array  # [M, 2] float32 log-probability of each answer under the reference policy
 
     def __len__(self) -> int:
@@ -67,10 +67,11 @@ def sample_answers(
     rolled = rollout(
         policy, params, prefix, row_keys(key, PURPOSE_MINE, 0, batch.row, number),
         length=length, temperature=temperature, end_token=tables.end_token, other_ends=tables.other_ends,
+        thought=tables.thought,
     )
     reading = reader.read(tables, rolled.tokens, rolled.valid)
     true = reading.value[..., -1] == batch.tier[:, None]
-    return Answers(rolled.tokens, rolled.valid, jnp.sum(rolled.logp, axis=-1), true & reading.well_formed, ~true)
+    return Answers(rolled.tokens, rolled.sampled, jnp.sum(rolled.logp, axis=-1), true & reading.well_formed, ~true)
 
 
 def preferences(batch: Batch, answers: Answers, most: int) -> Preferences:

@@ -334,10 +334,11 @@ def _warm_start(run: Run) -> Weights:
         return Weights(ended, base)
     state, spent = _restored(run, "sft", program)
     run.say(f"policy: {_sizes(state.params, base)}; warm start on {len(split):,} pairs")
-    batches = pipeline.batches(
-        split, config.sft.batch_size, config.seed, start=int(state.step), by_length=config.sft.by_length
-    )
-    state = _run_stage(run, "sft", program, state, spent, batches, SUPERVISED_FIGURES)
+    if config.sft.steps:  # else its batch may be larger than the split
+        batches = pipeline.batches(
+            split, config.sft.batch_size, config.seed, start=int(state.step), by_length=config.sft.by_length
+        )
+        state = _run_stage(run, "sft", program, state, spent, batches, SUPERVISED_FIGURES)
     run.checkpoints.save_sft(state.params)
     return Weights(state.params, base)
 
@@ -397,7 +398,7 @@ def _mine(run: Run, split: EncodedSplit, reference: Weights) -> tuple[Preference
         out_shardings=sharding.replicated(run.mesh),
     )
     key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
-    rows = pipeline.stratified(split, config.dpo.mined or len(split), config.seed)
+    rows = pipeline.stratified(split, config.dpo.mined, config.seed)
     with progress("mining", len(rows)) as bar:
         for batch, mask in pipeline.eval_batches(split, config.eval.batch_size, rows):
             answers = jax.device_get(sample(params, key, run.put_batch(batch)))
@@ -602,10 +603,7 @@ def _scorecard(run: Run, name: str, stage: str, weights: Weights) -> dict[str, A
         return written
     config, cards, kept = run.config, {}, {}
     params = assemble.for_decoding(config, run.model, run.mesh, stage)(*weights)
-    rows = {
-        part: pipeline.stratified(run.splits[part], config.eval.pairs or len(run.splits[part]), config.data.seed)
-        for part in names
-    }
+    rows = {part: pipeline.stratified(run.splits[part], config.eval.pairs, config.data.seed) for part in names}
     known = pipeline.stratified(run.splits["validation"], config.eval.validation_pairs, config.data.seed)
     pairs = len(known) + sum(len(r) + run.evaluator.sampled(len(r)) for r in rows.values())
     with progress(f"evaluate {name}", pairs) as bar:
