@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 
+from agrl_jax.data.format import PairsFormat
 from agrl_jax.data.rows import PairsError
 from agrl_jax.evaluation import agreement
 from agrl_jax.evaluation.html import render
@@ -125,6 +126,17 @@ def test_one_row_a_pair_and_one_row_a_rating_read_alike(tmp_path):
     assert wide.raters == tall.raters == ("ann", "ben", "cleo")
     assert wide.labels.tolist() == tall.labels.tolist() == [[0, 0, _], [1, 2, 1], [3, 2, _]]
     assert wide.judged.tolist() == tall.judged.tolist() == [0, 1, _] and wide.confidence is None
+
+
+def test_people_may_have_labels_of_their_own_beside_a_judge_that_writes_tiers(tmp_path):
+    letters = {"4": "E", "4-excellent": "E", "3": "S", "2": "C", "1": "I", "": ""}
+    rows = [row | {who: letters[row[who]] for who in ("ann", "ben")} for row in WIDE]
+    form = PairsFormat.parse("", "{E: 4, S: 3, C: 2, I: 1}", "")
+    ratings = raters.read_ratings(write(tmp_path / "wide.csv", rows), BOOK, ("ann", "ben"), form=form)
+    assert ratings.judged.tolist() == [0, 1, _] and ratings.labels.tolist() == [[0, 0], [1, 2], [3, 2]]
+    rows[0]["ann"] = "4-Excellent"  # which is no label of these people
+    with pytest.raises(PairsError, match="row 1: ann '4-Excellent' should be one of: E, S, C, I"):
+        raters.read_ratings(write(tmp_path / "wide.csv", rows), BOOK, ("ann", "ben"), form=form)
 
 
 def test_a_report_by_hand(tmp_path):

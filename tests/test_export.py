@@ -16,7 +16,7 @@ from agrl_jax.evaluation.probabilities import Calibration
 from agrl_jax.judging import cuts, trained
 from agrl_jax.judging.cuts import Fit
 from agrl_jax.judging.engine import Judge
-from agrl_jax.judging.export import export
+from agrl_jax.judging.export import export, export_model
 from agrl_jax.judging.trained import TrainedError
 from agrl_jax.policy.families import LoadingError
 from agrl_jax.rulebook import book, grammar
@@ -145,6 +145,8 @@ def test_cut_points_of_the_same_parameters_go_along(workdir: Path, tmp_path: Pat
     (workdir / "cuts.json").unlink()
     using = Judge.from_checkpoint(str(tmp_path / "best"), batch_size=2, use_cuts=True)
     assert using.identity["cuts"] == [0.2, 0.4, 0.6]
+    export_model(str(tmp_path / "best"), str(tmp_path / "again"))
+    assert Judge.from_checkpoint(str(tmp_path / "again"), batch_size=2, use_cuts=True).identity == using.identity
     assert not (tmp_path / "other" / "cuts.json").exists()
 
 

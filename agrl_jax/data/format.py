@@ -81,6 +81,18 @@ def label_reader(book: RuleBook, form: PairsFormat) -> tuple[Callable[[str], int
     return lambda label: tiers.get(_key(label), UNKNOWN), wanted
 
 
+def judged_reader(book: RuleBook, form: PairsFormat) -> tuple[Callable[[str], int], str]:
+    """As `label_reader`, for a judge's tiers: they may be labels as people give them, or the names of the tiers."""
+    tier_of, wanted = label_reader(book, form)
+    names = {_key(tier.name): i for i, tier in enumerate(book.tiers)}
+
+    def read(text: str) -> int:
+        tier = tier_of(text)
+        return names.get(_key(text), UNKNOWN) if tier == UNKNOWN else tier
+
+    return read, wanted
+
+
 def _key(label: str) -> str:
     whole = _WHOLE.fullmatch(label)
     return whole[1] if whole else clean(label).casefold()

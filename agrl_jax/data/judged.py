@@ -11,7 +11,7 @@ from etils import epath
 
 from agrl_jax.data import cells
 from agrl_jax.data.cells import PREFIX, clean
-from agrl_jax.data.format import PairsFormat, label_reader
+from agrl_jax.data.format import PairsFormat, judged_reader
 from agrl_jax.data.pairs import Pair
 from agrl_jax.data.rows import PairsError, check_columns, listed, open_rows
 from agrl_jax.rulebook.book import RuleBook
@@ -81,7 +81,7 @@ class JudgedReader:
     def __init__(self, book: RuleBook, form: PairsFormat, columns: Mapping[str, str]) -> None:
         self.bad: list[str] = []
         self._book, self._columns = book, columns
-        self._tier_of, self._wanted = label_reader(book, form)
+        self._tier_of, self._wanted = judged_reader(book, form)
         self.has_probs = all(f"{PREFIX}prob_{tier.name}" in columns for tier in book.tiers)
         self.has_steps = all(f"{PREFIX}step_{step.name}" in columns for step in book.steps)
 

@@ -109,6 +109,8 @@ def export_model(checkpoint: str, out: str, dtype: str | None = None) -> str:
         generation_config={"max_new_tokens": loaded.response_len},
         card=(where / CARD_FILE).read_text() if (where / CARD_FILE).exists() else None,
     )  # fmt: skip
+    if dtype == record["dtype"]:
+        _copy_cuts(where, target, loaded.book, loaded.params)
     fitted = probabilities.load(loaded.calibration_file, loaded.checkpoint, loaded.book)
     _write_beside(target, where / RULEBOOK_FILE, loaded.book, fitted, _fingerprint_in(loaded.params, dtype),
                   record | {"dtype": dtype})  # fmt: skip

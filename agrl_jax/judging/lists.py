@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from etils import epath
 
 from agrl_jax.data.cells import clean
-from agrl_jax.data.format import PairsFormat, label_reader
+from agrl_jax.data.format import PairsFormat, judged_reader
 from agrl_jax.data.pairs import AS_DESCRIBED
 from agrl_jax.data.rows import PairsError, RowFile, check_columns, listed, open_rows
 from agrl_jax.judging import PREFIX
@@ -61,7 +61,7 @@ def read_judged_items(
     file, columns = open_rows(path), form.columns
     query, tier = (columns.get(name, name) for name in ("query", f"{PREFIX}tier"))
     check_columns(file, [query, tier, item])
-    tier_of, wanted = label_reader(book, form)
+    tier_of, wanted = judged_reader(book, form)
     lowest = min(one.grade for one in book.tiers)
     found, bad, unjudged, ids, first = dict[str, dict[str, int]](), [], 0, {}, dict[tuple[str, str], int]()
     for number, row in enumerate(file.rows(), 1):

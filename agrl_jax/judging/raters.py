@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from agrl_jax.data.cells import clean
-from agrl_jax.data.format import PairsFormat, label_reader
+from agrl_jax.data.format import PairsFormat, judged_reader, label_reader
 from agrl_jax.data.pairs import AS_DESCRIBED
 from agrl_jax.data.rows import PairsError, check_columns, listed, open_rows
 from agrl_jax.evaluation import agreement
@@ -95,7 +95,8 @@ class _Reader:
     def __init__(self, book: RuleBook, form: PairsFormat) -> None:
         self.bad: list[str] = []
         self._columns, self._names = form.columns, [tier.name for tier in book.tiers]
-        self._tier_of, self._wanted = label_reader(book, form)
+        self._of_people, self._wanted = label_reader(book, form)
+        self._of_judge, _ = judged_reader(book, form)
 
     def cells(self, record: Mapping[str, Any]) -> Any:
         """The function that gives a row's cell as text."""
@@ -106,7 +107,8 @@ class _Reader:
         return cell
 
     def tier(self, number: int, name: str, text: str) -> int:
-        tier = self._tier_of(text) if text else UNKNOWN
+        tier_of = self._of_judge if name == f"{PREFIX}tier" else self._of_people
+        tier = tier_of(text) if text else UNKNOWN
         if text and tier == UNKNOWN:
             self.bad.append(f"row {number}: {name} {text!r} should be {self._wanted}")
         return tier
