@@ -35,6 +35,7 @@ def evaluate(
 ) -> metrics.Scorecards:
     """Scorecards `{stage: {split: scores}}` of checkpoints of a workdir; stages are named as training names them.
 
+    No `stages`: the end of the warm start, and the last checkpoint of what came after it, if anything did.
     `constrained` takes the place of `eval.constrained`, if given.
     """
     from agrl_jax.data import pipeline
@@ -45,13 +46,12 @@ def evaluate(
     from agrl_jax.runtime.console import progress, say
     from agrl_jax.training import assemble
 
-    if not stages:
-        raise ValueError(f"--stages: name at least one of {', '.join(trained.STAGES)}")
     folder = epath.Path(workdir)
     config = assemble.read_config(folder)
     if constrained is not None:
         config.eval.constrained = constrained
     rules = assemble.kept_rules(config, folder)
+    stages = stages or trained.stages_of(folder) or [SFT_END]
     found = {stage: trained.find_stage(folder, config, rules, stage) for stage in stages}
     with processes.first_alone("load"):
         data = assemble.load_data(config, rules, folder)
@@ -137,7 +137,7 @@ def _define_flags() -> None:
     flags.DEFINE_bool("use_cuts", False, "Choose tiers by the cut points that were kept with the checkpoint.")
     flags.DEFINE_bool("steps", True, "False: the tier alone, of a --checkpoint that states it first.")
     flags.DEFINE_integer("batch_size", 64, "Pairs of a file judged at once.", lower_bound=1)
-    flags.DEFINE_list("stages", ["sft_end", "rl"], "sft_end, rl (the last of RL), best (of RL, by validation).")
+    flags.DEFINE_list("stages", [], "sft_end, rl (the last of RL), best (of RL); by default the first two.")
     flags.DEFINE_list("splits", [], "Splits to score on; by default all that the scorecard has.")
     flags.DEFINE_string("pairs", "0", "How many of each split, stratified; 0: all. With --checkpoint: a file.")
     flags.DEFINE_bool("constrained", None, "Of a workdir: judge under the grammar; by default as in eval.constrained.")

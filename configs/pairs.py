@@ -3,7 +3,8 @@
     python -m agrl_jax.main --config=configs/pairs.py --config.data.path=PAIRS.csv --workdir=runs/pairs
 
 Columns: `query`, `title`, `label`; optional `id`, `description`, `brand`, `color`, `category`, `price`,
-`family`, `split`, and for each step of the rule book `step_NAME`. Without `split`, pairs are split by query.
+`family`, `split`, and for each step of the rule book `step_NAME` and `reason_NAME`. Without `split`, pairs are split
+by query.
 The argument names another method: `--config=configs/pairs.py:grpo`.
 
 With `smollm2` the policy is a language model, in place of one from scratch; it takes an hour or so of two cores:

@@ -1,9 +1,9 @@
-"""The first run: a small policy learns the bundled benchmark on two CPU cores in a few minutes.
+"""The first run: a small policy learns the bundled benchmark on two CPU cores in about ten minutes.
 
     python -m agrl_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 The argument names another method on the same data, warm start and budget:
-`--config=configs/quickstart.py:grpo` (agrl, rrs, agr, grpo_pr, grpo, grpo_ds, dpo, sft, sft_more, sft_all).
+`--config=configs/quickstart.py:grpo` (agrl, rrs, agr, grpo_pr, grpo, grpo_ds, dpo, sft, sft_more, sft_all, distill).
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ The real pairs are 1,263 of the Shopping Queries Dataset, labelled with the tier
 too. The training is supervised alone, and takes half an hour to two hours on two CPU cores.
 
 `configs/smollm2_four_tier.py:again` goes on with the adapters in the box, mostly on other bundled pairs and on the same
-real ones. It computes in bfloat16, which is faster on a CPU that has it.
+real ones. It computes in bfloat16, which is faster on a CPU that has it. The box holds its second round; its start was
+the first round's export (`--config.lora.start=FOLDER`).
 """
 
 from __future__ import annotations

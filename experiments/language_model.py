@@ -1,12 +1,12 @@
-"""The study of a language model, SmolLM2-135M-Instruct: every method after each of three warm starts.
+"""The study of a language model, SmolLM2-135M-Instruct: methods after each of three warm starts, and two baselines.
 
     python -m experiments.language_model [--config.data.test_path=PAIRS.csv]
 
 One command searches the settings, makes every run that is missing, and writes the tables after each run. It can be
 stopped at any point, by Ctrl-C or `--minutes=N`, and started again. The first seed of all methods comes first. A run
-takes about a quarter of an hour on two cores, all of them half a day. `--search=False` leaves out the nine runs of the
-search: all methods take its middle setting. No run trains on the real pairs of PAIRS.csv: they are judged beside the
-benchmark, as the split `test`.
+takes about a quarter of an hour on two cores, all of them most of a day. `--search=False` leaves out the nine runs of
+the search: all methods take its middle setting. No run trains on the real pairs of PAIRS.csv: they are judged beside
+the benchmark, as the split `test`.
 
 The regimes differ in what the warm start, and RL after it, learn from:
 

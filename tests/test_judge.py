@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from decimal import Decimal
@@ -467,6 +468,15 @@ def test_cut_points_are_fitted_kept_and_used(workdir: Path, judge: Judge, tmp_pa
 
 
 # Checkpoints
+
+
+def test_a_run_without_rl_has_the_end_of_its_warm_start_alone(tmp_path: Path) -> None:
+    folder = epath.Path(make_workdir(tmp_path))
+    assert trained.stages_of(folder) == ["sft_end", "rl"]
+    shutil.rmtree(tmp_path / "checkpoints" / "rl")
+    assert trained.stages_of(folder) == ["sft_end"]
+    shutil.rmtree(tmp_path / "checkpoints" / "sft_end")
+    assert trained.stages_of(folder) == []
 
 
 def test_a_workdir_has_three_stages(workdir: Path, judge: Judge) -> None:

@@ -136,6 +136,13 @@ class Stage(NamedTuple):
         return assemble.checkpoint_name(self.name, self.step)
 
 
+def stages_of(folder: epath.Path) -> list[str]:
+    """Which of `sft_end` and `rl` a workdir has."""
+    with Checkpointer(folder) as checkpoints:
+        has_rl = checkpoints.latest_step("rl") is not None
+        return [SFT_END] * bool(checkpoints.sft_ended) + ["rl"] * has_rl
+
+
 def find_stage(folder: epath.Path, config: ConfigDict, rules: RuleBook, stage: str) -> Stage:
     """The checkpoint that a stage names in a workdir, which was trained with these rules.
 
