@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import numpy as np
 from absl import flags
 
 from agrl_jax.data.bundled.benchmark import load_benchmark
-from agrl_jax.data.pairs import Pair, PairsError, item_text, read_pairs
+from agrl_jax.data.pairs import Pair, PairsError, digest, item_text, read_pairs
 from agrl_jax.evaluation import intervals
 from agrl_jax.evaluation.metrics import Judgements
 from agrl_jax.rulebook import book
@@ -240,6 +241,20 @@ def read_splits(path: str, data_dir: str, rules: RuleBook, seed: int) -> dict[st
     return {name: bundled[name] for name in ("train", "validation", "b_eval", "w_eval")}
 
 
+def judges_before(file: Path, same: Mapping[str, Any]) -> dict[str, Any]:
+    """The judges that a file of results has, if they were scored on the same pairs; a table is of one set of pairs.
+
+    Results of an older version have no digest of the pairs.
+    """
+    if not file.exists():
+        return {}
+    before = json.loads(file.read_text())
+    if differ := [name for name, value in same.items() if before.get(name, value) != value]:
+        say(f"{file}: its judges were scored on other pairs ({', '.join(differ)}); they are left out")
+        return {}
+    return before["judges"]
+
+
 def main(argv: list[str]) -> None:
     """Exit code 2 for a file or a judge that cannot be used."""
     flags.DEFINE_string("pairs", "", "A file of labelled pairs; empty: the bundled benchmark.")
@@ -264,12 +279,12 @@ def main(argv: list[str]) -> None:
         file = Path(values.results) / "baselines" / f"{title}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         sizes = {name: len(splits[name]) for name in _scored(splits)}
-        found = json.loads(file.read_text())["judges"] if file.exists() else {}
+        same = {"data_seed": values.data_seed, "pairs": sizes, "digest": digest(chain(*splits.values()))}
+        found = judges_before(file, same)
         for name in values.judges:
             seeds = [int(seed) for seed in values.seeds] if name == "cross_encoder" else [0]
             found[name] = measure(name, splits, rules, seeds, {"epochs": values.epochs, "threads": values.threads})
-            kept = {"data_seed": values.data_seed, "pairs": sizes, "judges": found}
-            write_json(file, kept, indent=1)
+            write_json(file, same | {"judges": found}, indent=1)
             write_text(file.with_suffix(".md"), table(title, sizes, found))
     except (ConfigError, PairsError) as error:
         exit_with(error)

@@ -34,8 +34,9 @@ SFT_STEP = 3411  # forward-equivalent tokens of a step of the study's warm start
 
 # The fields that a warm start depends on. Runs in which they are equal share a warm start.
 START = (
-    "seed", "rulebook", "data", "policy", "lora", "sft", "eval.pairs", "eval.pass_k", "eval.pass_pairs",
-    "eval.batch_size", "eval.bootstrap", "objective.logprob_chunk",
+    "seed", "rulebook", "data", "policy", "lora", "optim", "sft", "mixture", "eval.pairs", "eval.validation_pairs",
+    "eval.pass_k", "eval.pass_pairs", "eval.constrained", "eval.batch_size", "eval.bootstrap",
+    "objective.logprob_chunk",
 )  # fmt: skip
 
 # The labels that each method learns from, after a warm start on tiers and steps.

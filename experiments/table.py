@@ -325,7 +325,8 @@ def plot_scores(path: Path, found: Found, measured: Mapping[str, Measured]) -> N
             if run not in of:
                 continue
             value, low, high = measure(of[run]["macro_f1"])
-            panel.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="s", color="C0", capsize=3)
+            spread = None if low is None else [[value - low], [high - value]]
+            panel.errorbar(value, y, xerr=spread, fmt="s", color="C0", capsize=3)
             seeds = [result["scores"][split]["macro_f1"] for result in found[run].values() if not result["diverged"]]
             panel.plot(seeds, [y] * len(seeds), ".", color="C1", alpha=0.7)
         panel.set_yticks(range(len(found)), [_label(found, run) for run in reversed(list(found))])

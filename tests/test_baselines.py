@@ -68,6 +68,15 @@ def test_the_cross_encoder_learns_it_too_and_by_the_same_seed_the_same() -> None
     np.testing.assert_allclose(found[0][0]["test"].sum(axis=1), 1, rtol=1e-5)
 
 
+def test_judges_of_other_pairs_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    same, file = {"data_seed": 0, "pairs": {"test": 9}, "digest": "abc"}, tmp_path / "mine.json"
+    assert baselines.judges_before(file, same) == {}
+    file.write_text(json.dumps({"data_seed": 0, "pairs": {"test": 9}, "judges": {"tfidf": 1}}))  # an older version's
+    assert baselines.judges_before(file, same) == {"tfidf": 1}
+    assert baselines.judges_before(file, same | {"data_seed": 1}) == {}
+    assert "its judges were scored on other pairs (data_seed)" in capsys.readouterr().out
+
+
 def command(tmp_path: Path, *more: str) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, "-m", "experiments.baselines", f"--results={tmp_path}", *more]
     return subprocess.run(words, cwd=ROOT, text=True, capture_output=True)

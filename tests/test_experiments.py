@@ -80,7 +80,8 @@ def test_a_warm_start_is_another_where_an_argument_of_the_command_changes_it() -
     config = main_table.get_config("agrl")
     start = study.start_digest(config, [])
     assert start == study.start_digest(config, ["--config.rl.steps=3"])  # RL comes after it
-    assert start != study.start_digest(config, ["--config.sft.steps=3"])
+    for word in ("sft.steps=3", "optim.b2=0.9", "mixture.real=0.5", "eval.constrained=True"):
+        assert start != study.start_digest(config, [f"--config.{word}"])
     moved = [study.start_digest(config, [f"--config.data.test_path={folder}/esci.csv"]) for folder in ("/a", "/b")]
     assert moved[0] == moved[1] != start
 
@@ -226,6 +227,12 @@ def test_a_measure_by_hand() -> None:
     values = np.concatenate([[0.5], np.linspace(0, 1, 1001)])
     assert table.measure(values) == pytest.approx((0.5, 0.025, 0.975))
     assert str(table.measure(np.array([np.nan, 1.0]))) == "-"
+
+
+def test_scores_without_a_bootstrap_are_plotted_without_intervals(tmp_path: Path) -> None:
+    found = {"agrl": {0: {"diverged": False, "scores": {"b_eval": {"macro_f1": 0.5}}}}}
+    table.plot_scores(tmp_path / "scores.png", found, {"b_eval": {"agrl": {"macro_f1": np.array([0.5])}}})
+    assert (tmp_path / "scores.png").exists()
 
 
 def test_a_difference_is_one_over_the_seeds_that_both_have(monkeypatch: pytest.MonkeyPatch) -> None:

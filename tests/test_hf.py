@@ -68,6 +68,15 @@ def test_the_api_takes_a_dataset_and_the_names_of_its_classes() -> None:
     assert [(pair.query, pair.tier) for pair in pairs] == [("a", 0), ("b", 2)]
 
 
+def test_a_price_of_32_bits_is_as_it_was_written(tmp_path: Path) -> None:
+    features = datasets.Features({"query": datasets.Value("string"), "title": datasets.Value("string"),
+                                  "label": datasets.Value("string"), "price": datasets.Value("float32")})  # fmt: skip
+    rows = datasets.Dataset.from_dict({"query": ["a"], "title": ["t"], "label": ["4"], "price": [9.99]}, features)
+    assert read_labelled(rows, BOOK).pairs[0].price == "9.99"
+    rows.save_to_disk(tmp_path / "mine")
+    assert read_labelled(open_dataset(tmp_path / "mine"), BOOK).pairs[0].price == "9.99"
+
+
 def test_test_pairs_may_be_a_dataset_of_their_own(tmp_path: Path) -> None:
     made("abcdef", "ESCIES").save_to_disk(tmp_path / "mine")
     made("xy", "ES").save_to_disk(tmp_path / "tests")

@@ -437,6 +437,17 @@ class TestFormat:
             read_labelled([], BOOK)
 
 
+    def test_numbers_of_frames_are_as_in_a_file(self, tmp_path):
+        table = pa.table({"query": ["a", "b"], "title": ["t", "u"], "price": pa.array([9.99, None], pa.float32()),
+                          "label": pa.array([3.3, 1.0], pa.float32())})  # fmt: skip
+        form = PairsFormat(bins=(1.5, 2.5, 3.3))
+        pq.write_table(table, tmp_path / "pairs.parquet")
+        expected = read_labelled(tmp_path / "pairs.parquet", BOOK, form).pairs
+        assert [(pair.price, pair.tier) for pair in expected] == [("9.99", 0), ("", 3)]
+        for frame in (table, table.to_pandas(), polars.from_arrow(table)):
+            assert read_labelled(frame, BOOK, form).pairs == expected
+
+
 class TestPublicReleases:
     @pytest.fixture
     def esci(self, tmp_path) -> Path:

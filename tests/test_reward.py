@@ -61,6 +61,8 @@ def scored(small, stated, cfg=SUM, truth=(0, 0), tier=0, position=None, forced_l
 
 def test_names_go_with_components():
     assert component_names(("fit", "brand")) == ("tier", "fit", "brand", "consistent", "format", "overlong")
+    media = component_names(("format", "total"))  # steps of a shop for books
+    assert media == ("tier", "step format", "step total", "consistent", "format", "overlong")
 
 
 def test_every_component_and_their_sum(small):

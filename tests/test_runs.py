@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -21,7 +22,7 @@ from agrl_jax.judging.engine import Judge
 from agrl_jax.runtime import processes
 from agrl_jax.runtime.checkpoint import Checkpointer
 from agrl_jax.runtime.config import ConfigError, resolve
-from agrl_jax.runtime.logs import read_jsonl
+from agrl_jax.runtime.logs import cut_rows, read_jsonl
 from agrl_jax.training import assemble, run
 
 ROOT = Path(__file__).parent.parent
@@ -151,6 +152,35 @@ def test_a_split_without_pairs_is_refused_by_name(tmp_path: Path, monkeypatch: p
     path = pairs_file(tmp_path / "pairs.csv", [*labelled("train", 8), *labelled("validation", 8)])
     said = refusal(config_of(path), tmp_path / "run", monkeypatch)
     assert said.startswith(f"{path}: has no rows for test in its column 'split'")
+
+
+def test_a_warm_start_that_sees_the_test_pairs_is_told(tmp_path: Path) -> None:
+    path = pairs_file(tmp_path / "pairs.csv", [
+        {name: value for name, value in row.items() if name != "split"} for row in labelled("", 40)
+    ])
+    config = config_of(path)
+    config.sft.update(source="pairs", path=str(path))
+    rules = assemble.load_rules(config)
+    data = assemble.load_data(config, rules, epath.Path(tmp_path))
+    assert data.splits["test"] and set(data.splits["test"]) <= {dataclasses.replace(p, split="test") for p in data.sft}
+    (said,) = [note for note in data.notes if note.startswith("queries of the test pairs that the warm start")]
+    assert said.endswith(f"too: {len({pair.query for pair in data.splits['test']})}; sft.source=train trains it on the "
+                         "training pairs alone")  # fmt: skip
+    config.sft.source = "train"
+    assert not [note for note in assemble.load_data(config, rules, epath.Path(tmp_path)).notes if "warm start" in note]
+
+
+@pytest.mark.parametrize("tail", [b'{"stage": "rl", "step": 3, "text": "\xe9\x9e', b'{"stage": "rl", "st', b""])
+def test_a_torn_last_line_of_a_log_is_dropped_wherever_it_is_torn(tmp_path: Path, tail: bytes) -> None:
+    rows = [{"stage": "rl", "step": step, "text": "鞋"} for step in (1, 2)]
+    whole = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    (tmp_path / "samples.jsonl").write_bytes(whole + tail)
+    assert read_jsonl(tmp_path / "samples.jsonl") == rows
+    cut_rows(tmp_path / "samples.jsonl", ("rl", 1))
+    assert read_jsonl(tmp_path / "samples.jsonl") == rows[:1]
+    (tmp_path / "samples.jsonl").write_bytes(b"\xe9\x9e\n" + whole)
+    with pytest.raises(ValueError, match=r"samples.jsonl, line 1: not JSON"):
+        read_jsonl(tmp_path / "samples.jsonl")
 
 
 def test_all_rows_without_room_are_listed_by_the_numbers_of_their_file(

@@ -14,7 +14,7 @@ from etils import epath
 
 from agrl_jax.data.cells import plain
 from agrl_jax.data.pairs import SPLITS
-from agrl_jax.data.rows import PairsError, Row, RowTable, with_class_names
+from agrl_jax.data.rows import PairsError, Row, RowTable, dataset_row
 
 _NAMES = {"dev": "validation", "valid": "validation", "val": "validation"}  # of splits, besides ours
 _KINDS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
@@ -41,7 +41,7 @@ class Splits(RowTable):
         """All rows in order; class labels by their names."""
         for name, split in self.splits.items():
             for record in split:
-                yield Row(plain(with_class_names(record, split.features) | ({"split": name} if name else {})))
+                yield Row(plain(dataset_row(record, split.features) | ({"split": name} if name else {})))
 
 
 def open_dataset(path: epath.PathLike) -> Splits:

@@ -113,10 +113,14 @@ class PairsFile:
             lines.append(f"rows left out since an item has no title: {self.dropped:,}")
         if self.skipped:
             lines.append(listed(f"rows left out since they cannot be used: {len(self.skipped):,}", self.skipped))
-        trained, tested = ({_same_query(pair) for pair in self.splits.get(name, ())} for name in ("train", "test"))
-        if seen := len(trained & tested):
+        if seen := shared_queries(self.splits.get("train", ()), self.splits.get("test", ())):
             lines.append(f"queries of the test pairs that are trained on too: {seen}")
         return lines
+
+
+def shared_queries(pairs: Iterable[Pair], others: Iterable[Pair]) -> int:
+    """How many queries both have."""
+    return len({_same_query(pair) for pair in pairs} & {_same_query(pair) for pair in others})
 
 
 def _labelled_twice(pairs: Iterable[Pair]) -> int:

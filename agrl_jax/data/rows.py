@@ -19,11 +19,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from agrl_jax.data.cells import is_unicode, plain
+from agrl_jax.data.cells import is_missing, is_unicode, plain
 from agrl_jax.hints import did_you_mean
 from agrl_jax.runtime.files import OutputError, in_one_piece, is_remote
 
@@ -166,24 +167,41 @@ def name_of(source: Source) -> str:
 def records_of(source: Source) -> Sequence[Record]:
     """The rows of a frame (pandas, polars, pyarrow), a dataset or any records, each as a dict by column."""
     if hasattr(source, "to_pylist"):  # pyarrow
-        return source.to_pylist()
+        return _as_written(source.to_pylist(), {field.name: field.type for field in source.schema})
     if hasattr(source, "column_names") and hasattr(source, "features"):  # datasets
-        return [with_class_names(record, source.features) for record in source]
+        return [dataset_row(record, source.features) for record in source]
     if hasattr(source, "iter_rows"):  # polars
-        return list(source.iter_rows(named=True))
+        return _as_written(list(source.iter_rows(named=True)), source.schema)
     if hasattr(source, "to_records"):  # pandas
-        return source.to_dict("records")
+        return _as_written(source.to_dict("records"), dict(source.dtypes))
     return list(source)
 
 
-def with_class_names(record: Record, features: Mapping[str, Any] | None) -> Record:
-    """A row of the library `datasets` with names in place of the numbers of its class labels; a missing one is None."""
-    classes = {name: kind for name, kind in (features or {}).items() if hasattr(kind, "int2str")}
+_FLOAT32 = ("float", "float32", "float[pyarrow]")  # as pyarrow, polars and pandas call it, in lower case
+
+
+def _as_written(records: Sequence[Record], types: Mapping[str, Any]) -> Sequence[Record]:
+    """Records whose numbers of 32 bits have as few digits as they need: 9.99, not 9.989999771118164."""
+    short = [name for name, kind in types.items() if str(kind).lower() in _FLOAT32]
+    if not short:
+        return records
+    return [{**record, **{name: _shortest(record[name]) for name in short}} for record in records]
+
+
+def _shortest(value: Any) -> Any:
+    return float(str(np.float32(value))) if isinstance(value, float) and not is_missing(value) else value
+
+
+def dataset_row(record: Record, features: Mapping[str, Any] | None) -> Record:
+    """A row of the library `datasets`: classes by their names, a missing one None; numbers as they were written."""
+    features = features or {}
+    classes = {name: kind for name, kind in features.items() if hasattr(kind, "int2str")}
     named = {
         name: kind.int2str(record[name]) if record[name] is not None and record[name] >= 0 else None
         for name, kind in classes.items()
     }
-    return record | named
+    short = [name for name, kind in features.items() if getattr(kind, "dtype", "") == "float32"]
+    return record | named | {name: _shortest(record[name]) for name in short}
 
 
 def read_rows(source: Source) -> RowFile | RowTable:

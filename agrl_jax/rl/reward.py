@@ -81,9 +81,15 @@ class Score:
         return jnp.sum(self.earned * self.counted, axis=-1)
 
 
+_OTHERS = ("consistent", "format", "overlong")
+# The reward's other figures. A step with the name of one of them, or of another component, is called `step NAME`.
+_FIGURES = ("total", "tier_accuracy", "equal_groups", "equal_groups_after", "gated", "learnt_from")
+
+
 def component_names(step_names: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of the Q components, in the order of `Score`."""
-    return ("tier", *step_names, "consistent", "format", "overlong")
+    """Names of the Q components, in the order of `Score`. Metrics and samples use them, so no two are equal."""
+    steps = (f"step {name}" if name in (*_OTHERS, *_FIGURES) else name for name in step_names)
+    return ("tier", *steps, *_OTHERS)
 
 
 def score(reading: Reading, rolled: Rollout, batch: Batch, tables: RuleTables, cfg: RewardConfig) -> Score:

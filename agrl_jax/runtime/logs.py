@@ -118,12 +118,12 @@ class MetricsWriter:
 def read_jsonl(path: epath.PathLike) -> list[dict[str, Any]]:
     """The rows of a log, without a torn last line. Raises ValueError for any other line that is not JSON."""
     path = epath.Path(path)
-    *lines, _torn = path.read_text().split("\n")  # a whole line ends in a newline
+    *lines, _torn = path.read_bytes().split(b"\n")  # a whole line ends in a newline; a torn one, within a character
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # not JSON, or not UTF-8
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
     return rows
 

@@ -24,7 +24,7 @@ from agrl_jax.data.bundled import benchmark
 from agrl_jax.data.format import PairsFormat
 from agrl_jax.data.judged import Taught, read_taught
 from agrl_jax.data.mixture import MixtureConfig, mix
-from agrl_jax.data.pairs import Pair, PairsError, digest, hide_steps, item_text
+from agrl_jax.data.pairs import Pair, PairsError, digest, hide_steps, item_text, shared_queries
 from agrl_jax.data.pipeline import EncodedSplit
 from agrl_jax.data.relabel import spread
 from agrl_jax.data.sources import read_source, read_tests, read_training
@@ -290,6 +290,11 @@ def load_data(config: ConfigDict, rules: RuleBook, workdir: epath.Path) -> Data:
     if "mixture" in parts:
         warm["mixture"] = mix(bundled["train"], splits["train"], rules, MixtureConfig(**config.mixture.to_dict()), seed)
     sft = warm[parts[0]] if len(parts) == 1 else [pair for part in parts for pair in warm[part]]
+    read = [pair for kind in FILES.intersection(parts) for pair in warm[kind]]
+    for name in ("validation", "test"):
+        if shared := shared_queries(read, splits.get(name, ())):
+            notes.append(f"queries of the {name} pairs that the warm start is trained on too: {shared}; "
+                         "sft.source=train trains it on the training pairs alone")  # fmt: skip
     return Data(splits, sft, tuple(notes))
 
 

@@ -44,7 +44,7 @@ from agrl_jax.rulebook.book import RuleBook
 __all__ = ["FAMILIES", "HEAD", "SIZES", "CatalogError", "judge", "holdout", "splits"]
 
 SIZES = {"sft": 24_000, "train": 40_000, "validation": 2_000, "b_eval": 2_000, "w_eval": 2_000}  # pairs of each split
-VERSION = "1.2.0"  # rises when this code comes to give other pairs, or more of them
+VERSION = "1.2.1"  # rises when this code comes to give other pairs, or more of them
 
 _HELD_OUT = 0.15  # of types, brands and phrasings
 _UNSEEN = 0.25  # of the evaluation queries drawn; about a fifth of the rows, since many such draws fail
@@ -293,7 +293,7 @@ class _Split:
         )
         if _key(pair) in self._taken:
             return None
-        reasons = explain(Dice("reasons", self._seed, pair.id), self._world, query, item)
+        reasons = explain(Dice("reasons", self._seed, pair.id), self._world, stock, query, item)
         return dataclasses.replace(pair, reasons=(*reasons, ""))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from agrl_jax.data.bundled.dice import Dice
 from agrl_jax.data.bundled.items import Item
-from agrl_jax.data.bundled.queries import Limit, Query
+from agrl_jax.data.bundled.queries import Limit, Query, Stock
 from agrl_jax.data.bundled.world import World, says
 
 _MOST_TYPES = 3  # how many of the types that would do are named for an item of another type
@@ -22,22 +22,25 @@ _NO_LIMITS = ("the query sets no limits", "nothing is ruled out or capped", "no 
 _UNSAID = ("not said", "does not say", "no word of it")
 
 
-def explain(dice: Dice, world: World, query: Query, item: Item) -> tuple[str, str, str, str]:
-    """The reasons of each step, in the order of `catalog.judge`; all choices are drawn from the dice."""
-    writer = _Writer(dice, world, query, item)
+def explain(dice: Dice, world: World, stock: Stock, query: Query, item: Item) -> tuple[str, str, str, str]:
+    """The reasons of each step, in the order of `catalog.judge`; all choices are drawn from the dice.
+
+    The types that would do are those of the stock, so that training never sees those that are held out of it.
+    """
+    writer = _Writer(dice, world, stock, query, item)
     return writer.category(), writer.brand(), writer.attributes(), writer.limits()
 
 
 class _Writer:
-    def __init__(self, dice: Dice, world: World, query: Query, item: Item) -> None:
-        self._dice, self._world, self._query, self._item = dice, world, query, item
+    def __init__(self, dice: Dice, world: World, stock: Stock, query: Query, item: Item) -> None:
+        self._dice, self._world, self._stock, self._query, self._item = dice, world, stock, query, item
         self._item_text = " | ".join((item.title, *item.fields.values()))
 
     def category(self) -> str:
         kinds = self._world.types
         found = _word(self._item_text, kinds[self._item.type].names)
         if self._query.family == "question":  # which names none of the types that would do
-            types = self._query.types
+            types = [name for name in self._query.types if name in self._stock.types]
             some = [self._item.type] if self._item.type in types else types[:_MOST_TYPES]
             return self._fact("would do", " or ".join(some), found)
         return self._fact("wanted", _word(self._query.text, kinds[self._query.types[0]].names), found)
