@@ -60,6 +60,19 @@ def test_adapters_are_loaded_as_the_model_that_they_make_of_their_base(model: Pa
     assert words.vocab_size == tokenizer.vocab_size
 
 
+def test_adapters_may_lie_over_adapters_and_have_a_tokenizer_of_their_own(
+    model: Path, drawn, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    second = tmp_path_factory.mktemp("second")
+    adapters.save(second, Adapters(str(folder), "float32", CFG, drawn), "bfloat16")
+    shape, _, words = loading.load_pretrained(model)
+    assert loading.read_config(second) == shape and loading.load_pretrained(second)[0] == shape
+    assert loading.read_tokenizer(second).end_token == words.end_token
+    other = words.ending_with(words.encode("a")[0])
+    other.save(folder)
+    assert loading.read_tokenizer(second).end_token == loading.load_pretrained(second)[2].end_token == other.end_token
+
+
 def test_the_base_lies_below_them_in_the_dtype_of_training(model: Path, drawn, folder: Path) -> None:
     adapters.save(folder, Adapters(str(model), "bfloat16", CFG, drawn), "bfloat16")
     _, merged, _ = loading.load_pretrained(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -188,6 +189,11 @@ def test_a_rule_book_of_a_relative_path_and_its_free_text_go_along_from_anywhere
 
 
 def test_what_cannot_be_exported_is_refused(workdir: Path, exported: Path, tmp_path: Path) -> None:
+    for write in (partial(export, str(workdir)), partial(export_model, str(exported))):
+        with pytest.raises(ConfigError, match="--out=gs://bucket/out: should be a local folder; copy it to the bucket"):
+            write("gs://bucket/out")
+    with pytest.raises(ConfigError, match="--checkpoint=gs://bucket/mine: should be a local folder"):
+        export_model("gs://bucket/mine", str(tmp_path / "out"))
     with pytest.raises(LoadingError, match="should be an empty folder"):
         export(str(workdir), str(exported))
     with pytest.raises(ConfigError, match="is .* the workdir of a training run"):

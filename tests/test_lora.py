@@ -86,6 +86,13 @@ def test_products_too_small_for_the_base_s_dtype_are_kept_in_float32():
     assert lora.merge(base, adapters, cfg, "bfloat16")["up"].item() == 1
 
 
+def test_adapters_kept_in_bfloat16_are_multiplied_in_float32():
+    cfg = LoraConfig(1, 1.0, ("up",))
+    adapters = {"up": {name: jnp.full((1, 1, 1), 1 + 2.0**-7, jnp.bfloat16) for name in ("a", "b")}}
+    merged = lora.merge({"up": jnp.zeros((1, 1, 1))}, adapters, cfg, "float32")
+    assert merged["up"].item() == (1 + 2.0**-7) ** 2  # which bfloat16 cannot hold
+
+
 def test_sizes_axes_and_decay_of_adapters():
     _, init, axes = build(SHAPE)
     shapes = jax.eval_shape(init, KEY)
@@ -197,7 +204,9 @@ def test_adapters_alone_are_trained_kept_resumed_and_merged_on_export(tmp_path: 
     ).stat().st_size
     _, merged, _ = loading.load_pretrained(tmp_path / "small")
     jax.tree.map(np.testing.assert_array_equal, merged, whole)
-    assert trained.load(str(tmp_path / "small")).style == "chat"
+    loaded, kept = trained.load(str(tmp_path / "small")), assemble.load_model(config, epath.Path(workdir)).tokenizer
+    assert loaded.style == "chat" and loaded.tokenizer.end_tokens == kept.end_tokens
+    assert kept.end_tokens != loading.read_tokenizer(model).end_tokens  # the base ends texts otherwise
 
     config.lora.start = str(tmp_path / "small")  # another run goes on with them
     mesh, again = sharding.make_mesh(), assemble.load_model(config, epath.Path(workdir))

@@ -106,6 +106,17 @@ def test_decay_mask_overrides_the_count_of_dimensions():
     np.testing.assert_allclose(updates["q"], -0.5)
 
 
+@pytest.mark.parametrize("decay", [None, {"norm": False, "embedding": True, "w": True}])
+def test_only_matrices_decay_beside_muon_too(decay):
+    axes = {"w": ("layers", "embed", "mlp"), "embedding": ("vocab", "embed"), "norm": ("embed",)}
+    params = {"w": jnp.ones((2, 4, 4)), "embedding": jnp.ones((3, 4)), "norm": jnp.ones(4)}
+    tx = optim.make(0.5, 0, 1, "constant", weight_decay=0.1, decay=decay, matrix_rate=0.2, axes=axes)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    np.testing.assert_allclose(updates["norm"], 0.0)
+    np.testing.assert_allclose(updates["embedding"], -0.05)
+    np.testing.assert_allclose(updates["w"], -0.02, rtol=1e-6)
+
+
 def test_matrices_of_the_layers_map_input_to_output_and_nothing_else_is_a_matrix():
     axes = {
         "embedding": ("vocab", "embed"),

@@ -155,6 +155,10 @@ def test_a_workdir_keeps_that_its_model_thinks_and_for_how_long(tmp_path: Path) 
     config.policy.thinking = "off"
     assemble.keep_pretrained(config, workdir)  # with another choice, the tokenizer is replaced
     assert assemble.load_model(config, workdir).tables.thought is None
+    hf_models.write(model, "qwen3", words.with_thinking(40))  # as the export of a model that was trained to think
+    config.policy.pretrained = f"{model}/."  # by another name, so that it is read again
+    assemble.keep_pretrained(config, workdir)
+    assert assemble.load_model(config, workdir).tokenizer.thinking == 0
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,9 @@ class TestSavedAndLoaded:
         assert both.end_tokens == (end, begin)
         assert both.ending_with(small.end_token).end_tokens == (small.end_token, begin, end)
         assert both.with_thinking(4).ending_with(begin).end_tokens == (begin, end)
+        listed.write_text(json.dumps({"eos_token_id": end}))  # the only one stays an end where another one is put
+        assert load(tmp_path).end_tokens == (end,)
+        assert load(tmp_path).ending_with(begin).end_tokens == (begin, end)
         both.ending_with(begin).save(tmp_path / "workdir")  # it has no generation_config.json
         assert load(tmp_path / "workdir").end_tokens == (begin, end)
         assert both.ending_with(small.end_token).within(end).end_tokens == (small.end_token, begin)

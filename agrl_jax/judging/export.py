@@ -28,7 +28,7 @@ from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.runtime import sharding
 from agrl_jax.runtime.checkpoint import SFT_END
 from agrl_jax.runtime.config import ConfigError, resolve
-from agrl_jax.runtime.files import read_json, write_json, write_text
+from agrl_jax.runtime.files import is_remote, read_json, write_json, write_text
 from agrl_jax.training import assemble
 from agrl_jax.training.assemble import Model
 from agrl_jax.types import Params
@@ -51,8 +51,7 @@ def export(workdir: str, out: str, stage: str = "best", dtype: str | None = None
     Returns:
       What was exported, in words.
     """
-    folder, target = epath.Path(workdir), Path(out)
-    huggingface.check_empty(target)  # before the weights are read
+    folder, target = epath.Path(workdir), _target(out)  # before the weights are read
     config = assemble.read_config(folder)
     mesh = sharding.make_mesh(data=1, fsdp=-1)  # spread out: nothing is computed
     model = assemble.load_model(config, folder, mesh=mesh)
@@ -72,6 +71,14 @@ def export(workdir: str, out: str, stage: str = "best", dtype: str | None = None
     return f"{where} of {workdir}, {count_parameters(params):,} parameters in {dtype}"
 
 
+def _target(out: str) -> Path:
+    """The folder to write: a local one, empty or not there."""
+    if is_remote(out):
+        raise ConfigError(f"--out={out}: should be a local folder; copy it to the bucket afterwards")
+    huggingface.check_empty(Path(out))
+    return Path(out)
+
+
 def _export_adapters(
     folder: epath.Path, target: Path, config: ConfigDict, model: Model, mesh: jax.sharding.Mesh, stage: str, dtype: str
 ) -> str:
@@ -84,6 +91,7 @@ def _export_adapters(
     target.mkdir(parents=True, exist_ok=True)
     learnt = Adapters(config.policy.pretrained, config.lora.base_dtype, cfg, jax.device_get(params))
     adapters.save(target, learnt, dtype)
+    model.tokenizer.save(target)  # it says where answers end, and whether the model thinks
     write_text(target / CARD_FILE, _card(target.name, folder, config, model, count_parameters(params), str(found)))
     _write_record(folder, target, config, model, config.policy.param_dtype, str(found), adapters.digest(target))
     return f"{found} of {folder}, adapters of {count_parameters(params):,} parameters in {dtype}"
@@ -96,9 +104,11 @@ def export_model(checkpoint: str, out: str, dtype: str | None = None) -> str:
 
     Raises:
       TrainedError: the checkpoint is not what `export` has written.
+      ConfigError: it is in a bucket.
     """
-    target, where = Path(out), shipped.find(checkpoint)
-    huggingface.check_empty(target)
+    if is_remote(checkpoint):
+        raise ConfigError(f"--checkpoint={checkpoint}: should be a local folder; copy it from the bucket first")
+    target, where = _target(out), shipped.find(checkpoint)
     file = where / trained.RECORD_FILE
     if not file.exists():
         raise TrainedError(f"{checkpoint}: has no {trained.RECORD_FILE}, so it is no export; a run goes by --workdir")

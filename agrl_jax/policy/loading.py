@@ -88,10 +88,13 @@ def read_config(path: str | Path, param_dtype: str = "float32", compute_dtype: s
 def read_tokenizer(path: str | Path, rows: int | None = None) -> Tokenizer:
     """The tokenizer of a model in a Hugging Face folder or GGUF file.
 
+    Adapters have that with which they were trained; those of an older version lack it, and have that of their base.
     Added tokens past the embedding are left out; `rows` is the number of the embedding's rows, if it is known. Raises
     LoadingError where such a token is needed.
     """
-    path = base_of(Path(path))
+    path = Path(path)
+    if is_adapters(path) and not (path / tokenizers.FILE).exists():
+        return read_tokenizer(shipped.find(adapters.read(path, tensors=False).base), rows)
     if not _is_folder(path):
         tokenizer = gguf.read_tokenizer(path)  # in such a file, each token has a row of the embedding
         rows = rows or tokenizer.vocab_size
@@ -110,8 +113,9 @@ def is_adapters(path: Path) -> bool:
 
 
 def base_of(path: Path) -> Path:
-    """The path of the model that has the tokenizer and shape: for adapters, their base. Raises NotInstalledError."""
-    return shipped.find(adapters.read(path, tensors=False).base) if is_adapters(path) else path
+    """The path of the model that has the shape: for adapters, their base, which may be adapters itself. Raises
+    NotInstalledError."""
+    return base_of(shipped.find(adapters.read(path, tensors=False).base)) if is_adapters(path) else path
 
 
 def _load_adapted(
@@ -119,7 +123,8 @@ def _load_adapted(
 ) -> tuple[PolicyConfig, Params, Tokenizer]:
     """The base of adapters with their products added to it."""
     found = adapters.read(path)
-    shape, base, tokenizer = load_pretrained(shipped.find(found.base), found.base_dtype, compute_dtype, shardings)
+    shape, base, _ = load_pretrained(shipped.find(found.base), found.base_dtype, compute_dtype, shardings)
+    tokenizer = read_tokenizer(path, shape.vocab_size)
     adapters.check(path, found, base, build(shape)[2])
     merge = jax.jit(lora.merge, static_argnums=(2, 3), donate_argnums=0)
     params = merge(base, found.params, found.cfg, param_dtype)

@@ -87,6 +87,7 @@ def merge(base: Params, adapters: Params, cfg: LoraConfig, dtype: str) -> Params
             product = jax.vmap(product)
         return (leaf.weight.astype(jnp.float32) + product(leaf.a, leaf.b)).astype(dtype)
 
+    adapters = jax.tree.map(lambda x: x.astype(jnp.float32), adapters)  # they may be kept in bfloat16
     return jax.tree.map(added, attach(base, adapters, cfg), is_leaf=lambda leaf: isinstance(leaf, Adapted))
 
 

@@ -21,7 +21,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trai
 from agrl_jax.runtime.files import write_json, write_text
 
 END = "<|end|>"
-_FILE = "tokenizer.json"
+FILE = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"
 _SPECIAL_TOKENS = "special_tokens_map.json"
 _TEMPLATE = "chat_template.jinja"
@@ -240,7 +240,7 @@ class Tokenizer:
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         write_json(folder / _CONFIG, config)
-        write_text(folder / _FILE, core.to_str(pretty=True))  # last: a folder with this file is complete
+        write_text(folder / FILE, core.to_str(pretty=True))  # last: a folder with this file is complete
 
     @property
     def pad_token(self) -> int:
@@ -298,16 +298,16 @@ def load(path: epath.PathLike) -> Tokenizer:
     """
     folder = _folder(path)
     try:
-        core = tokenizers.Tokenizer.from_str((folder / _FILE).read_text())
+        core = tokenizers.Tokenizer.from_str((folder / FILE).read_text())
     except OSError as error:
         kind = f", and tokenizer.model is {SENTENCEPIECE}" if (folder / "tokenizer.model").exists() else ""
-        raise TokenizerError(f"{folder / _FILE}: cannot be read: {error.strerror or error}{kind}") from error
+        raise TokenizerError(f"{folder / FILE}: cannot be read: {error.strerror or error}{kind}") from error
     except Exception as error:  # the Rust side raises plain Exception
-        raise TokenizerError(f"{folder / _FILE}: not a tokenizer: {error}") from error
+        raise TokenizerError(f"{folder / FILE}: not a tokenizer: {error}") from error
     settings = _settings(folder)
     end = _end_token(folder, core, settings)
     listed = _listed_ends(folder / _ENDS[0], core)
-    if _LISTED_ENDS not in settings and set(listed) - {end}:
+    if _LISTED_ENDS not in settings and listed:  # `ending_with` may put another end in place of the only one
         settings = {**settings, _LISTED_ENDS: listed}
     bos = _id_of(core, settings.get("bos_token"))
     adds_bos = settings.get("add_bos_token")
@@ -319,7 +319,7 @@ def load(path: epath.PathLike) -> Tokenizer:
     except TokenizerError as error:
         kind = f" ({SENTENCEPIECE})" if getattr(core.model, "byte_fallback", False) else ""
         right = "only byte-level vocabularies, and Gemma's, can be used"
-        raise TokenizerError(f"{folder / _FILE}: {error}{kind}; {right}") from error
+        raise TokenizerError(f"{folder / FILE}: {error}{kind}; {right}") from error
     return tokenizer
 
 
@@ -373,7 +373,7 @@ def _copy(core: tokenizers.Tokenizer, parse_special: bool) -> tokenizers.Tokeniz
 def _folder(path: epath.PathLike) -> epath.Path:
     """The folder of a tokenizer, given the folder or its tokenizer.json."""
     path = epath.Path(path)
-    return path.parent if path.name == _FILE else path
+    return path.parent if path.name == FILE else path
 
 
 def _settings(folder: epath.Path) -> dict[str, Any]:

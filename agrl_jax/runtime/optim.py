@@ -85,7 +85,11 @@ def make(
         return _floats(inner.init(_float32(params)), moments)
 
     def update(grads: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
-        updates, state = inner.update(_float32(grads), _floats(state, "float32"), _float32(params))
+        params = _float32(params)
+        if matrix_rate:  # Muon lets all parameters decay, and reads them for nothing else
+            kept = _two_dimensional(params) if decay is None else decay
+            params = jax.tree.map(lambda x, decays: x if decays else jnp.zeros_like(x), params, kept)
+        updates, state = inner.update(_float32(grads), _floats(state, "float32"), params)
         return updates, _floats(state, moments)
 
     return optax.GradientTransformation(init, update)

@@ -509,8 +509,9 @@ def keep_pretrained(config: ConfigDict, workdir: epath.Path) -> None:
     tokenizer = loading.read_tokenizer(path)
     if config.data.style == "chat":
         tokenizer = tokenizer.ending_with(chat.end_of_turn(tokenizer))
-    if config.policy.thinking == "on":
-        tokenizer = tokenizer.with_thinking(config.policy.thought_len)
+    thinks = config.policy.thinking == "on"
+    tokenizer = tokenizer.with_thinking(config.policy.thought_len if thinks else 0)  # an export may have been on
+    if thinks:
         pipeline.thought(load_rules(config), tokenizer)  # refuses a model that cannot
     tokenizer.save(workdir)
     kept = asked | {"shape": dataclasses.asdict(loading.read_config(path))}
