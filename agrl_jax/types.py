@@ -241,7 +241,7 @@ class TrainState:
 
     params: Params
     opt_state: Any
-    step: Array  # [] int32 updates asked for so far, skipped ones included
+    step: Array  # [] int32 steps made so far, those with skipped updates included
     key: Array  # [2] uint32 the root of all random numbers; never changes
     guidance: GuidanceState | None
     skipped: Array  # [] int32 consecutive updates skipped for non-finite gradients

@@ -27,6 +27,7 @@ from agrl_jax.policy.transformer import build
 from agrl_jax.rulebook import book
 from agrl_jax.runtime.files import read_json, write_json
 
+EXAMPLE = Path(__file__).parent.parent / "examples" / "pairs.csv"
 CFG = LoraConfig(rank=2, alpha=4.0, modules=("q", "down"))
 
 
@@ -131,7 +132,7 @@ def test_the_judge_in_the_box_judges_the_examples(tmp_path: Path) -> None:
         find_smollm2()
     except NotInstalledError as error:
         pytest.skip(str(error))
-    with open("examples/pairs.csv", newline="") as file:
+    with open(EXAMPLE, newline="") as file:
         rows = list(csv.DictReader(file))
     (name,) = shipped.boxed()
     judge = Judge.from_checkpoint(name, batch_size=8)
@@ -146,7 +147,7 @@ def test_the_judge_in_the_box_judges_the_examples(tmp_path: Path) -> None:
     assert boots["Stainless Steel Garlic Press"].tier == "1-Irrelevant"
 
     with pytest.raises(TrainedError, match="part of the package, where nothing is kept; export it first"):
-        judge.fit_temperature("examples/pairs.csv")
+        judge.fit_temperature(str(EXAMPLE))
     export_model(name, str(tmp_path / "mine"))
     theirs = Judge.from_checkpoint(str(tmp_path / "mine"), batch_size=8)
     assert theirs.calibration == judge.calibration

@@ -80,11 +80,13 @@ def test_the_majority_is_no_tie():
 def test_intervals_hold_the_value_and_shrink_with_queries():
     rng = np.random.default_rng(0)
     one = rng.integers(0, 4, 400)
-    other = np.where(rng.random(400) < 0.7, one, rng.integers(0, 4, 400))
-    by_pair = agreement.compare(one, other, [str(i) for i in range(400)], GRADES, 300)["kappa"]
-    by_query = agreement.compare(one, other, [str(i // 40) for i in range(400)], GRADES, 300)["kappa"]
+    same = np.repeat(rng.random(10) < 0.7, 40)  # the pairs of a query are alike
+    other = np.where(same, one, (one + 1) % 4)
+    by_pair = agreement.compare(one, other, [str(i) for i in range(400)], GRADES, 300)["agreement"]
+    by_query = agreement.compare(one, other, [str(i // 40) for i in range(400)], GRADES, 300)["agreement"]
     assert by_pair["low"] < by_pair["value"] < by_pair["high"] and by_pair["value"] == by_query["value"]
     assert 0.05 < by_pair["high"] - by_pair["low"] < 0.15
+    assert by_query["high"] - by_query["low"] > 3 * (by_pair["high"] - by_pair["low"])
     assert agreement.compare(one, other, ["a"] * 400, GRADES, 300)["kappa"]["low"] is None
 
 

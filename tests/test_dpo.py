@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import END, RESPONSE_LEN
+from conftest import END, RESPONSE_LEN, lenient
 
 from agrl_jax.rl import reader
 from agrl_jax.supervised import dpo
@@ -40,14 +40,19 @@ def answers(small, sample, batch) -> Answers:
 # ------------------------------------------------------------------------------------------------- mining
 
 
-def test_right_is_well_formed_and_of_the_true_tier_and_wrong_is_of_another_or_none(small, batch, answers):
-    reading = reader.read(small.tables, answers.tokens, answers.valid)
+@pytest.mark.parametrize("tables_of", [lambda tables: tables, lenient], ids=["as it is", "lenient"])
+def test_right_is_well_formed_and_of_the_true_tier_and_wrong_is_of_another_or_none(small, batch, tables_of):
+    tables = tables_of(small.tables)
+    mine = partial(dpo.sample_answers, small.policy, tables, number=N, length=RESPONSE_LEN, temperature=0.7)
+    answers = jax.device_get(jax.jit(mine)(small.params, KEY, batch))
+    reading = reader.read(tables, answers.tokens, answers.valid)
     tier, formed = np.asarray(reading.value[..., -1]), np.asarray(reading.well_formed)
     for b in range(B):
         for n in range(N):
             assert answers.right[b, n] == (formed[b, n] and tier[b, n] == batch.tier[b])
             assert answers.wrong[b, n] == (tier[b, n] != batch.tier[b])
     assert answers.wrong.any() and np.any(tier == batch.tier[:, None])
+    assert answers.right.any() == (tables_of is lenient)  # an untrained policy's answers are not well-formed
 
 
 def test_tokens_that_close_a_thought_by_force_are_no_part_of_an_answer(small, batch):

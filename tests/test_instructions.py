@@ -22,7 +22,7 @@ from agrl_jax.policy.lora import LoraConfig
 from agrl_jax.policy.scoring import instructed, predicting_hidden, prefill, run_groups
 from agrl_jax.policy.transformer import build
 from agrl_jax.rl.step import make_step
-from agrl_jax.supervised import dpo, sft
+from agrl_jax.supervised import distill, dpo, sft
 from agrl_jax.supervised.fill import Blanks
 from agrl_jax.types import UNKNOWN, TrainState
 
@@ -136,6 +136,23 @@ def test_a_step_on_preferences_is_that_of_whole_prompts(small, close):
     state = TrainState(small.params, small.params, jnp.int32(0), test_step.KEY, None, jnp.int32(0))
     after, metrics = jax.jit(make(instructions=SHARED))(state, pairs)
     expected, figures = jax.jit(make())(state, long(pairs))
+    close((after.opt_state, without_tokens(metrics)), (expected.opt_state, without_tokens(figures)))
+    assert metrics["tokens/trained"] == figures["tokens/trained"] - 2 * len(SHARED)
+
+
+def test_a_step_of_distillation_is_that_of_whole_prompts(small, close):
+    batch, rng = small.batch([(0, 0), (1, 0), (2, 1)]), np.random.default_rng(0)
+    tiers = np.array([[5, 0], [5, 1], [6, 2]], np.int32)
+    stated = np.concatenate([tiers, rng.integers(0, 5, (3, 4))], axis=1).astype(np.int32)
+    taught = distill.Lessons(
+        batch.prompt, batch.prompt_len, rng.dirichlet(np.ones(3), 3).astype(np.float32), stated,
+        np.full(3, 2, np.int32), np.full(3, 5, np.int32),
+    )  # fmt: skip
+    tier_first = PartTexts(np.stack([tiers, 0 * tiers]), np.array([[2, 2, 2], [1, 1, 0]], np.int32))
+    make = partial(distill.make_step, small.policy, test_step.descend, tier_first, 0.3)
+    state = TrainState(small.params, small.params, jnp.int32(0), test_step.KEY, None, jnp.int32(0))
+    after, metrics = jax.jit(make(instructions=SHARED))(state, taught)
+    expected, figures = jax.jit(make())(state, long(taught))
     close((after.opt_state, without_tokens(metrics)), (expected.opt_state, without_tokens(figures)))
     assert metrics["tokens/trained"] == figures["tokens/trained"] - 2 * len(SHARED)
 

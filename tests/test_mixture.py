@@ -31,6 +31,15 @@ def test_the_shares_are_as_asked_and_each_tier_has_as_many_bundled_pairs():
     assert (len(pairs), len(real)) == (100, 40)
     assert collections.Counter(pair.tier for pair in pairs if pair not in real) == dict.fromkeys(range(4), 15)
     assert collections.Counter(pair.tier for pair in real) == {0: 16, 1: 14, 3: 10}  # tier 3 has the strangers
+    texts = {(pair.query, pair.title) for pair in BUNDLED}
+    disguised = [pair for pair in pairs if pair not in real and (pair.query, pair.title) not in texts]
+    assert 20 <= len(disguised) <= 40  # half of 60
+
+
+def test_a_disguise_is_one_of_many():
+    found = [disguise(BUNDLED[0], i) for i in range(300)]
+    assert len({pair.title for pair in found}) > 100 and len({pair.query for pair in found}) > 5
+    assert {pair.brand for pair in found} == {"Maveck", ""} and len({pair.price for pair in found}) > 3
 
 
 def test_the_same_for_the_same_seed_and_another_for_another():
@@ -65,6 +74,9 @@ def test_a_disguise_keeps_what_the_pair_says():
 
 
 def test_a_slip_changes_one_word_and_a_limit_keeps_its_sum():
+    text = "waterproof hiking boots women"
+    slips = [zip(typed(text, Dice(i)).casefold().split(), text.split(), strict=True) for i in range(300)]
+    assert {sum(one != other for one, other in words) for words in slips} == {0, 1}
     for i in range(300):
         words = typed("waterproof boots under $50", Dice(i)).casefold().split()
         assert len(words) == 4 and words[2:] == ["under", "$50"] or words[2] != "under" and words[3] == "$50"

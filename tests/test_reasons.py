@@ -96,15 +96,25 @@ def test_a_phrase_may_also_arise_where_a_reason_meets_the_text_around_it():
     assert wording.misread_reason(rules, 1, 0, "ue metal ") is None  # not after "Categorysame"
 
 
-@given(st.lists(st.text("CBategory: smrndLiupT4-Exlch\n", max_size=24), min_size=5, max_size=5))
-def test_reasons_that_are_let_through_leave_the_response_as_it_is_read(reasons: list[str]):
-    for rules in (BOOK, TIGHT):
-        values = (*PAIR.steps, PAIR.tier)
-        if any(wording.misread_reason(rules, part, values[part], reasons[part]) for part in range(5)):
-            return
-        text = "".join(wording.gold_segments(rules, PAIR.tier, PAIR.steps, reasons))
-        assert wording.well_formed(rules, text)
-        assert wording.read(rules, text).value == values
+def reasons_like_phrases(rules: RuleBook) -> st.SearchStrategy[list[str]]:
+    """Reasons of phrases, of pieces of them, and of what stands between them."""
+    phrases = st.sampled_from([phrase.text for phrase in rules.phrases])
+    cut = st.builds(lambda text, start, size: text[start:][:size], phrases, st.integers(0, 9), st.integers(1, 12))
+    reason = st.lists(st.one_of(phrases, cut, st.sampled_from([" ", "\n", ", "])), max_size=3).map("".join)
+    return st.lists(reason, min_size=5, max_size=5)
+
+
+@pytest.mark.parametrize("rules", [BOOK, TIGHT], ids=["book", "tight"])
+@given(st.data())
+def test_reasons_that_are_let_through_leave_the_response_as_it_is_read(rules: RuleBook, data: st.DataObject):
+    values, reasons = (*PAIR.steps, PAIR.tier), data.draw(reasons_like_phrases(rules))
+    kept = [
+        "" if wording.misread_reason(rules, part, values[part], reason) else reason
+        for part, reason in enumerate(reasons)
+    ]
+    text = "".join(wording.gold_segments(rules, PAIR.tier, PAIR.steps, kept))
+    assert wording.well_formed(rules, text)
+    assert wording.read(rules, text).value == values
 
 
 # In files

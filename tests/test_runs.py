@@ -13,13 +13,15 @@ import pytest
 import tiny
 from etils import epath
 from ml_collections import ConfigDict
-from workdirs import make_workdir
+from workdirs import draw, make_workdir
 
 from agrl_jax import evaluate, recipes
+from agrl_jax.data import pipeline
+from agrl_jax.data.pairs import Pair
 from agrl_jax.evaluation import tables
 from agrl_jax.judging import trained
 from agrl_jax.judging.engine import Judge
-from agrl_jax.runtime import processes
+from agrl_jax.runtime import processes, sharding
 from agrl_jax.runtime.checkpoint import Checkpointer
 from agrl_jax.runtime.config import ConfigError, resolve
 from agrl_jax.runtime.logs import cut_rows, read_jsonl
@@ -256,6 +258,21 @@ def test_under_the_grammar_an_untrained_policy_is_read_in_full(tmp_path: Path) -
     assert under["format"]["value"] == 1.0
     assert under["pass@2"]["value"] > 0
     assert (free["settings"]["constrained"], under["settings"]["constrained"]) == (False, True)
+
+
+@pytest.mark.slow
+def test_pairs_are_sampled_spread_over_those_that_are_judged(tmp_path: Path) -> None:
+    folder = epath.Path(make_workdir(tmp_path))
+    config = assemble.read_config(folder)
+    config.eval.update(constrained=True, pass_pairs=2, pass_k=4)
+    model, mesh = assemble.load_model(config, folder), sharding.make_mesh()
+    pairs = [Pair(str(i), f"red shoes {i}", "Nike running shoes, red", tier=0) for i in range(8)]
+    split = pipeline.encode(pairs, model.book, model.tokenizer, config.data.prompt_len, config.data.response_len)
+    params, evaluator = draw(model, 0), assemble.make_evaluator(config, model, mesh)
+    some = evaluator.judge(params, split, np.array([5, 1, 6, 2]))
+    assert some.sample_index.tolist() == [0, 2] and np.all(some.sample_tier >= 0)
+    np.testing.assert_array_equal(some.sample_tier, evaluator.judge(params, split, np.array([5, 6])).sample_tier)
+    assert not np.array_equal(some.sample_tier, evaluator.judge(params, split, np.array([1, 2])).sample_tier)
 
 
 def test_splits_that_were_scored_at_another_step_do_not_stay(tmp_path: Path) -> None:

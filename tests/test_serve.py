@@ -216,7 +216,13 @@ def test_the_window_brings_requests_together(echo: Echo) -> None:
     async def ask() -> None:
         batcher = Batcher(echo, window_s=30)
         running = asyncio.create_task(batcher.run())
-        await asyncio.gather(*(batcher.judge([{"title": str(i)}]) for i in range(8)))
+
+        async def request(number: int) -> None:
+            for _ in range(50 * number):  # the batcher could begin with those before it
+                await asyncio.sleep(0)
+            await batcher.judge([{"title": str(number)}])
+
+        await asyncio.gather(*map(request, range(8)))
         running.cancel()
 
     asyncio.run(asyncio.wait_for(ask(), 20))  # a full chunk does not wait for the end of the window

@@ -18,8 +18,8 @@ from agrl_jax.policy.scoring import predicting_hidden, prefill, token_logprobs
 from agrl_jax.rl import guidance, objective, reader
 from agrl_jax.rl.guidance import GuidanceConfig
 from agrl_jax.rl.objective import ObjectiveConfig
-from agrl_jax.rl.reward import RewardConfig
-from agrl_jax.rl.rollout import PURPOSE_ROLLOUT, rollout, row_keys
+from agrl_jax.rl.reward import RewardConfig, component_names
+from agrl_jax.rl.rollout import PURPOSE_REPLAY, PURPOSE_ROLLOUT, rollout, row_keys
 from agrl_jax.rl.step import (
     StepConfig,
     _accumulate,
@@ -308,9 +308,43 @@ def test_groups_that_pass_are_left_alone(step, truths):
     for name in ("level", "pass_before", "pass_after", "pass_steps", "forced_probability", "transfer_gap"):
         assert np.isnan(metrics[f"guide/{name}"])  # a mean over no group or row is not 0
     assert metrics["guide/failing"] == 0 and metrics["reward/tier_accuracy"] >= 1 / G
+    # The figures are those of these answers: means over all, and spreads within groups.
+    total, raw, plain = np.asarray(seen.score.total), np.asarray(seen.score.raw), truths.plain
+    by_hand = {
+        "reward/total": total.mean(), "reward/learnt_from": total.mean(),
+        "reward/total_spread": total.std(axis=1).mean(), "policy/entropy": -plain.logp[plain.sampled].mean(),
+        "guide/global_level": after.guidance.level.mean(),
+    }  # fmt: skip
+    for i, name in enumerate(component_names(("fit", "brand"))):
+        by_hand |= {f"reward/{name}": raw[..., i].mean(), f"reward/{name}_spread": raw[..., i].std(axis=1).mean()}
+    for name, value in by_hand.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
     np.testing.assert_array_equal(after.guidance.memory, -1)
     assert np.all(np.asarray(after.guidance.offset)[truths.easy.row] == -1)  # passed unguided: reveal less
     assert np.sum(np.asarray(after.guidance.offset) != 0) == B
+
+
+def test_a_replay_has_random_numbers_of_its_own(small, step, truths):
+    batch = truths.hard
+    shown = np.ones(B, np.int32)
+
+    @jax.jit
+    def replay():
+        prefix = prefill(small.policy, small.params, batch.prompt, batch.prompt_len)
+        return rollout(
+            small.policy, small.params, prefix, row_keys(KEY, PURPOSE_REPLAY, 0, batch.row, 2), length=RESPONSE_LEN,
+            temperature=CONFIG.temperature, end_token=small.tables.end_token, forced=batch.gold, forced_len=shown,
+        )
+
+    np.testing.assert_array_equal(step(batch)[2].rolled.tokens[:, :2], replay().tokens)
+
+
+def test_a_cap_on_the_level_falls_as_training_goes_on(small, truths, reference):
+    cfg = dataclasses.replace(CONFIG, guidance=dataclasses.replace(CONFIG.guidance, cap="linear", initial_level=2.0))
+    begun, compiled = fresh_state(small.params, cfg), jitted(small, cfg)
+    levels = [compiled(begun.replace(step=jnp.int32(at)), truths.hard, reference)[1]["guide/level"] for at in (0, 60)]
+    most = 3  # parts: two steps and the tier
+    assert levels == [2, round(most * (1 - 60 / CONFIG.total_steps))]
 
 
 def test_failing_groups_are_replayed_behind_their_gold_prefix(step, truths):

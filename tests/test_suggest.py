@@ -166,7 +166,7 @@ def test_labels_that_judges_doubt(tmp_path):
     # A second judge that agrees with the label halves the doubt.
     rows = [{"probs": (0, 0, 0, 1), "step_category": "", **row} for row in rows]
     both = suggest.doubts([scored, labelled.read_judged(judged(tmp_path / "b.csv", *rows), BOOK)], (), BOOK, 99)
-    assert [one.row for one in both if one.because.startswith("labelled 1")] == []
+    assert [(one.row, pytest.approx(one.score)) for one in both] == [(6, 1.5), (5, 1.0), (3, 0.2)]
 
 
 # Files
