@@ -17,12 +17,14 @@ judged wrongly: those off by the most grades first, then those with the least pr
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from absl import flags
 from etils import epath
 
 from agrl_jax.judging import STAGES
+from agrl_jax.judging.checkpoint_flags import AXES
 from agrl_jax.runtime.config import RULES, check_constrained, define_distributed_flag, exit_with, parse_flags
 from agrl_jax.runtime.memory import with_huge_pages
 
@@ -31,12 +33,13 @@ if TYPE_CHECKING:  # JAX takes seconds to start: functions import what needs it,
 
 
 def evaluate(
-    workdir: str, stages: list[str], splits: list[str], pairs: int, constrained: bool | None = None
+    workdir: str, stages: list[str], splits: list[str], pairs: int, constrained: bool | None = None,
+    axes: Mapping[str, int] | None = None,
 ) -> metrics.Scorecards:
     """Scorecards `{stage: {split: scores}}` of checkpoints of a workdir; stages are named as training names them.
 
     No `stages`: the end of the warm start, and the last checkpoint of what came after it, if anything did.
-    `constrained` takes the place of `eval.constrained`, if given.
+    `constrained` takes the place of `eval.constrained`, if given, and `axes` those of the run's mesh.
     """
     from agrl_jax.data import pipeline
     from agrl_jax.evaluation import intervals
@@ -60,7 +63,9 @@ def evaluate(
         raise ValueError(f"--splits: {unknown[0]!r} is not a split of {workdir}; there are {', '.join(data.splits)}")
     if changed := trained.changed_pairs(folder, next(iter(found.values())), data.digests):
         say(f"pairs that have changed since training: {', '.join(changed)}; they are scored as they are now")
+    config.mesh.update(axes or {})
     mesh = sharding.make_mesh(*(config.mesh[axis] for axis in sharding.AXES))
+    config.eval.batch_size += -config.eval.batch_size % sharding.data_shards(mesh)  # no figure depends on it
     model = assemble.load_model(config, folder, rules, mesh=mesh)
     check_constrained(config, model.tables.shortest)
     splits = splits or list(data.eval_splits)
@@ -141,8 +146,15 @@ def _define_flags() -> None:
     flags.DEFINE_list("splits", [], "Splits to score on; by default all that the scorecard has.")
     flags.DEFINE_string("pairs", "0", "How many of each split, stratified; 0: all. With --checkpoint: a file.")
     flags.DEFINE_bool("constrained", None, "Of a workdir: judge under the grammar; by default as in eval.constrained.")
+    for axis in AXES:
+        flags.DEFINE_integer(f"mesh.{axis}", None, "Of a workdir: devices along this axis; by default as in training.")
     flags.DEFINE_string("out", None, "Where to write the scorecard.")
     define_distributed_flag()
+
+
+def _axes(values: flags.FlagValues) -> dict[str, int]:
+    given = {axis: values[f"mesh.{axis}"].value for axis in AXES}
+    return {axis: size for axis, size in given.items() if size is not None}
 
 
 def main(argv: list[str]) -> None:
@@ -171,7 +183,8 @@ def main(argv: list[str]) -> None:
         if out.exists():
             tables.read(out)  # refuses what is no scorecard
         processes.connect(values.distributed)
-        cards = evaluate(values.workdir, values.stages, values.splits, int(values.pairs), values.constrained)
+        pairs, axes = int(values.pairs), _axes(values)
+        cards = evaluate(values.workdir, values.stages, values.splits, pairs, values.constrained, axes)
     except ValueError as error:
         exit_with(error)
     except Exception as error:

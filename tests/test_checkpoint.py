@@ -218,6 +218,7 @@ def test_a_part_that_is_known_later_is_checked_then_and_only_where_it_was_saved(
         changed(config__eval__every=50, versions={"jax": "2"}),
         changed(config__rl__steps=200, config__sft__steps=20),
         changed(config__log={"every": 3}),
+        changed(config__rl__micro_batches=8, config__objective={"logprob_chunk": 64}, config__policy={"remat": True}),
     ],
 )
 def test_what_is_watched_may_change_and_stages_may_grow(saved, identity):

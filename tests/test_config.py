@@ -301,6 +301,14 @@ def test_fields_that_act_are_fine():
     recipes.check(changed(guidance__treatment="shaped", guidance__gamma=0.2))
 
 
+def test_batches_of_rl_do_not_matter_to_methods_without_it():
+    fields = {"sft__batch_size": 64, "eval__batch_size": 64, "rl__batch_size": 30, "guidance__replace": 99}
+    cfg.validate_together(changed(**fields, method="sft", rl__steps=0), 64)
+    cfg.validate_together(changed(**fields, method="dpo", dpo__batch_size=64), 64)
+    with pytest.raises(ConfigError, match="rl.batch_size=30 cannot be split into 64 data shards"):
+        cfg.validate_together(changed(**fields), 64)
+
+
 def test_own_answers_that_can_never_be_there_are_refused():
     own = {"guidance__source": "own", "rl__steps": 10, "rl__batch_size": 8, "rl__group_size": 4}
     with pytest.raises(ConfigError) as error:

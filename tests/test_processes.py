@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,9 @@ SAME = ("--config.guidance.capacity=1.0",)
 class Job:
     """The processes of one run, each with one device."""
 
-    def __init__(self, number: int, workdir: Path, shared: Path, *overrides: str, command: str = "main"):
+    def __init__(
+        self, number: int, workdir: Path, shared: Path, *overrides: str, command: str = "main", each: Sequence[str] = ()
+    ):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
@@ -40,7 +43,8 @@ class Job:
         self.workdir = workdir
         self.processes = [
             subprocess.Popen(
-                [sys.executable, "-m", f"agrl_jax.{command}", *sorted(arguments, key=lambda word: "config." in word)],
+                [sys.executable, "-m", f"agrl_jax.{command}",
+                 *sorted([*arguments, *each[index : index + 1]], key=lambda word: "config." in word)],
                 cwd=ROOT, env=environment | {"JAX_PROCESS_ID": str(index)}, text=True, stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
             )
@@ -69,6 +73,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path:
     folder = tmp_path_factory.mktemp("shared")
     (folder / "data").symlink_to(data_dir)
     return folder
+
+
+def test_processes_of_different_runs_are_refused(tmp_path: Path, shared: Path) -> None:
+    job = Job(2, tmp_path / "run", shared, each=("--config.seed=1", "--config.seed=2"))
+    for process, said in zip(job.processes, job.said(), strict=True):
+        assert process.returncode == 2, said
+        assert "the processes have different configs, rule books, pairs or libraries; start all with the same" in said
 
 
 @pytest.fixture(scope="module")

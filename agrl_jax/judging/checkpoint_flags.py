@@ -12,7 +12,7 @@ from agrl_jax.runtime.config import RULES
 if TYPE_CHECKING:
     from agrl_jax.judging.engine import Judge
 
-_AXES = {"data": -1, "fsdp": 1, "tensor": 1}
+AXES = {"data": -1, "fsdp": 1, "tensor": 1}
 
 
 def define(batch_size: int) -> None:
@@ -30,7 +30,7 @@ def define(batch_size: int) -> None:
     flags.DEFINE_integer("prompt_len", None, "Tokens of a prompt; longer item texts are shortened.", lower_bound=1)
     flags.DEFINE_integer("response_len", None, "Tokens of a response.", lower_bound=1)
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "The dtype of parameters and computation.")
-    for axis, size in _AXES.items():
+    for axis, size in AXES.items():
         flags.DEFINE_integer(f"mesh.{axis}", size, f"Devices along this axis, as the field mesh.{axis} of a config.")
 
 
@@ -49,5 +49,5 @@ def load(values: flags.FlagValues, use_cuts: bool) -> Judge:
     )
     return Judge.from_checkpoint(
         values.checkpoint, stage=values.stage, settings=settings, batch_size=values.batch_size, use_cuts=use_cuts,
-        mesh=sharding.make_mesh(*(values[f"mesh.{axis}"].value for axis in _AXES)), steps=values.steps,
+        mesh=sharding.make_mesh(*(values[f"mesh.{axis}"].value for axis in AXES)), steps=values.steps,
     )  # fmt: skip

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
@@ -31,10 +32,12 @@ from agrl_jax.types import TrainState
 STAGES = ("sft", "rl")  # in the order in which a run goes through them
 SFT_END = "sft_end"
 
-# Fields of the identity that may differ on resuming: evaluation, logs, checkpoints, mesh, and the versions
-# of libraries (the continuation is then exact up to rounding only).
+# Fields of the identity that may differ on resuming: evaluation, logs, checkpoints; and the mesh, how a batch is cut
+# up to save memory, and the versions of libraries (the continuation is then exact up to rounding only).
 MAY_CHANGE = (
-    "config.eval", "config.log", "config.checkpoint", "config.mesh", "config.workdir", "versions",
+    "config.eval", "config.log", "config.checkpoint", "config.workdir", "config.mesh", "versions",
+    *(f"config.{stage}.micro_batches" for stage in ("sft", "rl", "dpo", "more", "distill")),
+    "config.rl.sample_batches", "config.objective.logprob_chunk", "config.policy.remat", "config.policy.attention",
     "config.distill.path", "config.distill.teacher",  # the digest of what is learnt is in the identity
 )  # fmt: skip
 # A stage that is not over may grow longer; the learning rate then follows the new length.
@@ -103,6 +106,11 @@ class Checkpointer:
         """Adds fields to the identity that are known later. Raises CheckpointMismatch as the constructor does."""
         self._identity |= _plain(more)
         self._check_identity()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the run is, as checkpoints record it; empty for a reader."""
+        return self._identity or {}
 
     def _manager(self, name: str, keep: int) -> ocp.CheckpointManager:
         def score(metrics: Mapping[str, float | None]) -> float:
@@ -194,6 +202,8 @@ class Checkpointer:
         except CheckpointError:
             raise
         except Exception as error:
+            if jax.process_count() > 1 and not isinstance(error, OSError):
+                raise  # another process may be gone: no fault of the disk
             stage, step = self._writing or ("?", "?")
             for manager in self._managers.values():
                 manager.reload()  # counts what is on disk; the manager also counts saves that have begun

@@ -463,6 +463,18 @@ def _optim_problems(config: ConfigDict) -> Iterator[str]:
 
 
 def _batch_problems(config: ConfigDict, data_shards: int) -> Iterator[str]:
+    last = last_branch(config.method)
+    for branch in ("sft", "eval") if last == "rl" else ("sft", "eval", last):
+        size, micro = config[branch].batch_size, config[branch].get("micro_batches", 1)
+        if size % (data_shards * micro):
+            pieces = f" x {branch}.micro_batches={micro} equal pieces" if micro > 1 else ""
+            yield (f"{branch}.batch_size={size} cannot be split over {data_shards} data shards{pieces}; "
+                   f"nearest: {_multiple(size, data_shards * micro)}")
+    if last == "rl" and config.rl.steps:
+        yield from _rl_batch_problems(config, data_shards)
+
+
+def _rl_batch_problems(config: ConfigDict, data_shards: int) -> Iterator[str]:
     rl, guidance = config.rl, config.guidance
     pieces = data_shards * rl.minibatches * rl.micro_batches
     if rl.batch_size % pieces:
@@ -473,13 +485,6 @@ def _batch_problems(config: ConfigDict, data_shards: int) -> Iterator[str]:
         yield (f"rl.batch_size={rl.batch_size} cannot be split into {data_shards} data shards x "
                f"rl.sample_batches={rl.sample_batches} equal pieces; "
                f"nearest: {_multiple(rl.batch_size, data_shards * rl.sample_batches)}")
-    last = last_branch(config.method)
-    for branch in ("sft", "eval") if last == "rl" else ("sft", "eval", last):
-        size, micro = config[branch].batch_size, config[branch].get("micro_batches", 1)
-        if size % (data_shards * micro):
-            pieces = f" x {branch}.micro_batches={micro} equal pieces" if micro > 1 else ""
-            yield (f"{branch}.batch_size={size} cannot be split over {data_shards} data shards{pieces}; "
-                   f"nearest: {_multiple(size, data_shards * micro)}")
     if not guidance.enabled:
         return
     if rl.candidates > 1:

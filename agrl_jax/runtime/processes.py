@@ -6,6 +6,7 @@ writes logs (`runtime/logs`) and scorecards and prints (`runtime/console`); all 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import traceback
@@ -112,6 +113,15 @@ def greatest(value: int) -> int:
     if jax.process_count() == 1:
         return value
     return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def agree(text: str) -> bool:
+    """Whether all processes have the same text."""
+    if jax.process_count() == 1:
+        return True
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.int32)
+    every = np.asarray(multihost_utils.process_allgather(digest))
+    return bool(np.all(every == every[0]))
 
 
 def leave(error: Exception) -> NoReturn:

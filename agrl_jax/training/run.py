@@ -47,6 +47,7 @@ from agrl_jax.runtime.config import (
     check_constrained,
     check_guidance,
     exit_with,
+    flatten,
     resolve,
     validate,
     validate_together,
@@ -231,6 +232,7 @@ def _set_up(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh, sa
         checkpoints.identify({"taught": taught.digest})
         unjudged = f"; {taught.unjudged:,} rows without a judgement are left out" if taught.unjudged else ""
         say(f"judged pairs to learn from: {len(lessons):,}{unjudged}")
+    _check_processes(checkpoints)
     _check_batches(config, data)
     check_guidance(config, len(data.pairs(_trained_on(config, "rl"))))
     check_constrained(config, model.tables.shortest)
@@ -246,6 +248,15 @@ def _set_up(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh, sa
         say(f"resuming from {at[0]} step {at[1]} in {workdir}")
     evaluator = assemble.make_evaluator(config, judging, mesh)
     return Run(config, workdir, mesh, model, data, splits, writer, checkpoints, evaluator, say, lessons)
+
+
+def _check_processes(checkpoints: Checkpointer) -> None:
+    """Raises ConfigError where processes do not train the same run. Paths may differ: each has its own disks."""
+    paths = ("path", "dir", "pretrained", "start", "teacher")
+    told = {name: value for name, value in flatten(checkpoints.identity).items() if not name.endswith(paths)}
+    if not processes.agree(repr(sorted(told.items()))):
+        raise ConfigError("the processes have different configs, rule books, pairs or libraries; start all with the "
+                          "same command and files")
 
 
 def _check_batches(config: ConfigDict, data: Data) -> None:
@@ -352,9 +363,8 @@ def _reinforce(run: Run, reference: Weights) -> Weights:
     _say_encoding(run, split)
     program = rl_program(config, run.mesh, run.model, reference, len(split), len(run.data.families))
     state, spent = _restored(run, "rl", program)
-    base, kl_reference = program.fixed
-    if base is None and kl_reference is None:  # the state holds its own copy, and nothing else needs them
-        jax.tree.map(lambda x: x.delete(), reference.trained)
+    _free(reference, program)
+    base, _ = program.fixed
     validation = _validation(run, base)
 
     def after(
@@ -378,6 +388,7 @@ def _prefer(run: Run, reference: Weights) -> Weights:
     pairs, mined = _mine(run, split, reference)
     program = dpo_program(config, run.mesh, run.model, reference)
     state, spent = _restored(run, "rl", program)
+    _free(reference, program)
     (base,) = program.fixed
     batches = pipeline.batches(pairs, config.dpo.batch_size, config.seed, start=int(state.step))
     spent = max(spent, mined)  # mining is paid once
@@ -407,7 +418,7 @@ def _mine(run: Run, split: EncodedSplit, reference: Weights) -> tuple[Preference
             found.append(dpo.preferences(batch, answers, config.dpo.pairs))
             bar.advance(int(np.sum(mask)))
             if signum := processes.greatest(run.signum):
-                raise Interrupted(signum, "while preferences were mined")
+                raise Interrupted(signum, "while preferences were mined, from the first pair on")
     pairs = jax.tree.map(lambda *pieces: np.concatenate(pieces), *found)
     run.say(f"preferences: {len(pairs):,} from {len(rows):,} pairs x {config.dpo.samples} answers, {spent:,} tokens")
     _check_mined(config, len(pairs), spent)
@@ -430,6 +441,7 @@ def _continue_sft(run: Run, reference: Weights) -> Weights:
     blanks = assemble.blanks(config, run.model, split)
     program = continued_sft_program(config, run.mesh, run.model, reference, blanks)
     state, spent = _restored(run, "rl", program)
+    _free(reference, program)
     (base,) = program.fixed
     first = first_batch(config) + int(state.step)
     batches = pipeline.batches(split, config.more.batch_size, config.seed, start=first)
@@ -442,10 +454,17 @@ def _distill(run: Run, reference: Weights) -> Weights:
     config = run.config
     program = distill_program(config, run.mesh, run.model, reference)
     state, spent = _restored(run, "rl", program)
+    _free(reference, program)
     (base,) = program.fixed
     batches = pipeline.batches(run.lessons, config.distill.batch_size, config.seed, start=int(state.step))
     state = _run_stage(run, "rl", program, state, spent, batches, DISTILL_FIGURES, _validation(run, base))
     return Weights(state.params, base)
+
+
+def _free(reference: Weights, program: Program) -> None:
+    """Deletes the end of the warm start, of which the state holds a copy, unless it is fixed in the program."""
+    if all(fixed is None for fixed in program.fixed):
+        jax.tree.map(lambda x: x.delete(), reference.trained)
 
 
 def first_batch(config: ConfigDict) -> int:
