@@ -21,7 +21,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,6 @@ from agrl_jax.evaluation.metrics import Judgements
 from agrl_jax.judging import distillation
 from agrl_jax.judging.engine import Judge
 from agrl_jax.rulebook import book
-from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.runtime import markdown
 from agrl_jax.runtime.config import ConfigError, parse_flags
 from agrl_jax.runtime.console import say
@@ -165,29 +164,36 @@ def write_table(sweep: Sweep, bootstrap: int = 2000) -> Path:
 
 
 def _parts(found: Mapping[str, Mapping[int, Measured]], bootstrap: int) -> Iterator[str]:
-    rules = book.load()
+    titles = ["seeds", *(METRICS.get(name, name) for name in _SHOWN)]
     for split in SPLITS:
-        over = {
-            name: _over_seeds([one.judged[split] for one in seeds.values()], rules, bootstrap)
-            for name, seeds in found.items()
-        }
-        rows = [[name, str(len(found[name])), *(str(measure(of[metric])) for metric in _SHOWN)]
-                for name, of in over.items()]  # fmt: skip
         yield f"## {split}: {PAIRS} pairs, judged under the grammar\n"
-        yield markdown.table(["judge", "seeds", *(METRICS.get(name, name) for name in _SHOWN)], rows) + "\n"
-        rows = [[f"{one} minus {other}", *(str(measure(over[one][metric] - over[other][metric])) for metric in _SHOWN)]
-                for one, other in COMPARED
-                if one in over and other in over and set(found[one]) == set(found[other])]  # fmt: skip
-        yield markdown.table(["difference", *(METRICS.get(name, name) for name in _SHOWN)], rows) + "\n"
+        rows = [
+            [name, str(len(seeds)), *_cells(_over_seeds(seeds.values(), split, bootstrap))]
+            for name, seeds in found.items()
+        ]
+        yield markdown.table(["judge", *titles], rows) + "\n"
+        rows = []
+        for pair in COMPARED:
+            both = sorted(set.intersection(*(set(found.get(name, ())) for name in pair)))
+            if both:
+                one, other = (_over_seeds([found[name][seed] for seed in both], split, bootstrap) for name in pair)
+                difference = {metric: one[metric] - other[metric] for metric in _SHOWN}
+                rows.append([" minus ".join(pair), str(len(both)), *_cells(difference)])
+        yield markdown.table(["difference", *titles], rows) + "\n"
     yield "## Costs, and answers written freely\n"
-    columns = ["judge", "tokens a pair", f"CPU time / {TEACHER}'s", *(f"{split}: well-formed" for split in SPLITS)]
+    columns = ["judge", "tokens a pair", f"CPU time / that of {TEACHER}", *(f"{name}: well-formed" for name in SPLITS)]
     rows = [[name, *_costs(seeds, found.get(TEACHER, {}))] for name, seeds in found.items()]
     yield markdown.table(columns, rows) + "\n"
 
 
-def _over_seeds(judged: Sequence[Judgements], rules: RuleBook, bootstrap: int) -> dict[str, np.ndarray]:
-    """`intervals.over_seeds`; a judge that states no steps has no figures of them."""
-    found = intervals.over_seeds(judged, rules, bootstrap)
+def _cells(figures: Mapping[str, np.ndarray]) -> list[str]:
+    return [str(measure(figures[metric])) for metric in _SHOWN]
+
+
+def _over_seeds(seeds: Iterable[Measured], split: str, bootstrap: int) -> dict[str, np.ndarray]:
+    """`intervals.over_seeds` of a judge's seeds; a judge that states no steps has no figures of them."""
+    judged = [one.judged[split] for one in seeds]
+    found = intervals.over_seeds(judged, book.load(), bootstrap)
     if not any((one.predicted_steps != UNKNOWN).any() for one in judged):
         found |= {name: np.full_like(found[name], np.nan) for name in _OF_STEPS}
     return found

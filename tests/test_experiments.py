@@ -340,7 +340,7 @@ def test_a_judge_with_reasons_is_compared_on_the_same_pairs(tmp_path: Path) -> N
         write_json(file, {"cpu_seconds": seconds, "free": {"b_eval": 0.75, "w_eval": 0.5}})
     said = reasoning.write_table(sweep, bootstrap=0).read_text()
     assert said.count("| verdicts | 1 | 0.750 |") == said.count("| reasons | 1 | 0.750 |") == 2
-    assert said.count("| reasons minus verdicts | 0.000 |") == 2 and "constrained minus" not in said
+    assert said.count("| reasons minus verdicts | 1 | 0.000 |") == 2 and "constrained minus" not in said
     assert "| reasons | 20.0 | 2.50 | 0.75 | 0.50 |" in said
     assert "| student | 1 | 0.500 | 0.333 | - | - | - |" in said  # it states no steps, so it has none wrong
 
