@@ -279,7 +279,7 @@ def test_smollm2_learns_the_form_of_answers_on_two_cores(tmp_path: Path, monkeyp
     config.sft.update(steps=12, batch_size=2, learning_rate=1e-4, warmup=2)
     config.rl.update(steps=2, warmup=1)
     config.reward.overlong_from = 18
-    config.eval.update(pairs=8, validation_pairs=8, pass_pairs=0)
+    config.eval.update(pairs=4, validation_pairs=4, pass_pairs=0)
     card = run(config, tmp_path / "run")
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     loss = [row["policy/loss"] for row in rows if row["stage"] == "sft"]
