@@ -34,7 +34,7 @@ from ml_collections import ConfigDict
 
 from agrl_jax import recipes
 from agrl_jax.runtime import markdown
-from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
+from agrl_jax.runtime.config import ConfigError, exit_with
 from agrl_jax.runtime.console import say
 from agrl_jax.runtime.files import write_json, write_text
 from experiments import choose, run, study, table
@@ -220,8 +220,7 @@ def main(argv: list[str], plan: Plan = PLAN) -> None:
     flags.DEFINE_list("regimes", list(REGIMES), "Which, in their order.")
     flags.DEFINE_bool("search", True, "Search the rates first; else all methods take those that it would start from.")
     flags.DEFINE_bool("tables", False, "Make no run: only write the tables of the results that exist.")
-    overrides = [word for word in argv if word.startswith("--config.")]
-    parse_flags([word for word in argv if word not in overrides])
+    overrides = run.read_flags(argv)
     values = flags.FLAGS
     plan = dataclasses.replace(plan, results=Path(values.results).resolve())
     run.stop_when_told()

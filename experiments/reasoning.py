@@ -38,13 +38,13 @@ from agrl_jax.judging import distillation
 from agrl_jax.judging.engine import Judge
 from agrl_jax.rulebook import book
 from agrl_jax.runtime import markdown
-from agrl_jax.runtime.config import ConfigError, parse_flags
+from agrl_jax.runtime.config import ConfigError
 from agrl_jax.runtime.console import say
 from agrl_jax.runtime.files import write_json, write_text
 from agrl_jax.training import assemble
 from agrl_jax.training import run as training
 from agrl_jax.types import UNKNOWN
-from experiments import language_model, run
+from experiments import language_model, results, run
 from experiments.study import Fields, Sweep
 from experiments.table import METRICS, measure
 
@@ -148,9 +148,7 @@ def read(sweep: Sweep) -> dict[str, dict[int, Measured]]:
         for seed in sweep.seeds:
             path = sweep.result(f"judged/{name}", seed)
             if path.exists():
-                frame = judgements.read(path.with_suffix(".parquet"))
-                parts = frame.partition_by("split", as_dict=True, maintain_order=True)
-                judged = {split: judgements.of_frame(part, rules) for (split,), part in parts.items()}
+                judged = results.judged(path.with_suffix(".parquet"), rules)
                 found.setdefault(name, {})[seed] = Measured(json.loads(path.read_text()), judged)
     return found
 
@@ -212,8 +210,7 @@ def main(argv: list[str]) -> None:
     run.define_flags()
     flags.DEFINE_list("seeds", [], "Which; by default all.")
     flags.DEFINE_bool("tables", False, "Make no run: only write the table of what was judged.")
-    overrides = [word for word in argv if word.startswith("--config.")]
-    parse_flags([word for word in argv if word not in overrides])
+    overrides = run.read_flags(argv)
     values = flags.FLAGS
     sweep = dataclasses.replace(SWEEP, results=Path(values.results).resolve())
     run.stop_when_told()

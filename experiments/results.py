@@ -85,12 +85,13 @@ def read(sweep: Sweep) -> dict[str, dict[int, dict[str, Any]]]:
             path = sweep.result(run, seed)
             if path.exists():
                 result = json.loads(path.read_text())
-                result["judged"] = {} if result["diverged"] else _judged(path.with_suffix(".parquet"), rules(result))
+                result["judged"] = {} if result["diverged"] else judged(path.with_suffix(".parquet"), rules(result))
                 found.setdefault(run, {})[seed] = result
     return found
 
 
-def _judged(path: Path, rules: RuleBook) -> dict[str, Judgements]:
+def judged(path: Path, rules: RuleBook) -> dict[str, Judgements]:
+    """The judgements in a file of one stage, by split."""
     parts = judgements.read(path).partition_by("split", as_dict=True, maintain_order=True)
     return {split: judgements.of_frame(frame, rules) for (split,), frame in parts.items()}
 

@@ -105,6 +105,13 @@ def define_flags() -> None:
     flags.DEFINE_float("minutes", 0, "Stop after so long, as Ctrl-C does; 0: when all is done.", lower_bound=0)
 
 
+def read_flags(argv: Sequence[str]) -> list[str]:
+    """Reads the flags of a command, and returns its arguments `--config.FIELD=VALUE`, which go to every run."""
+    overrides = [word for word in argv if word.startswith("--config.")]
+    parse_flags([word for word in argv if word not in overrides])
+    return overrides
+
+
 def stop_when_told() -> None:
     """SIGTERM and the end of `--minutes` raise KeyboardInterrupt, as Ctrl-C does."""
     for signum in (signal.SIGTERM, signal.SIGALRM):
@@ -253,8 +260,7 @@ def main(argv: list[str]) -> None:
     define_flags()
     flags.DEFINE_list("only", [], "Names of runs; by default all.")
     flags.DEFINE_list("seeds", [], "Seeds; by default all.")
-    overrides = [word for word in argv if word.startswith("--config.")]
-    parse_flags([word for word in argv if word not in overrides])
+    overrides = read_flags(argv)
     values = flags.FLAGS
     stop_when_told()
     try:

@@ -93,8 +93,8 @@ def read_tokenizer(path: str | Path, rows: int | None = None) -> Tokenizer:
     LoadingError where such a token is needed.
     """
     path = Path(path)
-    if is_adapters(path) and not (path / tokenizers.FILE).exists():
-        return read_tokenizer(shipped.find(adapters.read(path, tensors=False).base), rows)
+    if is_adapters(path) and not _has_tokenizer(path):
+        return read_tokenizer(_base(path), rows)
     if not _is_folder(path):
         tokenizer = gguf.read_tokenizer(path)  # in such a file, each token has a row of the embedding
         rows = rows or tokenizer.vocab_size
@@ -115,7 +115,15 @@ def is_adapters(path: Path) -> bool:
 def base_of(path: Path) -> Path:
     """The path of the model that has the shape: for adapters, their base, which may be adapters itself. Raises
     NotInstalledError."""
-    return base_of(shipped.find(adapters.read(path, tensors=False).base)) if is_adapters(path) else path
+    return base_of(_base(path)) if is_adapters(path) else path
+
+
+def _base(path: Path) -> Path:
+    return shipped.find(adapters.read(path, tensors=False).base)
+
+
+def _has_tokenizer(path: Path) -> bool:
+    return (path / tokenizers.FILE).exists()
 
 
 def _load_adapted(
@@ -123,8 +131,9 @@ def _load_adapted(
 ) -> tuple[PolicyConfig, Params, Tokenizer]:
     """The base of adapters with their products added to it."""
     found = adapters.read(path)
-    shape, base, _ = load_pretrained(shipped.find(found.base), found.base_dtype, compute_dtype, shardings)
-    tokenizer = read_tokenizer(path, shape.vocab_size)
+    shape, base, tokenizer = load_pretrained(shipped.find(found.base), found.base_dtype, compute_dtype, shardings)
+    if _has_tokenizer(path):
+        tokenizer = read_tokenizer(path, shape.vocab_size)
     adapters.check(path, found, base, build(shape)[2])
     merge = jax.jit(lora.merge, static_argnums=(2, 3), donate_argnums=0)
     params = merge(base, found.params, found.cfg, param_dtype)

@@ -418,7 +418,7 @@ def _mine(run: Run, split: EncodedSplit, reference: Weights) -> tuple[Preference
             found.append(dpo.preferences(batch, answers, config.dpo.pairs))
             bar.advance(int(np.sum(mask)))
             if signum := processes.greatest(run.signum):
-                raise Interrupted(signum, "while preferences were mined, from the first pair on")
+                raise Interrupted(signum, "before DPO, whose preferences are mined again")
     pairs = jax.tree.map(lambda *pieces: np.concatenate(pieces), *found)
     run.say(f"preferences: {len(pairs):,} from {len(rows):,} pairs x {config.dpo.samples} answers, {spent:,} tokens")
     _check_mined(config, len(pairs), spent)
