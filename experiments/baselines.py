@@ -279,7 +279,8 @@ def main(argv: list[str]) -> None:
         file = Path(values.results) / "baselines" / f"{title}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         sizes = {name: len(splits[name]) for name in _scored(splits)}
-        same = {"data_seed": values.data_seed, "pairs": sizes, "digest": digest(chain(*splits.values()))}
+        scored = digest(chain(*(splits[name] for name in sizes)))
+        same = {"data_seed": values.data_seed, "pairs": sizes, "digest": scored}
         found = judges_before(file, same)
         for name in values.judges:
             seeds = [int(seed) for seed in values.seeds] if name == "cross_encoder" else [0]

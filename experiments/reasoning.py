@@ -217,6 +217,8 @@ def main(argv: list[str]) -> None:
     failed = 0
     try:
         with training.exit_codes((ConfigError, *distillation.USER_ERRORS)):  # a student is trained in this process
+            if of_student := [word for word in overrides if word.startswith("--config.distill.")]:
+                raise ConfigError(f"{of_student[0]}: the student has its fields from `base` in {__file__}")
             for seed in dict.fromkeys(seed for _, seed in run.select(sweep, [], values.seeds)):
                 if not values.tables:
                     failed += make(sweep, seed, Path(values.dir).resolve(), values.workers, overrides)

@@ -151,8 +151,7 @@ def _cost(rows: list[dict[str, Any]]) -> dict[str, float]:
 
     seconds = [row["time/step_s"] for row in rows]
     return {
-        "steps": len(rows),
-        "tokens_rolled": total("tokens/rolled"),
+        "steps": rows[-1]["step"] if rows else 0,
         "tokens_trained": total("tokens/trained"),
         "forward_equivalents": rows[-1]["budget/spent"] if rows else 0,
         "seconds": float(np.median(seconds) * len(seconds)) if rows else 0.0,

@@ -34,7 +34,10 @@ from experiments import results, study
 from experiments.study import Sweep
 
 # What a run needs of its warm start, beside the checkpoint.
-KEPT = ("tokenizer.json", "tokenizer_config.json", "policy.json", "scorecard.json", "judgements.parquet")
+KEPT = (
+    "tokenizer.json", "tokenizer_config.json", "policy.json", "scorecard.json", "judgements.parquet",
+    "calibration.json",
+)  # fmt: skip
 
 
 @dataclass
@@ -135,6 +138,8 @@ def run(
       after: called when a run is over.
     """
     settings = {job: study.settings(_config(sweep, *job), overrides) for job in wanted}
+    if any(int(of["log.every"]) != 1 for of in settings.values()):
+        raise ConfigError("--config.log.every: the results of experiments count every step; leave it at 1")
     jobs = [job for job in wanted if not results.is_there(sweep, *job, settings[job])]
     if not jobs:
         say(f"{sweep.name}: nothing is missing")

@@ -28,7 +28,8 @@ Fields = Mapping[str, Any]  # of a config, by dotted names
 
 RESULTS_VARIABLE = "AGRL_EXPERIMENT_RESULTS"  # tells a run where other results are, such as those of a search
 RESULTS = Path(os.environ.get(RESULTS_VARIABLE) or Path(__file__).parent / "results")
-TUNED = RESULTS / "tuned.json"  # what the search chose: {method: fields}
+# What the search chose: {method: fields}. A run takes it from here also where its results are kept elsewhere.
+TUNED = Path(__file__).parent / "results" / "tuned.json"
 BUDGET = 1_400_000  # forward-equivalent tokens of each run after the warm start: two minutes of AGRL on one core
 SFT_STEP = 3411  # forward-equivalent tokens of a step of the study's warm start, the mean of `budget/tokens`
 
@@ -93,7 +94,10 @@ class Sweep:
         """The config of one run: `RUN` or `RUN,seed=K`."""
         spec = parse_arg(arg, variant=tuple(self.runs), seed=0)
         method = self.method(spec.variant)
-        c = recipes.with_method(self.base(), method)
+        c = self.base()
+        steps = c.more.steps
+        recipes.with_method(c, method)
+        c.more.steps = steps  # of the base: methods are compared at its budget
         c.seed = spec.seed
         if last_branch(method) == "more":
             c.eval.every *= 3  # its steps are a third as long
@@ -134,8 +138,13 @@ def settings(config: ConfigDict, overrides: Sequence[str]) -> dict[str, Any]:
 
 def same(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     """Whether a run made with some settings is one with those wanted. A field that came later had its default."""
-    made = {name: made.get(name, value) for name, value in flatten(resolve(recipes.base())).items()} | made
-    return made == wanted
+    return not changed(made, wanted)
+
+
+def changed(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with which a run was made, where they are not those wanted; None for a setting that it had not."""
+    made = flatten(resolve(recipes.base())) | made
+    return {name: made.get(name) for name in made | wanted if made.get(name) != wanted.get(name)}
 
 
 def digest(config: ConfigDict, overrides: Sequence[str]) -> str:

@@ -251,20 +251,23 @@ def _cost(found: Found) -> Table:
     goal = goal_of(found.get("grpo", {}))
     rows = []
     for run, seeds in found.items():
-        cost = [result["cost"] for result in seeds.values()]
+        cost = [
+            c | {"tokens_run": c["forward_equivalents"] - 3 * c["tokens_trained"]}
+            for c in (result["cost"] for result in seeds.values())
+        ]
         cells = [
             f"{np.mean([c[name] or 0 for c in cost]):,.0f}"
-            for name in ("steps", "pairs", "tokens_rolled", "tokens_trained", "forward_equivalents")
+            for name in ("steps", "pairs", "tokens_run", "tokens_trained", "forward_equivalents")
         ]
         ratio = f"{seconds[run] / seconds['grpo']:.2f}" if seconds.get("grpo") else "-"
         rows.append([run, *cells, ratio, needed(seeds, goal)])
-    columns = ["method", "steps", "labelled pairs", "tokens rolled", "tokens trained", "forward-equivalents",
+    columns = ["method", "steps", "labelled pairs", "tokens sampled or scored", "tokens trained", "forward-equivalents",
                "time / GRPO's", "budget to reach GRPO's end"]  # fmt: skip
     note = (
         "All figures are after the shared warm start. A labelled pair that is met twice counts twice. In "
         "forward-equivalents, a token that is sampled or scored counts 1, a token trained on 3, and a prompt once for "
-        "its group. The last column is the budget at which the mean validation macro-F1 first reached that of GRPO's "
-        "end, as a share of the budget that GRPO spent."
+        "its group; mining, refills and replays count. Times leave mining out. The last column is the budget at which "
+        "the mean validation macro-F1 first reached that of GRPO's end, as a share of the budget that GRPO spent."
     )
     return Table("Cost", columns, rows, note)
 
@@ -392,14 +395,31 @@ def _missing(sweep: Sweep) -> str:
     return f"\n{len(lacking)} of {len(list(sweep.jobs()))} runs are still missing: {listed}.\n"
 
 
+def _mixed(sweep: Sweep, found: Found) -> str:
+    """Which results were made with other settings than the sweep has now, where others were not; else empty."""
+    settings: dict[str, list[str]] = {}
+    for run, seeds in found.items():
+        for seed, result in seeds.items():
+            if "settings" in result:  # very old ones have none
+                wanted = study.settings(sweep.get_config(f"{run},seed={seed}"), [])
+                of = ", ".join(f"{name}={value}" for name, value in study.changed(result["settings"], wanted).items())
+                settings.setdefault(of or "the settings of the sweep", []).append(f"{run} (seed {seed})")
+    usual = max(settings, key=lambda name: len(settings[name]), default=None)
+    return "".join(
+        f"\nMade with other settings than the sweep has now, {of}: {', '.join(runs)}.\n"
+        for of, runs in settings.items() if of != usual
+    )  # fmt: skip
+
+
 def write(sweep: Sweep, bootstrap: int) -> Path:
     """Writes all files; returns the table's path. Raises ConfigError if there are no results yet."""
     found = results.read(sweep)
     if not found:
         raise ConfigError(f"{sweep.result('RUN', 0).parent}: no results; python -m experiments.run makes them")
     folder = sweep.result("RUN", 0).parent
-    head = f"# {sweep.name}\n" + _missing(sweep)
-    splits = next(iter(next(iter(found.values())).values()))["start"]
+    head = f"# {sweep.name}\n" + _missing(sweep) + _mixed(sweep, found)
+    every = [result["start"] for seeds in found.values() for result in seeds.values()]
+    splits = [split for split in every[0] if all(split in start for start in every)]
     measured = {split: resampled(found, split, bootstrap) for split in splits}
     (folder / "table.md").write_text("\n".join([head, *map(str, tables(sweep, found, measured, bootstrap))]))
     write_csv(folder / "table.csv", found, measured)

@@ -299,6 +299,23 @@ def test_the_judge_in_the_box_can_teach():
     assert config.distill.learning_rate == config.sft.learning_rate / 3 and config.distill.matrix_rate == 0
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"rl.constrained": True}, {"rulebook.variants": 2, "data.style": "full", "data.prompt_len": 900},
+     {"lora.rank": 4, "lora.stages": "rl", "rl.matrix_rate": 0.0}],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_what_a_teacher_was_trained_with_does_not_keep_it_from_teaching(fields, tmp_path):
+    teacher = epath.Path(make_workdir(tmp_path))
+    config = assemble.read_config(teacher)
+    config.update_from_flattened_dict(fields)
+    assemble.write_config(config, teacher)
+    config = distillation.student_config(str(teacher), tmp_path / "student", {})
+    validate(config)
+    recipes.check(config)
+    validate_together(config)
+
+
 def test_a_teacher_that_states_the_tier_first_is_refused(tmp_path, capfd):
     (tmp_path / "first").mkdir()
     first = make_workdir(tmp_path / "first", order="respond_then_think")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -130,6 +131,35 @@ def test_a_sweep_is_loaded_by_its_file(module: ModuleType, tmp_path: Path) -> No
     assert (sweep.name, sweep.runs, sweep.results) == (module.SWEEP.name, module.SWEEP.runs, tmp_path)
 
 
+def test_a_run_takes_what_the_search_chose_also_where_its_results_are_kept_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(study.RESULTS_VARIABLE, str(tmp_path))  # as a run of `--results` is told
+    child = runpy.run_path(study.__file__)
+    assert (child["RESULTS"], child["TUNED"]) == (tmp_path, study.TUNED) and study.TUNED.exists()
+
+
+def test_the_search_of_supervised_training_has_half_the_budget() -> None:
+    for setting in search.MORE:
+        assert search.get_config(f"sft_all.{setting}").more.steps == study.base().more.steps // 2
+
+
+def test_a_table_tells_of_results_with_other_settings() -> None:
+    found = {run: {0: {"settings": study.settings(main_table.get_config(run), [])}} for run in ("grpo", "dpo", "agrl")}
+    assert table._mixed(main_table.SWEEP, found) == ""
+    found["dpo"][0]["settings"]["data.test_path"] = "pairs.csv"
+    assert "data.test_path=pairs.csv: dpo (seed 0)" in table._mixed(main_table.SWEEP, found)
+    for run in found:
+        found[run][0]["settings"]["data.test_path"] = "pairs.csv"
+    assert table._mixed(main_table.SWEEP, found) == ""
+
+
+def test_steps_that_are_not_logged_would_not_be_counted(tmp_path: Path) -> None:
+    sweep = dataclasses.replace(mini_sweep.SWEEP, results=tmp_path)
+    with pytest.raises(ConfigError, match="log.every.*leave it at 1"):
+        run_sweep.run(sweep, "mini.py", tmp_path, 1, [("agrl", 0)], ["--config.log.every=10"])
+
+
 @pytest.mark.parametrize(("name", "said"), [("no.py", "not a file"), ("experiments/choose.py", "defines no SWEEP")])
 def test_a_file_that_is_no_sweep_is_refused(name: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
@@ -209,6 +239,8 @@ def test_a_sweep_killed_and_started_again_makes_each_run_once_and_a_table_of_the
         assert (found["sft_all"][seed]["stage"], found["sft"][seed]["stage"]) == ("sft_all", "sft")
     starts = list((tmp_path / "runs" / "starts").iterdir())
     assert len(starts) == 2 and not any((start / "checkpoints" / "rl" / "1").exists() for start in starts)
+    for workdir in (tmp_path / "runs" / "mini").iterdir():
+        assert "sft_end" in json.loads((workdir / "calibration.json").read_text())
     process = run(tmp_path)
     assert "nothing is missing" in process.communicate()[0]
 

@@ -123,6 +123,19 @@ def test_the_config_of_an_older_version_has_defaults_for_what_it_lacks(tmp_path:
     assert read.rl.steps == 7 and read.lora.rank == 0 and read.mesh.gather_decode is True
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "depends"),
+    [("eval.validation_pairs", 7, True), ("rl.temperature", 0.5, True), ("eval.pass_k", 3, True),
+     ("eval.batch_size", 7, False), ("eval.every", 7, False), ("rl.steps", 7, False)],
+)
+def test_what_a_scorecard_depends_on(field: str, value: float, depends: bool) -> None:
+    """The temperature of its probabilities is fitted on validation pairs, and pass@k is of samples."""
+    config = recipes.base()
+    before = assemble.card_settings(config, 0)
+    config.update_from_flattened_dict({field: value})
+    assert (assemble.card_settings(config, 0) != before) == depends
+
+
 def test_a_relative_rule_book_is_read_from_the_workdir_wherever_one_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_up
 ) -> None:

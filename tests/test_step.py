@@ -189,7 +189,7 @@ def test_shared_prompts_give_loss_and_gradients_of_the_usual_layout(small, step,
     weights = weights_of(seen.rolled, advantage, CONFIG)
     (loss, figures), gradient = naive(small, CONFIG, mixed, reference)(small.params, seen.rolled, advantage, weights)
     np.testing.assert_allclose(metrics["policy/loss"], loss, rtol=1e-5)
-    np.testing.assert_allclose(metrics["policy/kl"], figures["kl"], rtol=1e-4)
+    np.testing.assert_allclose(metrics["policy/kl"], figures["kl"] / figures["learnt"], rtol=1e-4)
     close(after.opt_state, gradient, 1e-5)
     close(after.params, jax.tree.map(lambda p, g: p - RATE * g, small.params, gradient), 1e-6)
     assert metrics["policy/kl"] > 0.001 and metrics["policy/sampler_gap"] <= 1e-5
@@ -214,7 +214,7 @@ def test_epochs_minibatches_and_micro_batches_are_updates_one_after_the_other(sm
             weights = weights_of(rolled, advantage, UPDATES)
             (loss, figures), gradient = gradient_of(params, seen.rolled, advantage, weights)
             params = jax.tree.map(lambda p, g: p - RATE * g, params, gradient)
-            expected.append((loss, figures["clipped"], figures["ratio_change"]))
+            expected.append((loss, *(figures[name] / figures["learnt"] for name in ("clipped", "ratio_change"))))
     close(after.opt_state, gradient, 3e-5)  # the fourth gradient; parameters differ by rounding
     close(after.params, params, 1e-5)
     found = [metrics[f"policy/{name}"] for name in ("loss", "clipped", "ratio_change")]
@@ -243,8 +243,9 @@ def test_answers_sampled_under_the_grammar_are_whole_and_learnt_from_by_the_same
     weights = weights_of(rolled, advantage, cfg)
     (loss, figures), gradient = naive(small, cfg, truths.hard, reference)(small.params, rolled, advantage, weights)
     np.testing.assert_allclose(metrics["policy/loss"], loss, rtol=1e-5)
-    np.testing.assert_allclose(metrics["policy/kl"], figures["kl"], rtol=1e-4)
-    assert figures["clipped"] == 0 and figures["ratio_change"] < 1e-5  # it is the distribution that was sampled from
+    np.testing.assert_allclose(metrics["policy/kl"], figures["kl"] / figures["learnt"], rtol=1e-4)
+    # It is the distribution that was sampled from.
+    assert metrics["policy/clipped"] == 0 and metrics["policy/ratio_change"] < 1e-5
     close(after.opt_state, gradient, 1e-5)
 
 

@@ -103,7 +103,10 @@ def student_config(checkpoint: str, folder: epath.Path, changes: Mapping[str, An
         "rulebook.path": str(rules), "rl.budget": 0, "distill.teacher": checkpoint,
         "distill.path": str(folder / assemble.TAUGHT_FILE),
         "sft.steps": 0, "sft.unknown_steps": "fill",  # the warm start makes no step; `sum` needs the tier last
+        "rl.constrained": False, "rulebook.variants": 0,  # a student learns without sampling, by the book itself
     })  # fmt: skip
+    if config.lora.rank:
+        config.distill.matrix_rate = 0.0  # adapters have no matrices for Muon
     # In another order a tokenizer may spell the parts with more tokens.
     longest = pipeline.part_texts(assemble.load_rules(config), tokenizer).longest_response
     config.data.response_len = max(config.data.response_len, longest)

@@ -188,7 +188,8 @@ def loss_terms(
     logp: Array, entropy: Array, old_logp: Array, reference_logp: Array | None, advantage: Array,
     sampled: Array, weights: TokenWeights, cfg: ObjectiveConfig,
 ) -> tuple[Array, dict[str, Array]]:
-    """The loss of these answers, a sum over their weighted tokens, and sums for the metrics.
+    """The loss of these answers, a sum over their weighted tokens, and sums for the metrics: plain ones over the
+    sampled tokens that have a weight, whose number is `learnt`.
 
     All arguments [B, G, T]: `logp` and `entropy` of the policy being trained, `old_logp` of the sampler,
     `reference_logp` of the reference (needed where `cfg.kl` is k2 or k3).
@@ -209,11 +210,15 @@ def loss_terms(
         policy_term = -jnp.minimum(ratio * advantage, clipped * advantage)
     forced_term = _forced_term(given, advantage, cfg)
     loss = _dot(weights.sampled, policy_term) + _dot(weights.forced, forced_term)
-    sums = {"clipped": _dot(weights.sampled, clipped != ratio), "ratio_change": _dot(weights.sampled, jnp.abs(change))}
+    learnt = weights.sampled > 0
+    sums = {
+        "learnt": jnp.sum(learnt), "clipped": jnp.sum(learnt & (clipped != ratio)),
+        "ratio_change": _dot(learnt, jnp.abs(change)),
+    }  # fmt: skip
     if cfg.kl in ("k2", "k3"):
         divergence = kl_estimate(own, reference_logp, cfg.kl)
-        sums["kl"] = _dot(weights.sampled, divergence)
-        loss += cfg.kl_weight * sums["kl"]
+        sums["kl"] = _dot(learnt, divergence)
+        loss += cfg.kl_weight * _dot(weights.sampled, divergence)
     if cfg.entropy_weight:
         loss -= cfg.entropy_weight * _dot(weights.sampled, entropy)
     return loss, sums

@@ -511,16 +511,16 @@ def _rollout_metrics(
 
 
 def _loss_metrics(sums: Metrics) -> Metrics:
-    """Figures of the groups that are learnt from."""
+    """Figures of the groups that are learnt from; those of tokens are means over their sampled tokens."""
     metrics = {
         "policy/loss": sums["loss"],
-        "policy/clipped": sums["clipped"],
-        "policy/ratio_change": sums["ratio_change"],
+        "policy/clipped": sums["clipped"] / sums["learnt"],
+        "policy/ratio_change": sums["ratio_change"] / sums["learnt"],
         "policy/sampler_gap": sums["sampler_gap"],
         "guide/forced_probability": jnp.exp(sums["forced_logp"] / sums["forced"]),
         "tokens/trained": sums["tokens"],
     }
-    return metrics | ({"policy/kl": sums["kl"]} if "kl" in sums else {})
+    return metrics | ({"policy/kl": sums["kl"] / sums["learnt"]} if "kl" in sums else {})
 
 
 def _token_counts(batch: Batch, rolled: Rollout, counts: Metrics, cfg: StepConfig, shared: int) -> Metrics:

@@ -59,7 +59,7 @@ SFT = "sft"  # in place of a split: the pairs of the warm start
 TRAINED = (SFT, "train")  # may be trained on, under variants of the rule book; all others are judged by the book itself
 _FORMERLY = {"lora": {"base_dtype": "float32"}}  # what workdirs without these fields were trained with
 _NO_SHAPE = ("pretrained", "thinking", "thought_len")  # fields of `policy` that say how a pretrained one is used
-_NO_SETTING = ("every", "validation_pairs", "batch_size")  # fields of `eval` that no scorecard depends on
+_NO_SETTING = ("every", "batch_size")  # fields of `eval` that no scorecard depends on
 
 
 @dataclass(frozen=True)
@@ -596,6 +596,11 @@ def make_evaluator(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh) ->
 
 
 def card_settings(config: ConfigDict, step: int, pairs: int | None = None) -> dict[str, Any]:
-    """What a scorecard depends on besides the run: the step, and how it is evaluated, on `pairs` if given."""
+    """What a scorecard depends on besides the run: the step, and how it is evaluated, on `pairs` if given.
+
+    The temperature of probabilities is fitted on the validation pairs.
+    """
     how = {name: value for name, value in config.eval.items() if name not in _NO_SETTING}
+    if how["pass_pairs"]:
+        how["temperature"] = config.rl.temperature
     return {"step": step} | how | ({} if pairs is None else {"pairs": pairs})

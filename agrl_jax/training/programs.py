@@ -193,7 +193,7 @@ def _optimiser(config: ConfigDict, model: Model, stage: str, updates: int = 1, *
     _, axes = assemble.trained_part(config, model, stage)
     rates = config[branch_of(config, stage)]
     return optim.make(
-        rates.learning_rate, rates.warmup, rates.steps * updates, matrix_rate=rates.matrix_rate, axes=axes,
+        rates.learning_rate, rates.warmup * updates, rates.steps * updates, matrix_rate=rates.matrix_rate, axes=axes,
         decay=optim.decay_mask(axes), **config.optim.to_dict(), **more,
     )
 
