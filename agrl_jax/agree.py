@@ -46,7 +46,7 @@ def run(values: flags.FlagValues) -> dict[str, Any]:
     from agrl_jax.runtime.files import check_writable, write_json, write_text
 
     out = epath.Path(values.out)
-    check_writable(out, "--out")
+    check_writable(out, "--out", beside=".json")
     rules = book.load(values.rulebook)
     form = PairsFormat.parse(values.columns, values.labels)
     ratings = raters.read_ratings(values.judged, rules, values.raters, values.rater, form)

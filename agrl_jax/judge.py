@@ -107,7 +107,7 @@ def run(values: flags.FlagValues) -> None:
     if values.fit_temperature:
         judge.fit_temperature(values.fit_temperature, form)
     if values.fit_cuts:
-        fitted = judge.fit_cuts(values.fit_cuts, form)
+        fitted = judge.fit_cuts(values.fit_cuts, form, values.use_cuts)
         say(f"cut points {fitted.cuts}: macro-F1 {fitted.macro_f1:.3f} on {values.fit_cuts}, "
             f"{fitted.macro_f1_before:.3f} without")  # fmt: skip
     say(_how(judge))

@@ -52,7 +52,7 @@ def run(values: flags.FlagValues) -> list[str]:
     targets = {name: values[name].value for name in lists.WRITERS if values[name].value}
     measured = bool(values.a or values.b or not targets)
     for name in (*targets, *(["out"] if measured else [])):
-        check_writable(values[name].value, f"--{name}")
+        check_writable(values[name].value, f"--{name}", beside=".json" if name == "out" else "")
     if measured:
         rankings.check_installed()
     rules = book.load(values.rulebook)

@@ -78,7 +78,7 @@ def run(values: flags.FlagValues) -> list[Suggestion]:
     rules = None if values.checkpoint else book.load(values.rulebook or "four_tier", values.order)
     work = _doubt if values.doubt else _suggest
     file, rules, chosen = work(values, source, form, rules)
-    suggest.write(values.out, file, chosen, rules, form.columns.get("label", "label"), keep_labels=values.doubt)
+    suggest.write(values.out, file, chosen, rules, form.columns, keep_labels=values.doubt)
     return chosen
 
 
@@ -86,15 +86,19 @@ def _suggest(values: flags.FlagValues, source: str, form: PairsFormat, rules: Ru
     from agrl_jax.data.pairs import read_labelled
     from agrl_jax.judging import suggest
 
-    opinions, judges = [], _judges(values)
-    first = next(judges, None)
-    rules = rules or first.book
-    own = suggest.without_judgements(form)
-    labelled = read_labelled(values.labelled, rules, own).pairs if values.labelled else []
-    pool = suggest.open_pool(source, own.columns, labelled)
-    for judge in [first, *judges] if first else ():
+    own, pool, opinions = suggest.without_judgements(form), None, []
+
+    def opened(rules: RuleBook) -> suggest.Pool:
+        labelled = read_labelled(values.labelled, rules, own).pairs if values.labelled else []
+        return suggest.open_pool(source, own.columns, labelled)
+
+    for judge in _judges(values):
+        rules = rules or judge.book
         _check_same_tiers(rules, judge)
+        pool = pool or opened(rules)
         opinions.append(suggest.ask(judge, pool))
+        del judge  # before the next one is loaded
+    pool = pool or opened(rules)
     opinions += [suggest.read_opinions(path, pool, rules, form) for path in values.judged]
     files = [values.labelled] if values.labelled else []
     files += [source] if pool.columns["label"] in pool.file.names else []
@@ -113,9 +117,12 @@ def _doubt(values: flags.FlagValues, source: str, form: PairsFormat, rules: Rule
         rules = rules or judge.book
         _check_same_tiers(rules, judge)
         scored.append(labelled.judge_pairs(judge, source, own))
-    scored += [labelled.read_judged(path, rules, form) for path in values.judged]
-    contradicting = read_labelled(source, rules, own).contradicting
-    return open_rows(source), rules, suggest.doubts(scored, contradicting, rules, values.number)
+        del judge  # before the next one is loaded
+    stated = read_labelled(source, rules, own)
+    for path in values.judged:
+        scored.append(labelled.read_judged(path, rules, form))
+        suggest.check_rows(scored[-1], path, stated.pairs, source)
+    return open_rows(source), rules, suggest.doubts(scored, stated.contradicting, rules, values.number)
 
 
 def _judges(values: flags.FlagValues) -> Iterator[Judge]:

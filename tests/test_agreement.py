@@ -130,6 +130,15 @@ def test_one_row_a_pair_and_one_row_a_rating_read_alike(tmp_path):
     assert wide.judged.tolist() == tall.judged.tolist() == [0, 1, _] and wide.confidence is None
 
 
+def test_a_judgement_stands_in_any_row_of_its_pair_and_is_the_same_in_all(tmp_path):
+    rows = [{"query": "a", "title": "x", "judge_tier": "", "who": "ann", "label": "4"},
+            {"query": "a", "title": "x", "judge_tier": "4", "who": "ben", "label": "3"}]  # fmt: skip
+    assert raters.read_ratings(write(tmp_path / "a.csv", rows), BOOK, rater="who").judged.tolist() == [0]
+    rows.append({"query": "a", "title": "x", "judge_tier": "1", "who": "cleo", "label": "4"})  # of another brand, say
+    with pytest.raises(PairsError, match="row 3: the judge gives this pair '1', and '4' in row 2"):
+        raters.read_ratings(write(tmp_path / "a.csv", rows), BOOK, rater="who")
+
+
 def test_people_may_have_labels_of_their_own_beside_a_judge_that_writes_tiers(tmp_path):
     letters = {"4": "E", "4-excellent": "E", "3": "S", "2": "C", "1": "I", "": ""}
     rows = [row | {who: letters[row[who]] for who in ("ann", "ben")} for row in WIDE]
@@ -152,7 +161,9 @@ def test_a_report_by_hand(tmp_path):
     assert figures["judge", "majority"] == (2, 1.0) and figures["judge", "ben"] == (2, 0.5)
     assert figures["ann", "ben"] == (3, pytest.approx(1 / 3)) and figures["ann", "cleo"] == (1, 1.0)
     assert figures["ann", "majority of the others"] == (2, 0.5)  # the others are tied on b and y; only ben is left on z
-    assert found["by_tier"]["3-Related"]["n"] == 1 and found["by_family"]["all"]["n"] == 2
+    by_tier = found["by_tier"]["3-Related"]
+    assert by_tier["n"] == 1 and by_tier["agreement"]["value"] == 1 and found["by_family"]["all"]["n"] == 2
+    assert not {"kappa", "weighted_kappa"} & by_tier.keys()  # the majority is one tier: they would be 0
     assert found["abstain"]["coverage"] == 1.0 and found["alpha"]["people"]["n"] == 3
     rows[0]["judge_prob_4-Excellent"] = ""  # of a pair that is judged
     assert raters.read_ratings(write(tmp_path / "wide.csv", rows), BOOK, raters=("ann", "ben")).confidence is None

@@ -46,6 +46,8 @@ def test_what_is_no_json_object_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_an_output_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
     check_writable(tmp_path / "out.json", "--out")
+    with pytest.raises(OutputError, match=r"--out=.*out.json: figures are written beside it as .json"):
+        check_writable(tmp_path / "out.json", "--out", beside=".json")
     check_writable("gs://bucket/no/such/out.json", "--out")
     with pytest.raises(OutputError, match=rf"--out={tmp_path}/no/out.json: there is no folder {tmp_path}/no"):
         check_writable(tmp_path / "no" / "out.json", "--out")

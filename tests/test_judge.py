@@ -449,6 +449,7 @@ def test_cut_points_are_fitted_kept_and_used(workdir: Path, judge: Judge, tmp_pa
     fitted = other.fit_cuts(str(labelled))
     kept = Judge.from_checkpoint(str(workdir), batch_size=BATCH, settings=SHORT, use_cuts=True)
     assert kept.identity == other.identity == judge.identity | {"cuts": list(fitted.cuts), "tier_from": "cuts"}
+    assert kept.fit_cuts(str(labelled), use=False) == fitted and kept.identity == judge.identity
     judged = other.judge(rows)
     tiers = [tier.name for tier in judge.book.tiers]
     truth, chosen = np.arange(12) % 4, np.array([tiers.index(one.tier) for one in judged])

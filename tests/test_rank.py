@@ -47,6 +47,11 @@ def test_exponential_gains_by_hand():
     assert found["precision"] == 1  # precision takes the gains as they are
 
 
+def test_gains_that_are_too_large_to_be_exponential_are_refused():
+    with pytest.raises(rankings.RankingError, match="within 20 grades, not 100"):
+        rankings.measure({"q": {"a": 100, "b": 0}}, {"q": ["b", "a"]}, k=2, good=2, exponential=True)
+
+
 def test_the_paired_test_is_that_of_scipy():
     a, b = np.random.default_rng(0).random((2, 20))
     found = rankings.compare(a, b)
@@ -123,11 +128,12 @@ def test_a_list_is_in_order_of_rank_of_score_or_of_the_file(tmp_path, text):
 
 
 def test_lists_that_cannot_be_used_are_refused(tmp_path):
-    file = write(tmp_path / "a.csv", "query,id,rank\nq,a,1\nq,a,2\nq,b,first\nq,,3\n")
-    with pytest.raises(PairsError, match="3 of 4 rows cannot be used") as error:
+    file = write(tmp_path / "a.csv", "query,id,rank\nq,a,1\nq,a,2\nq,b,first\nq,,3\nq,c,NaN\n")
+    with pytest.raises(PairsError, match="4 of 5 rows cannot be used") as error:
         lists.read_list(file, "id")
     assert "row 2: id 'a' stands twice for the query 'q'" in str(error.value)
     assert "row 3: rank 'first' should be a number" in str(error.value)
+    assert "row 5: rank 'NaN' should be a number" in str(error.value)
 
 
 def test_the_item_is_what_all_files_have(tmp_path):

@@ -89,6 +89,15 @@ def test_quotes_in_tsv_are_text_where_they_quote_no_whole_cell(tmp_path: Path) -
     assert [title for title, _ in texts(tmp_path / "out.csv", "title")][:3] == titles[:3]
 
 
+def test_a_title_that_begins_with_a_quote_survives_beside_a_cell_of_several_lines(tmp_path: Path) -> None:
+    titles = ['"Star Wars" Lego', '6" nails', '"SALE hook']
+    source = open_rows(write(tmp_path / "in.tsv", "query\ttitle\n" + "".join(f"q\t{title}\n" for title in titles)))
+    answer = [{"judge_tier": 'first\nsecond "third"'}] * 3
+    write_rows(tmp_path / "out.tsv", source, pa.schema([("judge_tier", pa.string())]), answer)
+    assert texts(tmp_path / "out.tsv", "title") == [(title, "") for title in titles]
+    assert texts(tmp_path / "out.tsv", "judge_tier") == [(answer[0]["judge_tier"], "")] * 3
+
+
 def test_a_line_that_cannot_be_read_is_written_as_it_stands(tmp_path: Path) -> None:
     bad = '"sink","Steel 20\\" sink, round","3"'
     source = open_rows(write(tmp_path / "in.csv", f"query,title,stars\r\n{bad}\r\ncup,Cup,5\r\n"))

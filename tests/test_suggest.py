@@ -196,6 +196,36 @@ def test_what_is_written_can_be_labelled_and_trained_on(tmp_path, kind):
         suggest.check_kind(tmp_path / "out.xlsx")
 
 
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+def test_what_was_labelled_is_not_suggested_again(tmp_path, kind):
+    """Prices are numbers in the pool, and text in a file to label."""
+    rows = [{"query": "q", "title": f"t{i}", "price": price, "label": ""} for i, price in enumerate((129.0, 9.5, 9.99))]
+    pl.DataFrame(rows).write_parquet(tmp_path / "pool.parquet")
+    picks = [suggest.Suggestion(row, 0.5, "unsure") for row in (1, 2)]
+    out = tmp_path / f"out.{kind}"
+    suggest.write(out, open_rows(tmp_path / "pool.parquet"), picks, BOOK)
+    done = pl.DataFrame([row.record for row in open_rows(out).rows()]).with_columns(label=pl.lit("4"))
+    labelled_before = read_labelled(done, BOOK).pairs
+    assert suggest.open_pool(tmp_path / "pool.parquet", {}, labelled_before).open.tolist() == [False, False, True]
+
+
+def test_a_copy_of_a_labelled_pair_is_not_suggested(tmp_path):
+    pool = judged(tmp_path / "a.csv", {"label": ""}, {"label": "4"}, {"label": "", "query": "Q2"}, {"label": ""})
+    assert suggest.open_pool(pool, {}).open.tolist() == [True, False, True, True]
+    rows = [{"query": query, "title": "t", "label": label} for query, label in (("a", ""), ("A", "4"), ("b", ""))]
+    pl.DataFrame(rows).write_csv(tmp_path / "b.csv")
+    assert suggest.open_pool(tmp_path / "b.csv", {}).open.tolist() == [False, False, True]
+
+
+def test_judgements_of_other_rows_are_refused_where_labels_are_checked(tmp_path):
+    one = judged(tmp_path / "a.csv", {"label": "4"}, {"label": "1"})
+    other = judged(tmp_path / "b.csv", {"label": "4", "title": "z"}, {"label": "1", "title": "t2"})
+    pairs, scored = read_labelled(one, BOOK).pairs, labelled.read_judged(other, BOOK)
+    suggest.check_rows(labelled.read_judged(one, BOOK), one, pairs, one)
+    with pytest.raises(PairsError, match=r"b.csv: row 1 is not the labelled pair of row 1 of .*a.csv"):
+        suggest.check_rows(scored, other, pairs, one)
+
+
 def test_a_judge_is_asked_what_its_file_would_say(tmp_path):
     (tmp_path / "run").mkdir()
     judge = Judge.from_checkpoint(str(make_workdir(tmp_path / "run")), batch_size=4, settings=Settings(prompt_len=32))

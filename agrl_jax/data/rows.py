@@ -575,11 +575,12 @@ def _write_json(file: io.TextIOWrapper, source: RowFile, values: Iterable[Record
 def _write_csv(
     file: io.TextIOWrapper, source: RowFile, added: pa.Schema, values: Iterable[Record], delimiter: str
 ) -> None:
-    """Writes a line that could not be read as it stands, where the delimiter is the same."""
+    """Writes a line whose quotes are text, or that could not be read, as it stands, where the delimiter is the same.
+    Beside cells that need quotes of their own, only a line that could not be read."""
     file.write(_csv_line([*source.schema.names, *added.names], delimiter))
     for row, value in zip(source.rows(), values, strict=True):
         more = _csv_line([value.get(name) for name in added.names], delimiter)
-        if row.text and delimiter == source.delimiter:
+        if row.text and delimiter == source.delimiter and (row.error or '"' not in more):
             file.write(row.text + delimiter + more)
         else:
             file.write(_csv_line([row.record.get(name) for name in source.schema.names], delimiter)[:-1])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+_MOST = 20  # highest gain whose exponential `ir_measures` takes: its memory grows with the largest
 Gains = Mapping[str, Mapping[str, int]]  # by query and item
 Lists = Mapping[str, Sequence[str]]  # the items of each query, best first
 
@@ -39,9 +40,12 @@ def measure(gains: Gains, lists: Lists, k: int, good: int, exponential: bool = F
       exponential: nDCG takes 2^gain - 1 in place of the gain (Burges et al., 2005).
 
     Raises:
-      RankingError: the library is missing.
+      RankingError: the library is missing, or a gain is too large to be exponential.
     """
     check_installed()
+    highest = max((gain for of in gains.values() for gain in of.values()), default=0)
+    if exponential and highest > _MOST:
+        raise RankingError(f"exponential gains need tiers within {_MOST} grades, not {highest}; take linear ones")
     import ir_measures
     from ir_measures import Judged, P, nDCG
 

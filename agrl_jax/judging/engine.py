@@ -184,8 +184,8 @@ class Judge:
         probabilities.keep(self._loaded.calibration_file, self._loaded.checkpoint, self.calibration, self.book)
         return self.calibration
 
-    def fit_cuts(self, path: str, form: PairsFormat = AS_DESCRIBED) -> cuts.Fit:
-        """Fits cut points on a file of labelled pairs, uses them from then on, and keeps them with the checkpoint.
+    def fit_cuts(self, path: str, form: PairsFormat = AS_DESCRIBED, use: bool = True) -> cuts.Fit:
+        """Fits cut points on a file of labelled pairs, keeps them with the checkpoint, and judges by them if `use`.
 
         `form` says how the file differs from what `agrl_jax.data.pairs` describes.
         """
@@ -194,7 +194,7 @@ class Judge:
         judged = self._labelled(path, form)
         fitted = cuts.fit(np.round(judged.probs, _DECIMALS), judged.tier, judged.predicted)
         cuts.save(self._loaded.cuts_file, self._tiers, fitted, self._cuts_made_for)
-        self._cuts = fitted.cuts
+        self._cuts = fitted.cuts if use else None
         return fitted
 
     def _labelled(self, path: str, form: PairsFormat) -> Judgements:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -108,6 +109,8 @@ def read_list(path: epath.PathLike, item: str, form: PairsFormat = AS_DESCRIBED)
         text = clean(row.record.get(columns.get(order, order))) if order else str(number)
         try:
             place = float(text) * (-1 if order == "score" else 1)
+            if math.isnan(place):
+                raise ValueError("no order")
         except ValueError:
             bad.append(f"row {number}: {columns.get(order, order)} {text!r} should be a number")
             continue

@@ -63,6 +63,13 @@ def read_ratings(
         cell = reader.cells(row.record)
         key = (cell("query"), cell("title")) if rater else number
         pair = pairs.setdefault(key, {"cell": cell, "number": number, "labels": {}})
+        if said := cell(f"{PREFIX}tier"):
+            before = pair["cell"](f"{PREFIX}tier")
+            if not before:
+                pair |= {"cell": cell, "number": number}  # the judgement may stand in any row of the pair
+            elif said != before:
+                reader.bad.append(f"row {number}: the judge gives this pair {said!r}, and {before!r} in row "
+                                  f"{pair['number']}; items that differ need other titles")
         for name, column in [(cell(rater), "label")] if rater else [(name, name) for name in raters]:
             label = reader.tier(number, column, cell(column))
             if label == UNKNOWN:
@@ -127,8 +134,8 @@ def report(ratings: Ratings, book: RuleBook, wanted: float, bootstrap: int = 100
 
     `alpha` of the people, without and with the judge among them; `pairs` of raters (`compare`): the judge with each
     rater and with the majority, each rater with the majority of the others; `by_tier` and `by_family`: the judge with
-    the majority; and, where probabilities are known, `coverage`, the gain from abstaining, and `abstain`, the threshold
-    for the `wanted` agreement with the majority.
+    the majority, by tier without kappas, which are 0 where one of two is constant; and, where probabilities are known,
+    `coverage`, the gain from abstaining, and `abstain`, the threshold for the `wanted` agreement with the majority.
     """
     grades, tiers = [tier.grade for tier in book.tiers], len(book.tiers)
     labels, judged, names = ratings.labels, ratings.judged, ratings.raters
@@ -156,7 +163,10 @@ def report(ratings: Ratings, book: RuleBook, wanted: float, bootstrap: int = 100
         "unjudged": int((judged == UNKNOWN).sum()),
         "alpha": {"people": alpha(labels), "people and judge": alpha(np.column_stack([labels, judged]))},
         "pairs": pairs,
-        "by_tier": {tier.name: compare(judged, most, most == i) for i, tier in enumerate(book.tiers)},
+        "by_tier": {
+            tier.name: {name: of for name, of in compare(judged, most, most == i).items() if "kappa" not in name}
+            for i, tier in enumerate(book.tiers)
+        },
         "by_family": {name: compare(judged, most, families == name) for name in sorted(set(ratings.family))},
     }  # fmt: skip
     known = (most != UNKNOWN) & (judged != UNKNOWN)

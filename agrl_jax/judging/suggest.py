@@ -3,7 +3,7 @@
 A pair to label is scored by how much a label would tell. Each reason counts from 0 to 1:
 
     unsure        entropy of the tier's probabilities over log(tiers), mean over the judges
-    disagreement  Jensen-Shannon divergence of the judges' probabilities over log(judges): how sure they are of
+    disagreement  Jensen-Shannon divergence of the judges' probabilities over its largest value: how sure they are of
                   different tiers (the mutual information of BALD, Houlsby et al., arXiv 1112.5745)
     contradiction the share of judges whose steps do not imply their tier
     new rule      1 for the first few pairs, by the other reasons, of each row of the table that no label has met
@@ -74,8 +74,8 @@ class Suggestion(NamedTuple):
 
 
 def open_pool(path: epath.PathLike, columns: Mapping[str, str], labelled: Iterable[Pair] = ()) -> Pool:
-    """The rows of a file with `query` and `title`. Rows with a `label`, and pairs `labelled` elsewhere, are closed, as
-    are rows that cannot be read.
+    """The rows of a file with `query` and `title`. Rows with a `label`, other rows of the same pairs, and pairs
+    `labelled` elsewhere are closed, as are rows that cannot be read.
 
     Raises:
       PairsError: the file cannot be read, lacks a column, or has nothing left to label.
@@ -87,11 +87,13 @@ def open_pool(path: epath.PathLike, columns: Mapping[str, str], labelled: Iterab
     check_columns(file, [column for name, column in columns.items() if name in TEXTS])
     label = columns["label"]
     known = {_key(vars(pair), {}) for pair in labelled}
-    keys, left = [], []
+    keys, whole = [], []
     for row in file.rows():
         keys.append(_key(row.record, columns))
-        texts = all(clean(row.record.get(columns[name])) for name in ("query", "title"))
-        left.append(not row.error and texts and not clean(row.record.get(label)) and keys[-1] not in known)
+        whole.append(not row.error and all(clean(row.record.get(columns[name])) for name in ("query", "title")))
+        if clean(row.record.get(label)):
+            known.add(keys[-1])
+    left = [one and key not in known for one, key in zip(whole, keys, strict=True)]
     if not any(left):
         raise PairsError(f"{path}: has no pair that could be labelled and is not")
     return Pool(file, columns, keys, np.array(left))
@@ -313,14 +315,18 @@ def check_kind(path: epath.PathLike) -> None:
 
 
 def write(
-    path: epath.PathLike, file: RowFile, chosen: Sequence[Suggestion], book: RuleBook, label: str = "label",
-    keep_labels: bool = False,
+    path: epath.PathLike, file: RowFile, chosen: Sequence[Suggestion], book: RuleBook,
+    columns: Mapping[str, str] | None = None, keep_labels: bool = False,
 ) -> None:
     """Writes the chosen rows as a file to label, which `read_pairs` takes when it is labelled.
 
     They have the columns of `file` without judgements; then `label` and a column for each step, which are empty unless
-    `keep_labels`; and `suggest_row` (the number in `file`), `suggest_score` and `suggest_because`.
+    `keep_labels`; and `suggest_row` (the number in `file`), `suggest_score` and `suggest_because`. `columns` are the
+    file's names of our columns, where they differ. In CSV and TSV, numbers among the texts of a pair are written as the
+    judge reads them, since a price of 129.0 is shown as 129.00, and so its text has to be.
     """
+    named = {name: (columns or {}).get(name, name) for name in (*TEXTS, "label")}
+    label, kind = named.pop("label"), epath.Path(path).suffix.lower()
     steps = [STEP_PREFIX + step.name for step in book.steps]
     records = dict(_picked(file, {one.row for one in chosen}))
     rows = []
@@ -329,18 +335,35 @@ def write(
         empty = dict.fromkeys([label, *steps], "")
         record = empty | record if keep_labels else record | empty
         record |= {"suggest_row": one.row, "suggest_score": round(one.score, 4), "suggest_because": one.because}
-        rows.append({k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in record.items()})
+        if kind in (".csv", ".tsv"):
+            for name, column in named.items():
+                if isinstance(record.get(column), float):
+                    record[column] = clean(record[column], cents=name == "price")
+        rows.append(record)
     names = [name for name in file.names if not name.startswith(PREFIX)]
     names = list(dict.fromkeys([*names, label, *steps, "suggest_row", "suggest_score", "suggest_because"]))
-    frame = pl.DataFrame({name: pl.Series([row.get(name) for row in rows], strict=False) for name in names})
-    kind = epath.Path(path).suffix.lower()
     with in_one_piece(path) as half, half.open("wb") as out:
+        if kind == ".jsonl":
+            lines = (json.dumps({name: row.get(name) for name in names}, ensure_ascii=False) for row in rows)
+            out.writelines(f"{line}\n".encode() for line in lines)
+            return
+        cells = {name: [row.get(name) for row in rows] for name in names}
+        frame = pl.DataFrame({
+            name: pl.Series([json.dumps(v) if isinstance(v, list | dict) else v for v in column], strict=False)
+            for name, column in cells.items()
+        })  # fmt: skip
         if kind == ".parquet":
             frame.write_parquet(out)
-        elif kind == ".jsonl":
-            frame.write_ndjson(out)
         else:
             frame.write_csv(out, separator="\t" if kind == ".tsv" else ",")
+
+
+def check_rows(one: Scored, path: epath.PathLike, pairs: Sequence[Pair], source: epath.PathLike) -> None:
+    """Raises PairsError where the judgements of a file at `path` are not of the `pairs` in the rows of `source`."""
+    there = {pair.row: (pair.query.casefold(), item_text(pair)) for pair in pairs}
+    for pair in one.pairs:
+        if there.get(pair.row) != (pair.query.casefold(), item_text(pair)):
+            raise PairsError(f"{path}: row {pair.row} is not the labelled pair of row {pair.row} of {source}")
 
 
 def _picked(file: RowFile, numbers: set[int]) -> Iterator[tuple[int, dict[str, Any]]]:

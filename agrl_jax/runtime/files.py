@@ -83,8 +83,11 @@ def read_json(path: epath.PathLike, error: type[Exception], hint: str = "") -> d
     return content
 
 
-def check_writable(path: epath.PathLike, name: str) -> None:
-    """Raises OutputError where `path`, given as `name`, cannot be written. Call it before the work begins."""
+def check_writable(path: epath.PathLike, name: str, beside: str = "") -> None:
+    """Raises OutputError where `path`, given as `name`, cannot be written, or ends as the file that is written beside
+    it. Call it before the work begins."""
+    if beside and epath.Path(path).suffix == beside:
+        raise OutputError(f"{name}={path}: figures are written beside it as {beside}; it should end otherwise")
     if is_remote(path):  # only writing shows who may write to a bucket
         return
     path = epath.Path(path)
