@@ -47,8 +47,10 @@ def evaluate(
     from agrl_jax.runtime import processes, sharding
     from agrl_jax.runtime.checkpoint import SFT_END
     from agrl_jax.runtime.console import progress, say
+    from agrl_jax.runtime.files import check_bucket
     from agrl_jax.training import assemble
 
+    check_bucket(workdir)
     folder = epath.Path(workdir)
     config = assemble.read_config(folder)
     if constrained is not None:

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict, config_flags
 
 from agrl_jax.runtime.config import ConfigError, exit_with, parse_flags
 from agrl_jax.runtime.console import console_table, say
-from agrl_jax.runtime.files import OutputError, check_writable, write_json
+from agrl_jax.runtime.files import OutputError, check_bucket, check_writable, write_json
 
 if TYPE_CHECKING:  # JAX takes seconds to start: functions import what needs it, so that flags are answered at once
     from agrl_jax.bounds.compile import Report
@@ -90,6 +90,7 @@ def run(config: ConfigDict, topology: str, shape: str, guided_share: float, work
     """Runs the command; returns the figures of the step and, where it does not fit, of the changed one."""
     from agrl_jax.bounds.compile import GIB, compile_step, find_devices, make_it_fit
 
+    check_bucket(workdir)
     measured = measured_seconds(workdir) if workdir else 0.0
     devices, chip = find_devices(topology)
     compile_with = partial(compile_step, devices=devices, chip=chip, shape=shape, guided_share=guided_share)

@@ -12,6 +12,7 @@ import pytest
 from etils import epath
 from workdirs import make_workdir
 
+from agrl_jax import evaluate, recipes
 from agrl_jax.evaluation import probabilities, tables
 from agrl_jax.evaluation.probabilities import Calibration
 from agrl_jax.judging import cuts, trained
@@ -19,9 +20,12 @@ from agrl_jax.judging.cuts import Fit
 from agrl_jax.judging.engine import Judge
 from agrl_jax.judging.export import export, export_model
 from agrl_jax.judging.trained import TrainedError
+from agrl_jax.policy import shipped
 from agrl_jax.policy.families import LoadingError
 from agrl_jax.rulebook import book, grammar
 from agrl_jax.runtime.config import ConfigError
+from agrl_jax.runtime.files import OutputError
+from agrl_jax.training import run
 
 ROWS = [
     {"query": "red shoes", "title": "Nike running shoes, red"},
@@ -139,7 +143,7 @@ def test_a_chat_template_goes_along(workdir: Path, tmp_path: Path) -> None:
 def test_cut_points_of_the_same_parameters_go_along(workdir: Path, tmp_path: Path) -> None:
     loaded = trained.load(str(workdir))
     tiers = [tier.name for tier in loaded.book.tiers]
-    made_for = trained.identity(loaded.book, loaded.params) | {"temperature": "1.0"}
+    made_for = trained.identity(loaded.book, loaded.weights) | {"temperature": "1.0"}
     cuts.save(loaded.cuts_file, tiers, Fit((0.2, 0.4, 0.6), 0.9, 0.8), made_for)
     export(str(workdir), str(tmp_path / "best"))
     export(str(workdir), str(tmp_path / "other"), stage="sft_end")
@@ -149,6 +153,14 @@ def test_cut_points_of_the_same_parameters_go_along(workdir: Path, tmp_path: Pat
     export_model(str(tmp_path / "best"), str(tmp_path / "again"))
     assert Judge.from_checkpoint(str(tmp_path / "again"), batch_size=2, use_cuts=True).identity == using.identity
     assert not (tmp_path / "other" / "cuts.json").exists()
+
+
+def test_an_export_that_fails_leaves_no_folder_that_would_load_as_another_judge(workdir: Path, tmp_path: Path) -> None:
+    (workdir / "calibration.json").write_text("{")
+    with pytest.raises(probabilities.CalibrationError):
+        export(str(workdir), str(tmp_path / "out"))
+    (workdir / "calibration.json").unlink()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -201,6 +213,26 @@ def test_what_cannot_be_exported_is_refused(workdir: Path, exported: Path, tmp_p
     with pytest.raises(TrainedError, match="'last' is not one of"):
         export(str(workdir), str(tmp_path / "out"), stage="last")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bucket_that_cannot_be_read_is_refused_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ImportError("Please install gcsfs")
+
+    monkeypatch.setattr(epath.backend.fsspec_backend, "_get_filesystem", missing)
+    for command in (lambda path: export(path, str(tmp_path / "out")), lambda path: evaluate.evaluate(path, [], [], 0),
+                    lambda path: run.train(recipes.base(), path)):  # fmt: skip
+        with pytest.raises(OutputError, match="gs://bucket/run: Please install gcsfs"):
+            command("gs://bucket/run")
+
+
+def test_paths_of_models_begin_at_home_and_end_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    with pytest.raises(TrainedError, match="~/model: should be a training run's workdir"):  # it is found
+        trained.load("~/model")
+    with pytest.raises(LoadingError, match="gs://bucket/m: should be a local folder or file"):
+        shipped.find("gs://bucket/m")
 
 
 def test_a_record_that_is_not_ours_is_refused(exported: Path, tmp_path: Path) -> None:

@@ -16,10 +16,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from etils import epath
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
+from agrl_jax.judging import trained
 from agrl_jax.policy import families, huggingface, loading
 from agrl_jax.policy import tokenizer as tokenizers
 from agrl_jax.policy.families import LoadingError
@@ -424,7 +426,7 @@ def test_gguf_files_load_as_the_folders_they_were_made_from(case, tmp_path):
     assert tokenizer.vocab_size == 280
 
 
-def test_a_split_gguf_file_is_read_whole(tmp_path):
+def test_a_split_gguf_file_is_read_whole_and_fetched_whole_from_a_bucket(tmp_path, bucket):
     """Files as of `llama-gguf-split`: all metadata is in the first file, and each has some of the tensors."""
     config = hf_models.config("llama", 280)
     tensors = list(gguf_tensors(config).items())
@@ -451,6 +453,12 @@ def test_a_split_gguf_file_is_read_whole(tmp_path):
         writer.write_tensors_to_file()
         writer.close()
     equal(loading.load_pretrained(tmp_path / names[0])[1], loading.load_pretrained(tmp_path / "whole.gguf")[1])
+    there = epath.Path(f"{bucket}/models")
+    there.mkdir()
+    for name in names:
+        (there / name).write_bytes((tmp_path / name).read_bytes())
+    with trained._local(there / names[0]) as local:
+        equal(loading.load_pretrained(local)[1], loading.load_pretrained(tmp_path / "whole.gguf")[1])
     for read in (loading.load_pretrained, loading.read_tokenizer):
         with pytest.raises(LoadingError, match=rf"{names[1]}: file 2 of 3 .* name the first, {names[0]}"):
             read(tmp_path / names[1])

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from test_pretrained import make_config, run, save_model, small_benchmark  # noqa: F401 (a fixture for this module too)
 from tiny import get_config
 
-from agrl_jax.judging import export, trained
+from agrl_jax.judging import cuts, export, trained
 from agrl_jax.policy import decoding, loading, lora
 from agrl_jax.policy.layers import PolicyConfig
 from agrl_jax.policy.lora import LoraConfig
@@ -207,6 +207,17 @@ def test_adapters_alone_are_trained_kept_resumed_and_merged_on_export(tmp_path: 
     loaded, kept = trained.load(str(tmp_path / "small")), assemble.load_model(config, epath.Path(workdir)).tokenizer
     assert loaded.style == "chat" and loaded.tokenizer.end_tokens == kept.end_tokens
     assert kept.end_tokens != loading.read_tokenizer(model).end_tokens  # the base ends texts otherwise
+
+    # Cut points belong to the adapters as they are kept, not as some machine merges them, and go along.
+    judge, tiers = trained.load(str(workdir), "rl"), [tier.name for tier in loaded.book.tiers]
+    kept_there = assemble.load_trained(epath.Path(workdir), config, assemble.load_model(config, epath.Path(workdir)),
+                                       sharding.make_mesh(), "rl")  # fmt: skip
+    assert judge.weights == f"{trained.fingerprint(kept_there)} in float32"
+    cuts.save(judge.cuts_file, tiers, cuts.Fit((0.2, 0.4, 0.6), 0.9, 0.8), trained.identity(judge.book, judge.weights))
+    export.export(str(workdir), str(tmp_path / "cut"), "rl")
+    whole_judge = trained.load(str(tmp_path / "cut"))
+    made_for = trained.identity(whole_judge.book, whole_judge.weights)
+    assert cuts.load(whole_judge.cuts_file, tiers, made_for) == (0.2, 0.4, 0.6)
 
     config.lora.start = str(tmp_path / "small")  # another run goes on with them
     mesh, again = sharding.make_mesh(), assemble.load_model(config, epath.Path(workdir))

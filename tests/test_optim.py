@@ -74,6 +74,16 @@ def test_bfloat16_moments_follow_those_of_float32():
     assert 0 < np.abs(found["bfloat16"] - found["float32"]).max() < 0.02
 
 
+def test_bfloat16_moments_leave_the_coefficients_of_muon_as_they_are():
+    params, axes = {"w": jnp.ones((2, 4, 4))}, {"w": ("layers", "embed", "mlp")}
+    gradient = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 4)), jnp.float32)}
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        tx = optim.make(1.0, warmup=0, steps=1, matrix_rate=0.1, axes=axes, clip_norm=0.0, moments=dtype)
+        found.append(tx.update(gradient, tx.init(params), params)[0]["w"])
+    np.testing.assert_array_equal(*found)  # the first update has no moment of an earlier one
+
+
 def test_adafactor_scales_by_means_of_rows_and_columns():
     """It keeps only rows and columns. So gradients of rank 1 are known exactly, and each step is their sign."""
     tx = optim.make(0.5, warmup=0, steps=1, schedule="constant", clip_norm=0.0, kind="adafactor")

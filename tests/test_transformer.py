@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from agrl_jax.policy import transformer
 from agrl_jax.policy.attention import scaled
 from agrl_jax.policy.decoding import for_decoding
 from agrl_jax.policy.layers import PolicyConfig, RopeScaling, rms_norm
@@ -272,3 +273,14 @@ def test_parameters_are_counted():
 def test_shapes_that_cannot_be_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(BASE, **change)
+
+
+def test_layers_that_are_recomputed_take_less_memory(monkeypatch):
+    """Also where there are so few that they would be unrolled otherwise."""
+    monkeypatch.setattr(transformer, "_UNROLLED", 8)
+    found = {}
+    for remat in (False, True):
+        policy, params, _ = drawn(dataclasses.replace(BASE, width=64, mlp=256, remat=remat))
+        of = jax.grad(lambda params, policy=policy: jnp.sum(policy.apply(params, tokens((4, 1, 64)))[0]))
+        found[remat] = jax.jit(of).lower(params).compile().memory_analysis().temp_size_in_bytes
+    assert found[True] < 0.7 * found[False]

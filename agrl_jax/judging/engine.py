@@ -64,7 +64,7 @@ class Judge:
         if not steps:
             _check_tier_alone(loaded)
         self.repeated = 0  # pairs so far that equalled another one of their call, and so were not judged again
-        self._made_for = trained.identity(loaded.book, loaded.params)
+        self._made_for = trained.identity(loaded.book, loaded.weights)
         self.calibration = probabilities.load(loaded.calibration_file, loaded.checkpoint, loaded.book)
         self._cuts = cuts.load(loaded.cuts_file, self._tiers, self._cuts_made_for) if use_cuts else None
         self.batch_size = -(-batch_size // sharding.data_shards(mesh)) * sharding.data_shards(mesh)

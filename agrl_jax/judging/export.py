@@ -5,7 +5,10 @@ The folder is one of Hugging Face's, or holds adapters alone for a model that li
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +31,14 @@ from agrl_jax.rulebook.book import RuleBook
 from agrl_jax.runtime import sharding
 from agrl_jax.runtime.checkpoint import SFT_END
 from agrl_jax.runtime.config import ConfigError, resolve
-from agrl_jax.runtime.files import is_remote, read_json, write_json, write_text
+from agrl_jax.runtime.files import OutputError, check_bucket, is_remote, read_json, write_json, write_text
 from agrl_jax.training import assemble
 from agrl_jax.training.assemble import Model
 from agrl_jax.types import Params
 
 RULEBOOK_FILE, CARD_FILE = "rulebook.yaml", "README.md"
 EBNF_FILE, REGEX_FILE = "grammar.ebnf", "grammar.regex"
-USER_ERRORS = (*trained.LOAD_ERRORS, ScorecardError)  # shown as one message
+USER_ERRORS = (*trained.LOAD_ERRORS, ScorecardError, OutputError)  # shown as one message
 
 
 def export(workdir: str, out: str, stage: str = "best", dtype: str | None = None, adapters_alone: bool = False) -> str:
@@ -51,6 +54,7 @@ def export(workdir: str, out: str, stage: str = "best", dtype: str | None = None
     Returns:
       What was exported, in words.
     """
+    check_bucket(workdir)
     folder, target = epath.Path(workdir), _target(out)  # before the weights are read
     config = assemble.read_config(folder)
     mesh = sharding.make_mesh(data=1, fsdp=-1)  # spread out: nothing is computed
@@ -59,24 +63,41 @@ def export(workdir: str, out: str, stage: str = "best", dtype: str | None = None
     if adapters_alone:
         return _export_adapters(folder, target, config, model, mesh, stage, dtype)
     params, found = trained.load_stage(folder, config, model, mesh, stage)
-    where = str(found)
-    huggingface.save_pretrained(
-        target, model.shape, params, model.tokenizer, dtype=dtype,
-        generation_config={"max_new_tokens": config.data.response_len},
-        card=_card(target.name, folder, config, model, count_parameters(params), where),
-    )  # fmt: skip
-    if dtype == config.policy.param_dtype:
-        _copy_cuts(folder, target, model.book, params)
-    _write_record(folder, target, config, model, dtype, where, _fingerprint_in(params, dtype))
+    where, name = str(found), _fingerprint_in(params, dtype)
+    with _whole(target) as half:
+        huggingface.save_pretrained(
+            half, model.shape, params, model.tokenizer, dtype=dtype,
+            generation_config={"max_new_tokens": config.data.response_len},
+            card=_card(target.name, folder, config, model, count_parameters(params), where),
+        )  # fmt: skip
+        if dtype == config.policy.param_dtype:
+            _copy_cuts(folder, half, model.book, trained.weights_name(folder, config, model, mesh, found, params), name)
+        _write_record(folder, half, config, model, dtype, where, name)
     return f"{where} of {workdir}, {count_parameters(params):,} parameters in {dtype}"
+
+
+@contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    """A folder to write in the block; at its end it becomes `target`. After an error nothing is left.
+
+    Without the files that are written last, a folder would be read as another model, with another rule book.
+    """
+    half = target.with_name(f"{target.name}.half")
+    shutil.rmtree(half, ignore_errors=True)
+    try:
+        yield half
+        half.rename(target)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
 
 
 def _target(out: str) -> Path:
     """The folder to write: a local one, empty or not there."""
     if is_remote(out):
         raise ConfigError(f"--out={out}: should be a local folder; copy it to the bucket afterwards")
-    huggingface.check_empty(Path(out))
-    return Path(out)
+    target = Path(out).resolve()
+    huggingface.check_empty(target)
+    return target
 
 
 def _export_adapters(
@@ -88,12 +109,14 @@ def _export_adapters(
         raise ConfigError(f"{folder}: its warm start trained all weights: adapters alone are not what was learnt")
     found = trained.find_stage(folder, config, model.book, stage)
     params = assemble.load_trained(folder, config, model, mesh, *found)
-    target.mkdir(parents=True, exist_ok=True)
     learnt = Adapters(config.policy.pretrained, config.lora.base_dtype, cfg, jax.device_get(params))
-    adapters.save(target, learnt, dtype)
-    model.tokenizer.save(target)  # it says where answers end, and whether the model thinks
-    write_text(target / CARD_FILE, _card(target.name, folder, config, model, count_parameters(params), str(found)))
-    _write_record(folder, target, config, model, config.policy.param_dtype, str(found), adapters.digest(target))
+    card = _card(target.name, folder, config, model, count_parameters(params), str(found))
+    with _whole(target) as half:
+        half.mkdir(parents=True)
+        adapters.save(half, learnt, dtype)
+        model.tokenizer.save(half)  # it says where answers end, and whether the model thinks
+        write_text(half / CARD_FILE, card)
+        _write_record(folder, half, config, model, config.policy.param_dtype, str(found), adapters.digest(half))
     return f"{found} of {folder}, adapters of {count_parameters(params):,} parameters in {dtype}"
 
 
@@ -114,16 +137,17 @@ def export_model(checkpoint: str, out: str, dtype: str | None = None) -> str:
         raise TrainedError(f"{checkpoint}: has no {trained.RECORD_FILE}, so it is no export; a run goes by --workdir")
     loaded, record = trained.load(checkpoint), read_json(file, TrainedError)
     dtype = dtype or record["dtype"]
-    huggingface.save_pretrained(
-        target, loading.read_config(where), loaded.params, loaded.tokenizer, dtype=dtype,
-        generation_config={"max_new_tokens": loaded.response_len},
-        card=(where / CARD_FILE).read_text() if (where / CARD_FILE).exists() else None,
-    )  # fmt: skip
-    if dtype == record["dtype"]:
-        _copy_cuts(where, target, loaded.book, loaded.params)
+    name = _fingerprint_in(loaded.params, dtype)
     fitted = probabilities.load(loaded.calibration_file, loaded.checkpoint, loaded.book)
-    _write_beside(target, where / RULEBOOK_FILE, loaded.book, fitted, _fingerprint_in(loaded.params, dtype),
-                  record | {"dtype": dtype})  # fmt: skip
+    with _whole(target) as half:
+        huggingface.save_pretrained(
+            half, loading.read_config(where), loaded.params, loaded.tokenizer, dtype=dtype,
+            generation_config={"max_new_tokens": loaded.response_len},
+            card=(where / CARD_FILE).read_text() if (where / CARD_FILE).exists() else None,
+        )  # fmt: skip
+        if dtype == record["dtype"]:
+            _copy_cuts(where, half, loaded.book, loaded.weights, name)
+        _write_beside(half, where / RULEBOOK_FILE, loaded.book, fitted, name, record | {"dtype": dtype})
     return f"{checkpoint}, {count_parameters(loaded.params):,} parameters in {dtype}"
 
 
@@ -174,14 +198,15 @@ def _write_grammar(target: Path, rules: RuleBook) -> None:
         pass
 
 
-def _copy_cuts(folder: epath.Path, target: Path, rules: RuleBook, params: Params) -> None:
-    """Copies cut points that were fitted for these parameters."""
+def _copy_cuts(folder: epath.Path, target: Path, rules: RuleBook, weights: str, name: str) -> None:
+    """Copies cut points that were fitted for these weights, which have another name where they are exported."""
     file = folder / trained.CUTS_FILE
     try:
-        cuts.load(file, [tier.name for tier in rules.tiers], trained.identity(rules, params))
+        cuts.load(file, [tier.name for tier in rules.tiers], trained.identity(rules, weights))
     except CutsError:
         return
-    (target / trained.CUTS_FILE).write_bytes(file.read_bytes())
+    content = json.loads(file.read_text())
+    write_json(target / trained.CUTS_FILE, content | {"made_for": content["made_for"] | trained.identity(rules, name)})
 
 
 # ---------------------------------------------------------------------------------------------- the card

@@ -24,7 +24,7 @@ from agrl_jax.data.pairs import Pair
 from agrl_jax.evaluation import probabilities
 from agrl_jax.evaluation.probabilities import CalibrationError
 from agrl_jax.judging import STAGES
-from agrl_jax.policy import adapters, loading, shipped, transformer
+from agrl_jax.policy import adapters, gguf, loading, shipped, transformer
 from agrl_jax.policy.families import LoadingError
 from agrl_jax.policy.smollm2 import NotInstalledError
 from agrl_jax.policy.tokenizer import Tokenizer, TokenizerError
@@ -85,6 +85,7 @@ class Trained:
     cuts_file: epath.Path  # where its cut points are kept
     calibration_file: epath.Path  # and the temperature of its probabilities
     checkpoint: str  # its name there: of a workdir, that of the checkpoint; else a fingerprint
+    weights: str  # a name for the weights, equal on all machines and meshes
 
     def check_keeps(self) -> None:
         """Raises TrainedError where nothing can be kept beside the checkpoint."""
@@ -113,7 +114,7 @@ def load(
     """
     settings = settings or Settings()
     mesh = mesh or sharding.make_mesh()
-    place = epath.Path(shipped.named(path) or path)
+    place = epath.Path(shipped.named(path) or path).expanduser()
     if not place.exists():
         raise TrainedError(f"{path}: there is no such checkpoint, nor one in the box: {', '.join(shipped.boxed())}")
     if (place / "checkpoints").exists():
@@ -187,9 +188,20 @@ def load_stage(
     return assemble.load_params(folder, config, model, mesh, *found), found
 
 
-def identity(rules: RuleBook, params: Params) -> dict[str, str]:
-    """All that judgements depend on, by name."""
-    return {"rule book": rules.digest, "checkpoint": fingerprint(params)}
+def weights_name(
+    folder: epath.Path, config: ConfigDict, model: assemble.Model, mesh: jax.sharding.Mesh, found: Stage, params: Params
+) -> str:
+    """A name for a workdir's parameters, from those that are kept: adapters, merged on another mesh, round otherwise.
+    """
+    if assemble.adapters_of(config, found.name) is None:
+        return fingerprint(params)
+    adapters = assemble.load_trained(folder, config, model, mesh, *found)
+    return f"{fingerprint(adapters)} in {config.policy.param_dtype}"
+
+
+def identity(rules: RuleBook, weights: str) -> dict[str, str]:
+    """All that judgements depend on, by name, given the name of the weights."""
+    return {"rule book": rules.digest, "checkpoint": weights}
 
 
 def fingerprint(params: Params) -> str:
@@ -228,6 +240,7 @@ def _load_workdir(folder: epath.Path, stage: str, settings: Settings, mesh: jax.
         cuts_file=folder / CUTS_FILE,
         calibration_file=folder / probabilities.FILE,
         checkpoint=str(found),
+        weights=weights_name(folder, config, model, mesh, found, params),
     )
 
 
@@ -237,10 +250,11 @@ def _load_model(path: epath.Path, settings: Settings, mesh: jax.sharding.Mesh) -
     own_book = path / record["rulebook"] if record else "four_tier"
     rules = book.load(settings.rulebook or own_book, settings.order or record.get("order"), record.get("free_text"))
     _check_digest(rules, record.get("rulebook_digest"), str(path))
+    dtype = settings.dtype or record.get("dtype", "float32")
     with _local(path) as local:
         shape, params, tokenizer = loading.load_pretrained(
             str(local),
-            settings.dtype or record.get("dtype", "float32"),
+            dtype,
             settings.dtype or record.get("compute_dtype", "float32"),
             partial(sharding.param_shardings, mesh),
         )
@@ -255,6 +269,8 @@ def _load_model(path: epath.Path, settings: Settings, mesh: jax.sharding.Mesh) -
         pipeline.thought(rules, tokenizer) if style == "chat" else None, tokenizer.end_tokens[1:],
     )  # fmt: skip
     lengths = _default_lengths(rules, tokenizer, style) | record
+    merged = loading.is_adapters(path)
+    name = adapters.digest(path) if merged else fingerprint(params)
 
     def beside(name: str) -> epath.Path:
         return path / name if path.is_dir() else path.with_suffix(f".{name}")
@@ -267,7 +283,8 @@ def _load_model(path: epath.Path, settings: Settings, mesh: jax.sharding.Mesh) -
         response_len=settings.response_len or lengths["response_len"],
         cuts_file=beside(CUTS_FILE),
         calibration_file=beside(probabilities.FILE),
-        checkpoint=adapters.digest(path) if loading.is_adapters(path) else fingerprint(params),
+        checkpoint=name,
+        weights=f"{name} in {dtype}" if merged else name,
     )
 
 
@@ -278,7 +295,7 @@ def _local(path: epath.Path) -> Iterator[epath.Path]:
         yield path
         return
     with tempfile.TemporaryDirectory() as folder:
-        for file in path.iterdir() if path.is_dir() else [path]:
+        for file in path.iterdir() if path.is_dir() else gguf.parts(path):
             if not file.is_dir():
                 with file.open("rb") as there, (epath.Path(folder) / file.name).open("wb") as here:
                     shutil.copyfileobj(there, here)

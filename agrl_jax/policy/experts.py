@@ -31,7 +31,8 @@ class MixtureOfExperts(nnx.Module):
 
         In float32, so that rounding does not change the choice.
         """
-        probability = jax.nn.softmax(x.astype(jnp.float32) @ router.astype(jnp.float32))
+        logits = jnp.matmul(x.astype(jnp.float32), router.astype(jnp.float32), precision="highest")
+        probability = jax.nn.softmax(logits)
         weight, chosen = jax.lax.top_k(probability, self.cfg.experts_per_token)
         if self.cfg.renormalise_experts:
             weight /= weight.sum(axis=-1, keepdims=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+from etils import epath
 from tokenizers import models, normalizers
 
 from agrl_jax.policy.attention import rope_frequencies
@@ -42,6 +43,7 @@ _GLOBAL = {
     "output.weight": HEAD,
 }  # fmt: skip
 _ROPE_DIVISORS = "rope_freqs.weight"
+_PART = r"(.+)-\d{5}-of-(\d{5})\.gguf"  # a file of a split model
 
 _MISSING = object()  # stands for "no default"
 
@@ -113,12 +115,18 @@ def _open(path: Path) -> Any:
     return Reader(str(path))
 
 
+def parts(path: epath.Path) -> list[epath.Path]:
+    """The files of a model of which `path` is the first, by their names."""
+    stem = re.fullmatch(_PART, path.name)
+    return [path] if stem is None else sorted(path.parent.glob(f"{stem[1]}-*-of-{stem[2]}.gguf"))
+
+
 def _other_parts(path: Path, fields: Mapping[str, Any]) -> list[Path]:
     """The other files of a split model, as llama.cpp names them; none if the model is whole."""
     count, number = fields.get("split.count", 1), fields.get("split.no", 0)
     if count <= 1:
         return []
-    stem = re.fullmatch(r"(.+)-\d{5}-of-\d{5}\.gguf", path.name)
+    stem = re.fullmatch(_PART, path.name)
     if stem is None:
         raise LoadingError(f"{path}: the first of {count} files should be called NAME-00001-of-{count:05d}.gguf")
     parts = [path.with_name(f"{stem[1]}-{part:05d}-of-{count:05d}.gguf") for part in range(1, count + 1)]

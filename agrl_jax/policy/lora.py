@@ -82,7 +82,7 @@ def merge(base: Params, adapters: Params, cfg: LoraConfig, dtype: str) -> Params
     def added(leaf: Array | Adapted) -> Array:
         if not isinstance(leaf, Adapted):
             return leaf.astype(dtype)
-        product = partial(jnp.tensordot, axes=1)
+        product = partial(jnp.tensordot, axes=1, precision="highest")  # TPUs would round to bfloat16, GPUs to TF32
         for _ in range(leaf.a.ndim + leaf.b.ndim - 2 - leaf.weight.ndim):  # stacked axes: the layer, and the expert
             product = jax.vmap(product)
         return (leaf.weight.astype(jnp.float32) + product(leaf.a, leaf.b)).astype(dtype)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from agrl_jax.policy.families import LoadingError
 from agrl_jax.policy.smollm2 import find_smollm2
+from agrl_jax.runtime.files import is_remote
 
 SMOLLM2 = "smollm2"  # the file in the wheel of SmolLM2
 _BOXED = Path(__file__).parent / "boxed"  # folders of adapters, in this package
@@ -32,5 +34,12 @@ def named(name: str | Path) -> Path | None:
 
 
 def find(name: str | Path) -> Path:
-    """The path of a model, from its name or path. Raises NotInstalledError as `named`."""
+    """The path of a model, from its name or path.
+
+    Raises:
+      NotInstalledError: as `named`.
+      LoadingError: it is in a bucket.
+    """
+    if is_remote(name):
+        raise LoadingError(f"{name}: should be a local folder or file; copy it from the bucket first")
     return named(name) or Path(name).expanduser()

@@ -191,7 +191,7 @@ def _scan(
 
     prefix_kv = None if prefix is None else (prefix.k, prefix.v)
     kept = (None, None) if cache is None else (cache.k, cache.v)
-    unroll = cfg.layers if cfg.layers <= _UNROLLED else 1
+    unroll = cfg.layers if cfg.layers <= _UNROLLED and not cfg.remat else 1  # what is unrolled would not be recomputed
     body = layer
     if cfg.remat:
         body = jax.checkpoint(layer, prevent_cse=False)

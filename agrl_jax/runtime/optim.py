@@ -82,15 +82,15 @@ def make(
     inner = optax.chain(optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(), rule)
 
     def init(params: Params) -> Any:
-        return _floats(inner.init(_float32(params)), moments)
+        return _moments(inner.init(_float32(params)), moments)
 
     def update(grads: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
         params = _float32(params)
         if matrix_rate:  # Muon lets all parameters decay, and reads them for nothing else
             kept = _two_dimensional(params) if decay is None else decay
             params = jax.tree.map(lambda x, decays: x if decays else jnp.zeros_like(x), params, kept)
-        updates, state = inner.update(_float32(grads), _floats(state, "float32"), params)
-        return updates, _floats(state, moments)
+        updates, state = inner.update(_float32(grads), _moments(state, "float32"), params)
+        return updates, _moments(state, moments)
 
     return optax.GradientTransformation(init, update)
 
@@ -162,9 +162,14 @@ def _float32(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
-def _floats(tree: Any, dtype: str) -> Any:
-    """A tree with its floating-point arrays in `dtype`; counts stay as they are."""
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+def _moments(state: Any, dtype: str) -> Any:
+    """A state of the optimiser with its moments in `dtype`; counts, and the coefficients of Muon, stay as they are."""
+
+    def cast(path: tuple[Any, ...], x: Array) -> Array:
+        is_moment = jnp.issubdtype(x.dtype, jnp.floating) and getattr(path[-1], "name", "") != "ns_coeffs"
+        return x.astype(dtype) if is_moment else x
+
+    return jax.tree_util.tree_map_with_path(cast, state)
 
 
 def _two_dimensional(params: Params) -> Any:

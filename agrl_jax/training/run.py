@@ -53,6 +53,7 @@ from agrl_jax.runtime.config import (
     validate_together,
 )
 from agrl_jax.runtime.console import Progress, progress, say
+from agrl_jax.runtime.files import OutputError, check_bucket
 from agrl_jax.runtime.logs import MetricsWriter
 from agrl_jax.runtime.sharding import ShardingError
 from agrl_jax.supervised import dpo
@@ -97,7 +98,7 @@ TEACHER = "teacher"  # in a scorecard, the judge that a student learns from
 # What a user can put right: shown as one message. Anything else is a bug, and keeps its traceback.
 USER_ERRORS = (
     ConfigError, RuleBookError, PairsError, CheckpointError, ShardingError, LoadingError, TokenizerError,
-    NotInstalledError, OSError,
+    NotInstalledError, OutputError, OSError,
 )  # fmt: skip
 
 
@@ -164,6 +165,7 @@ def train(config: ConfigDict, workdir: str, say: Callable[..., None] = say) -> d
     recipes.check(config)
     mesh = sharding.make_mesh(*(config.mesh[axis] for axis in sharding.AXES))
     validate_together(config, sharding.data_shards(mesh))
+    check_bucket(workdir)
     with processes.the_only_run(epath.Path(workdir)):
         return _train(config, epath.Path(workdir), mesh, say)
 
