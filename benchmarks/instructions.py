@@ -30,6 +30,7 @@ from agrl_jax.rulebook import book
 from agrl_jax.runtime import optim
 from agrl_jax.runtime.memory import with_huge_pages
 from agrl_jax.supervised import sft
+from agrl_jax.supervised.step import make_step
 from agrl_jax.types import Batch, Params, TrainState
 from benchmarks import machine, results, table, workload
 from benchmarks.options import DTYPE, MODEL, OUT, REPEATS
@@ -67,7 +68,7 @@ def supervised(model: Model, batch: Batch, shared: np.ndarray) -> Callable[[], A
     shape, params, _ = model
     policy, _, axes = transformer.build(dataclasses.replace(shape, remat=True))
     tx = optim.make(1e-5, warmup=0, steps=100, schedule="constant", decay=optim.decay_mask(axes))
-    step = jax.jit(sft.make_step(policy, partial(optim.guarded_update, tx), instructions=shared), donate_argnums=0)
+    step = jax.jit(make_step(sft.gold_loss, policy, partial(optim.guarded_update, tx), shared), donate_argnums=0)
     key = jax.random.key_data(jax.random.key(0))
     held = [jax.tree.map(jnp.copy, TrainState(params, tx.init(params), jnp.int32(0), key, None, jnp.int32(0)))]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from agrl_jax.runtime.config import validate, validate_together
 from agrl_jax.runtime.logs import read_jsonl
 from agrl_jax.supervised import distill
 from agrl_jax.supervised.distill import Lessons
+from agrl_jax.supervised.step import make_step
 from agrl_jax.training import assemble
 from agrl_jax.types import Cache, Policy, TrainState
 
@@ -104,8 +106,9 @@ def test_a_batch_in_pieces_gives_the_gradient_of_the_whole(small):
         return params, grads, skipped, {}
 
     state = TrainState(small.params, small.params, jnp.int32(0), KEY, None, jnp.int32(0))
+    loss = partial(distill.distill_loss, texts=texts, step_weight=0.3, chunk=5)
     whole, pieces = (
-        jax.jit(distill.make_step(small.policy, descend, texts, 0.3, chunk=5, micro_batches=n))(state, pairs)
+        jax.jit(make_step(loss, small.policy, descend, micro_batches=n))(state, pairs)
         for n in (1, 3)
     )
     for one, other in zip(jax.tree.leaves(whole[0].opt_state), jax.tree.leaves(pieces[0].opt_state), strict=True):

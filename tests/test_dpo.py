@@ -14,6 +14,7 @@ from conftest import END, RESPONSE_LEN, lenient
 from agrl_jax.rl import reader
 from agrl_jax.supervised import dpo
 from agrl_jax.supervised.dpo import Answers, Preferences
+from agrl_jax.supervised.step import make_step
 from agrl_jax.types import Policy, Thought, TrainState
 
 KEY = np.asarray(jax.random.key_data(jax.random.key(1)))
@@ -140,7 +141,8 @@ def test_a_step_starts_at_the_reference_and_is_that_of_whole_sequences(small, ba
     def descend(grads, params, opt_state, skipped):
         return jax.tree.map(lambda p, g: p - 0.5 * g, params, grads), grads, skipped, {}
 
-    step = jax.jit(dpo.make_step(small.policy, descend, beta=0.3, temperature=0.7, chunk=5))
+    preference = partial(dpo.preference_loss, beta=0.3, temperature=0.7, chunk=5)
+    step = jax.jit(make_step(preference, small.policy, descend))
     state = TrainState(small.params, small.params, jnp.int32(7), KEY, None, jnp.int32(0))
     after, metrics = step(state, pairs)
     np.testing.assert_allclose(metrics["policy/loss"], np.log(2), rtol=1e-5)
@@ -171,6 +173,6 @@ def test_a_step_starts_at_the_reference_and_is_that_of_whole_sequences(small, ba
     later = step(after.replace(opt_state=small.params), pairs)
     assert later[1]["policy/loss"] < metrics["policy/loss"]
 
-    in_pieces = jax.jit(dpo.make_step(small.policy, descend, beta=0.3, temperature=0.7, chunk=5, micro_batches=3))
+    in_pieces = jax.jit(make_step(preference, small.policy, descend, micro_batches=3))
     again = in_pieces(after.replace(opt_state=small.params), pairs)
     close((again[0].opt_state, again[1]), (later[0].opt_state, later[1]))

@@ -24,6 +24,7 @@ from agrl_jax.policy.transformer import build
 from agrl_jax.rl.step import make_step
 from agrl_jax.supervised import distill, dpo, sft
 from agrl_jax.supervised.fill import Blanks
+from agrl_jax.supervised.step import make_step as make_supervised
 from agrl_jax.types import UNKNOWN, TrainState
 
 pytestmark = pytest.mark.usefixtures("scanned")
@@ -119,7 +120,8 @@ def test_a_supervised_step_is_that_of_whole_prompts(small, close, case):
     batch = small.batch([(0, 0), (1, UNKNOWN if unknown else 0), (UNKNOWN if unknown else 2, 1)], tiers=[0, 1, 2])
     texts = PartTexts(np.array([[[0], [1], [2]], [[3], [4], [0]], [[5], [6], [7]]]),
                       np.array([[1, 1, 1], [1, 1, 0], [1, 1, 1]]))  # fmt: skip
-    make = partial(sft.make_step, policy, test_step.descend, blanks=Blanks(small.tables, texts) if unknown else None)
+    loss = partial(sft.gold_loss, blanks=Blanks(small.tables, texts) if unknown else None)
+    make = partial(make_supervised, loss, policy, test_step.descend)
     state = TrainState(params, params, jnp.int32(0), test_step.KEY, None, jnp.int32(0))
     after, metrics = jax.jit(make(instructions=SHARED))(state, batch)
     expected, figures = jax.jit(make())(state, long(batch))
@@ -132,7 +134,7 @@ def test_a_step_on_preferences_is_that_of_whole_prompts(small, close):
     batch, rng = small.batch([(0, 0), (1, 0), (2, 1)]), np.random.default_rng(0)
     answers = rng.integers(0, 10, (3, 2, 6)).astype(np.int32), rng.random((3, 2, 6)) < 0.8, rng.normal(-9, 1, (3, 2))
     pairs = dpo.Preferences(batch.prompt, batch.prompt_len, *answers)
-    make = partial(dpo.make_step, small.policy, test_step.descend, beta=0.3)
+    make = partial(make_supervised, partial(dpo.preference_loss, beta=0.3), small.policy, test_step.descend)
     state = TrainState(small.params, small.params, jnp.int32(0), test_step.KEY, None, jnp.int32(0))
     after, metrics = jax.jit(make(instructions=SHARED))(state, pairs)
     expected, figures = jax.jit(make())(state, long(pairs))
@@ -149,7 +151,8 @@ def test_a_step_of_distillation_is_that_of_whole_prompts(small, close):
         np.full(3, 2, np.int32), np.full(3, 5, np.int32),
     )  # fmt: skip
     tier_first = PartTexts(np.stack([tiers, 0 * tiers]), np.array([[2, 2, 2], [1, 1, 0]], np.int32))
-    make = partial(distill.make_step, small.policy, test_step.descend, tier_first, 0.3)
+    loss = partial(distill.distill_loss, texts=tier_first, step_weight=0.3)
+    make = partial(make_supervised, loss, small.policy, test_step.descend)
     state = TrainState(small.params, small.params, jnp.int32(0), test_step.KEY, None, jnp.int32(0))
     after, metrics = jax.jit(make(instructions=SHARED))(state, taught)
     expected, figures = jax.jit(make())(state, long(taught))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from agrl_jax.supervised import sft
+from agrl_jax.supervised.step import make_step
 from agrl_jax.types import UNKNOWN, Policy, TrainState
 
 KEY = jax.random.key_data(jax.random.key(0))
@@ -54,7 +55,7 @@ def step(small):
     def descend(grads, params, opt_state, skipped):
         return jax.tree.map(lambda p, g: p - 0.5 * g, params, grads), grads, skipped, {"optim/rate": 0.5}
 
-    compiled = jax.jit(sft.make_step(small.policy, descend, chunk=5))
+    compiled = jax.jit(make_step(partial(sft.gold_loss, chunk=5), small.policy, descend))
     return lambda batch: compiled(TrainState(small.params, small.params, jnp.int32(7), KEY, None, jnp.int32(0)), batch)
 
 
@@ -91,9 +92,9 @@ def test_a_batch_in_pieces_is_the_same_step(small, batch, close):
         return params, grads, skipped, {}
 
     def run(pieces):
-        make = partial(sft.make_step, small.policy, descend, prompt_weight=0.5, instructions=np.array([1, 4]))
+        loss, shared = partial(sft.gold_loss, prompt_weight=0.5), np.array([1, 4])
         state = TrainState(small.params, small.params, jnp.int32(7), KEY, None, jnp.int32(0))
-        return jax.jit(make(micro_batches=pieces))(state, batch)
+        return jax.jit(make_step(loss, small.policy, descend, shared, pieces))(state, batch)
 
     (whole, metrics), (summed, figures) = run(1), run(3)
     close(summed.opt_state, whole.opt_state)

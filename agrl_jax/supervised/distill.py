@@ -13,7 +13,6 @@ need no labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -22,10 +21,8 @@ import numpy as np
 from flax import struct
 
 from agrl_jax.data.pipeline import PartTexts
-from agrl_jax.policy.scoring import instructed, predicting_hidden, run_prompt, token_logprobs
-from agrl_jax.rl.step import UpdateFn
-from agrl_jax.supervised.sft import descending
-from agrl_jax.types import Array, Batch, Params, Policy, TrainState
+from agrl_jax.policy.scoring import predicting_hidden, run_prompt, token_logprobs
+from agrl_jax.types import Array, Batch, Params, Policy
 
 _LEAST_PROB = 1e-9  # keeps logarithms finite
 
@@ -90,19 +87,3 @@ def distill_loss(
         "tokens/trained": tokens,
         "budget/tokens": 3 * tokens,  # forward-equivalent, as in `rl.step`
     }
-
-
-def make_step(
-    policy: Policy, update: UpdateFn, texts: PartTexts, step_weight: float, chunk: int = 0,
-    instructions: Array | None = None, micro_batches: int = 1,
-) -> Callable[[TrainState, Lessons], tuple[TrainState, dict[str, Array]]]:
-    """Returns the pure function `step(state, batch) -> (state, metrics)`; metrics are float32 scalars.
-
-    `instructions` and `micro_batches` as in `sft.make_step`.
-    """
-    policy, instruct = instructed(policy, instructions)
-
-    def loss(params: Params, piece: Lessons, batch: Lessons) -> tuple[Array, dict[str, Array]]:
-        return distill_loss(policy, params, piece, texts, step_weight, chunk, batch)
-
-    return descending(loss, instruct, update, micro_batches)

@@ -13,7 +13,6 @@ The prompt goes through the network once for both answers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -21,12 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from agrl_jax.policy.scoring import instructed, prefill, run_groups, token_logprobs
+from agrl_jax.policy.scoring import prefill, run_groups, token_logprobs
 from agrl_jax.rl import reader
 from agrl_jax.rl.rollout import PURPOSE_MINE, rollout, row_keys
-from agrl_jax.rl.step import UpdateFn
-from agrl_jax.supervised.sft import descending
-from agrl_jax.types import Array, Batch, Params, Policy, RuleTables, TrainState
+from agrl_jax.types import Array, Batch, Params, Policy, RuleTables
 
 
 @struct.dataclass
@@ -111,19 +108,3 @@ def preference_loss(
         "tokens/trained": tokens,
         "budget/tokens": 3 * tokens,  # forward-equivalent, as in `rl.step`
     }
-
-
-def make_step(
-    policy: Policy, update: UpdateFn, beta: float, temperature: float = 1.0, chunk: int = 0,
-    instructions: Array | None = None, micro_batches: int = 1,
-) -> Callable[[TrainState, Preferences], tuple[TrainState, dict[str, Array]]]:
-    """Returns the pure function `step(state, batch) -> (state, metrics)`; metrics are float32 scalars.
-
-    `instructions` and `micro_batches` as in `sft.make_step`.
-    """
-    policy, instruct = instructed(policy, instructions)
-
-    def loss(params: Params, piece: Preferences, batch: Preferences) -> tuple[Array, dict[str, Array]]:
-        return preference_loss(policy, params, piece, beta, temperature, chunk, batch)
-
-    return descending(loss, instruct, update, micro_batches)

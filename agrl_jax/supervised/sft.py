@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from agrl_jax.policy.scoring import (
-    instructed,
-    predicting_hidden,
-    run_groups,
-    run_prompt,
-    shared_tokens,
-    token_logprobs,
-)
-from agrl_jax.rl.step import UpdateFn, split
+from agrl_jax.policy.scoring import predicting_hidden, run_groups, run_prompt, token_logprobs
 from agrl_jax.supervised.fill import Blanks, filled_responses, possible_steps, tokens_learnt, tokens_scored
 from agrl_jax.supervised.marginal import label_logprob
-from agrl_jax.types import UNKNOWN, Array, Batch, Params, Policy, TrainState
+from agrl_jax.types import UNKNOWN, Array, Batch, Params, Policy
 
 
 def gold_loss(
@@ -96,54 +87,3 @@ def _run(policy: Policy, params: Params, batch: Batch, blanks: Blanks | None) ->
         known &= whole | (place >= filled.starts[:, -1:]) | filled.reasons
     hidden = predicting_hidden(policy, params, prefix, filled.tokens[:, None])
     return _Run(filled.tokens, known, filled.starts, hidden, prompt_hidden)
-
-
-def make_step(
-    policy: Policy, update: UpdateFn, prompt_weight: float = 0.0, chunk: int = 0,
-    blanks: Blanks | None = None, instructions: Array | None = None, micro_batches: int = 1,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """Returns the pure function `step(state, batch) -> (state, metrics)`; metrics are float32 scalars.
-
-    `instructions` [I] are the tokens before all prompts; they are run once a step. The gradient is a sum over
-    `micro_batches` pieces of the batch.
-    """
-    policy, instruct = instructed(policy, instructions)
-
-    def loss(params: Params, piece: Batch, batch: Batch) -> tuple[Array, dict[str, Array]]:
-        return gold_loss(policy, params, piece, prompt_weight, chunk, blanks, batch)
-
-    return descending(loss, instruct, update, micro_batches)
-
-
-def descending(
-    loss: Callable[[Params, Any, Any], tuple[Array, dict[str, Array]]], instruct: Callable[[Params], Params],
-    update: UpdateFn, micro_batches: int,
-) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
-    """The step `(state, batch) -> (state, metrics)` of gradient descent on `loss(params, piece, batch) -> loss,
-    metrics`, summed over `micro_batches` pieces of the batch. All pieces share one run of the instructions."""
-
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
-        params, pull = jax.vjp(instruct, state.params)
-
-        def one(piece: Any) -> tuple[Params, dict[str, Array]]:
-            (_, figures), grads = jax.value_and_grad(loss, has_aux=True)(params, piece, batch)
-            return grads, figures
-
-        grads, metrics = _summed(one, split(batch, micro_batches), micro_batches)
-        (grads,) = pull(grads)
-        metrics["tokens/trained"] += shared_tokens(params)
-        metrics["budget/tokens"] += 3 * shared_tokens(params)
-        params, opt_state, skipped, figures = update(grads, state.params, state.opt_state, state.skipped)
-        state = state.replace(params=params, opt_state=opt_state, skipped=skipped, step=state.step + 1)
-        return state, {name: jnp.asarray(value, jnp.float32) for name, value in (metrics | figures).items()}
-
-    return step
-
-
-def _summed(one: Callable[[Any], Any], pieces: Any, number: int) -> Any:
-    """The sum of `one(piece)` over pieces [number, ...]."""
-    first = jax.tree.map(lambda x: x[0], pieces)
-    if number == 1:
-        return one(first)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first))
-    return jax.lax.scan(lambda total, piece: (jax.tree.map(jnp.add, total, one(piece)), None), zeros, pieces)[0]

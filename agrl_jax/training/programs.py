@@ -27,6 +27,7 @@ from agrl_jax.rl.step import StepConfig
 from agrl_jax.runtime import optim, sharding
 from agrl_jax.runtime.config import last_branch
 from agrl_jax.supervised import distill, dpo, sft
+from agrl_jax.supervised.step import LossFn, make_step
 from agrl_jax.training import assemble
 from agrl_jax.training.assemble import Model
 from agrl_jax.types import Batch, DifficultyState, GuidanceState, Params, Policy, TrainState
@@ -120,16 +121,10 @@ def _supervised_program(
     blanks: Any,
 ) -> Program:
     """Over `base` where the stage trains adapters, from `start` if it is given."""
-    tx = _optimiser(config, model, stage, weight_decay=config.sft.weight_decay)
-
-    def make(policy: Policy, sampler: Any) -> Callable[..., Any]:
-        return sft.make_step(
-            policy, _updater(tx), config.sft.prompt_weight, _chunk(config, mesh), blanks, model.instructions,
-            config[branch_of(config, stage)].micro_batches,
-        )
-
-    fresh, template = _fresh_state(config, mesh, model, stage, tx, start)
-    return Program(_jit(config, mesh, model, stage, make, template, base), template, (base,), fresh)
+    loss = partial(
+        sft.gold_loss, prompt_weight=config.sft.prompt_weight, chunk=_chunk(config, mesh), blanks=blanks
+    )
+    return _descent(config, mesh, model, stage, base, start, loss, weight_decay=config.sft.weight_decay)
 
 
 def rl_program(
@@ -160,32 +155,33 @@ def rl_program(
 
 def dpo_program(config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, reference: Weights) -> Program:
     """The program of preference optimisation from the end of the warm start."""
-    base, start = _from_reference(config, reference)
-    tx = _optimiser(config, model, "rl")
-
-    def make(policy: Policy, sampler: Any) -> Callable[..., Any]:
-        return dpo.make_step(
-            policy, _updater(tx), config.dpo.beta, config.rl.temperature, _chunk(config, mesh), model.instructions,
-            config.dpo.micro_batches,
-        )
-
-    fresh, template = _fresh_state(config, mesh, model, "rl", tx, start)
-    return Program(_jit(config, mesh, model, "rl", make, template, base), template, (base,), fresh)
+    loss = partial(
+        dpo.preference_loss, beta=config.dpo.beta, temperature=config.rl.temperature, chunk=_chunk(config, mesh)
+    )
+    return _descent(config, mesh, model, "rl", *_from_reference(config, reference), loss)
 
 
 def distill_program(config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, reference: Weights) -> Program:
     """The program of distillation from the end of the warm start."""
-    base, start = _from_reference(config, reference)
-    tx, texts = _optimiser(config, model, "rl"), pipeline.part_texts(model.book, model.tokenizer)
+    texts = pipeline.part_texts(model.book, model.tokenizer)
+    loss = partial(
+        distill.distill_loss, texts=texts, step_weight=config.distill.step_weight, chunk=_chunk(config, mesh)
+    )
+    return _descent(config, mesh, model, "rl", *_from_reference(config, reference), loss)
+
+
+def _descent(
+    config: ConfigDict, mesh: jax.sharding.Mesh, model: Model, stage: str, base: Params | None, start: Params | None,
+    loss: LossFn, **decay: Any,
+) -> Program:
+    """The program of gradient descent on a loss, over `base` where the stage trains adapters, from `start` if given."""
+    tx, pieces = _optimiser(config, model, stage, **decay), config[branch_of(config, stage)].micro_batches
 
     def make(policy: Policy, sampler: Any) -> Callable[..., Any]:
-        return distill.make_step(
-            policy, _updater(tx), texts, config.distill.step_weight, _chunk(config, mesh), model.instructions,
-            config.distill.micro_batches,
-        )
+        return make_step(loss, policy, _updater(tx), model.instructions, pieces)
 
-    fresh, template = _fresh_state(config, mesh, model, "rl", tx, start)
-    return Program(_jit(config, mesh, model, "rl", make, template, base), template, (base,), fresh)
+    fresh, template = _fresh_state(config, mesh, model, stage, tx, start)
+    return Program(_jit(config, mesh, model, stage, make, template, base), template, (base,), fresh)
 
 
 def _optimiser(config: ConfigDict, model: Model, stage: str, updates: int = 1, **more: Any) -> Any:

@@ -389,13 +389,7 @@ def _prefer(run: Run, reference: Weights) -> Weights:
     _say_encoding(run, split)
     pairs, mined = _mine(run, split, reference)
     program = dpo_program(config, run.mesh, run.model, reference)
-    state, spent = _restored(run, "rl", program)
-    _free(reference, program)
-    (base,) = program.fixed
-    batches = pipeline.batches(pairs, config.dpo.batch_size, config.seed, start=int(state.step))
-    spent = max(spent, mined)  # mining is paid once
-    state = _run_stage(run, "rl", program, state, spent, batches, DPO_FIGURES, _validation(run, base))
-    return Weights(state.params, base)
+    return _descend(run, reference, program, pairs, config.dpo.batch_size, DPO_FIGURES, paid=mined)
 
 
 def _mine(run: Run, split: EncodedSplit, reference: Weights) -> tuple[Preferences, int]:
@@ -442,24 +436,27 @@ def _continue_sft(run: Run, reference: Weights) -> Weights:
     config, split = run.config, run.splits[_trained_on(run.config, "rl")]
     blanks = assemble.blanks(config, run.model, split)
     program = continued_sft_program(config, run.mesh, run.model, reference, blanks)
-    state, spent = _restored(run, "rl", program)
-    _free(reference, program)
-    (base,) = program.fixed
-    first = first_batch(config) + int(state.step)
-    batches = pipeline.batches(split, config.more.batch_size, config.seed, start=first)
-    state = _run_stage(run, "rl", program, state, spent, batches, SUPERVISED_FIGURES, _validation(run, base))
-    return Weights(state.params, base)
+    first = first_batch(config)
+    return _descend(run, reference, program, split, config.more.batch_size, SUPERVISED_FIGURES, first)
 
 
 def _distill(run: Run, reference: Weights) -> Weights:
     """Distillation of a judge in place of reinforcement learning, from the end of the warm start."""
-    config = run.config
-    program = distill_program(config, run.mesh, run.model, reference)
+    program = distill_program(run.config, run.mesh, run.model, reference)
+    return _descend(run, reference, program, run.lessons, run.config.distill.batch_size, DISTILL_FIGURES)
+
+
+def _descend(
+    run: Run, reference: Weights, program: Program, data: Any, size: int, figures: Mapping[str, str], first: int = 0,
+    paid: int = 0,
+) -> Weights:
+    """The stage of a program that takes batches of `size` of the data from batch `first` on. `paid` tokens count as
+    spent before it begins."""
     state, spent = _restored(run, "rl", program)
     _free(reference, program)
     (base,) = program.fixed
-    batches = pipeline.batches(run.lessons, config.distill.batch_size, config.seed, start=int(state.step))
-    state = _run_stage(run, "rl", program, state, spent, batches, DISTILL_FIGURES, _validation(run, base))
+    batches = pipeline.batches(data, size, run.config.seed, start=first + int(state.step))
+    state = _run_stage(run, "rl", program, state, max(spent, paid), batches, figures, _validation(run, base))
     return Weights(state.params, base)
 
 
