@@ -131,9 +131,7 @@ _ABOUT = ("method", "labels")  # entries of a run that are not fields
 
 def settings(config: ConfigDict, overrides: Sequence[str]) -> dict[str, Any]:
     """What a result depends on: all fields. Of a path in the overrides, only the name of the file counts."""
-    fields = flatten(resolve(config)) | dict(_named(overrides))
-    fields.pop("workdir", None)
-    return fields
+    return flatten(resolve(config)) | dict(_named(overrides))
 
 
 def same(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:

@@ -77,7 +77,6 @@ def test_parse_arg_reads_back_what_was_written(batch, rate, name, local):
         (Rule(str, choices=("a", "b")), ["a"], ["c", "", 1, None]),
         (Rule(bool), [True, False], [0, 1, "True", None]),
         (Rule(str), ["", "x"], [1, None]),
-        (Rule(int, low=0, optional=True), [None, 0], [-1]),
     ],
 )
 def test_rule(rule, good, bad):
@@ -140,22 +139,6 @@ def test_a_field_that_a_config_file_misspells_is_refused():
         config.rl.stpes = 3
     with pytest.raises(ConfigError, match="unknown field rl.stpes; did you mean 'rl.steps'"):
         cfg.validate(config)
-
-
-def test_a_field_without_a_rule_keeps_the_type_of_the_reference():
-    reference = ConfigDict({"mine": 3, "free": None})
-    cfg.validate(ConfigDict({"mine": 4, "free": "x"}), rules={}, reference=reference)
-    with pytest.raises(ConfigError, match="mine is 'four', expected a whole number"):
-        cfg.validate(ConfigDict({"mine": "four", "free": 1}), rules={}, reference=reference)
-
-
-def test_check_known_names_the_nearest_fields():
-    config = ConfigDict({"rl": {"stpes": 3, "group_size": 8}, "stepz": 1})
-    with pytest.raises(ConfigError) as error:
-        cfg.check_known(config, recipes.base())
-    assert "unknown field rl.stpes; did you mean 'rl.steps'" in str(error.value)
-    assert "unknown field stepz; did you mean " in str(error.value)
-    cfg.check_known(ConfigDict({"rl": {"steps": 3}}), recipes.base())
 
 
 # ----------------------------------------------------------------------------------- fields in agreement
@@ -353,12 +336,10 @@ def test_resolve_follows_references_and_is_json():
     assert json.loads(json.dumps(cfg.resolve(config))) == {"copy_of_steps": 7, "rl": {"steps": 7}}
 
 
-def test_digest_changes_with_the_fields_that_count():
+def test_digest_changes_with_the_fields():
     one, two = recipes.base(), recipes.base()
     two.eval.every, two.eval.pairs = 7, 3
     assert cfg.config_digest(one) != cfg.config_digest(two)
-    assert cfg.config_digest(one, ignore=("eval",)) == cfg.config_digest(two, ignore=("eval",))
-    assert cfg.config_digest(one, ignore=("eva",)) != cfg.config_digest(two, ignore=("eva",))
     assert cfg.config_digest(one) == cfg.config_digest(recipes.base())
 
 

@@ -11,7 +11,7 @@ import pytest
 from test_scorecard import BOOK, judgements, random_judgements, values
 
 from agrl_jax.evaluation import judgements as kept
-from agrl_jax.evaluation.intervals import over_seeds, paired_difference, score
+from agrl_jax.evaluation.intervals import over_seeds, score
 from agrl_jax.evaluation.metrics import ScorecardError
 
 
@@ -52,12 +52,17 @@ def test_the_mean_over_runs_and_its_interval() -> None:
     assert np.percentile(one["accuracy"][1:], [2.5, 97.5]) == pytest.approx([interval["low"], interval["high"]])
 
 
-def test_differences_of_two_methods_are_paired() -> None:
-    start, end = random_judgements(1), random_judgements(2, accuracy=0.7)
-    before, after = (over_seeds([judged], BOOK, bootstrap=300)["accuracy"] for judged in (start, end))
-    paired = paired_difference(start, end, "accuracy", BOOK, bootstrap=300)
-    assert (after - before)[0] == pytest.approx(paired["value"])
-    assert np.percentile((after - before)[1:], [2.5, 97.5]) == pytest.approx([paired["low"], paired["high"]])
+def test_a_difference_leaves_out_what_both_share() -> None:
+    same = over_seeds([random_judgements(1)], BOOK, bootstrap=100)["accuracy"]
+    assert not (same - over_seeds([random_judgements(1)], BOOK, bootstrap=100)["accuracy"]).any()
+    # 40 of 400 pairs turn from wrong to right, none back. The variance of a change is 0.1·0.9, whatever the level.
+    before, after = np.repeat([0, 1], [200, 200]), np.repeat([0, 1], [240, 160])
+    start, end = (
+        over_seeds([judgements(np.zeros(400, int), one)], BOOK, bootstrap=3000)["accuracy"] for one in (before, after)
+    )
+    low, high = np.percentile((end - start)[1:], [2.5, 97.5])
+    assert (end - start)[0] == pytest.approx(0.1)
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.1 * 0.9 / 400), rel=0.1)
 
 
 def test_runs_of_other_pairs_are_refused() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from agrl_jax.evaluation import intervals, metrics, tables
-from agrl_jax.evaluation.intervals import paired_difference, score
+from agrl_jax.evaluation.intervals import score
 from agrl_jax.evaluation.metrics import Judgements, ScorecardError
 from agrl_jax.rulebook.book import RuleBook, Step, Tier, load
 from agrl_jax.types import UNKNOWN
@@ -378,41 +378,6 @@ def test_a_seed_gives_the_same_intervals_and_another_seed_others():
     judged = random_judgements(0)
     assert score(judged, BOOK, 50, seed=1) == score(judged, BOOK, 50, seed=1)
     assert score(judged, BOOK, 50, seed=1)["nll"]["low"] != score(judged, BOOK, 50, seed=2)["nll"]["low"]
-
-
-# --------------------------------------------------------------------------------------- paired differences
-
-
-@pytest.mark.parametrize("metric", ["accuracy", "macro_f1", "step_accuracy", "adherence", "kappa", "f1/3-Related"])
-def test_a_paired_difference_is_that_of_the_scores(metric):
-    start, end = random_judgements(1, accuracy=0.5), random_judgements(2, accuracy=0.8)
-    difference = paired_difference(start, end, metric, BOOK, bootstrap=200)
-    assert difference["value"] == pytest.approx(values(end)[metric] - values(start)[metric])
-    assert 0 < difference["low"] < difference["value"] < difference["high"]
-    back = paired_difference(end, start, metric, BOOK, bootstrap=200)
-    assert [-back["value"], -back["high"], -back["low"]] == pytest.approx(list(difference.values()))
-
-
-def test_a_paired_difference_leaves_out_what_both_share():
-    same = random_judgements(1)
-    assert paired_difference(same, same, "accuracy", BOOK, bootstrap=100) == {"value": 0, "low": 0, "high": 0}
-    # 40 of 400 pairs turn from wrong to right, none back. The variance of a change is 0.1·0.9, whatever the level.
-    before = np.repeat([0, 1], [200, 200])
-    after = np.repeat([0, 1], [240, 160])
-    truth = np.zeros(400, int)
-    start, end = judgements(truth, before), judgements(truth, after)
-    difference = paired_difference(start, end, "accuracy", BOOK, bootstrap=3000)
-    half = 1.96 * math.sqrt(0.1 * 0.9 / 400)
-    assert difference["value"] == pytest.approx(0.1)
-    assert difference["high"] - difference["low"] == pytest.approx(2 * half, rel=0.1)
-
-
-def test_a_paired_difference_of_other_pairs_or_metrics_is_refused():
-    judged = random_judgements(0)
-    with pytest.raises(ScorecardError, match="same pairs in the same order"):
-        paired_difference(judged, judged.take(np.arange(len(judged))[::-1]), "accuracy", BOOK)
-    with pytest.raises(ScorecardError, match="unknown metric 'acuracy'; there are accuracy"):
-        paired_difference(judged, judged, "acuracy", BOOK)
 
 
 # --------------------------------------------------------------------------------------------- bad input

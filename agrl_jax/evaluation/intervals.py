@@ -1,4 +1,4 @@
-"""Bootstrap intervals: of one scorecard by query, of differences, over seeds."""
+"""Bootstrap intervals: of one scorecard by query, and over seeds."""
 
 from __future__ import annotations
 
@@ -59,35 +59,6 @@ def score(judged: Judgements, book: RuleBook, bootstrap: int = 1000, seed: int =
             for name, mask in masks.items()
         }
     return scores
-
-
-def paired_difference(
-    start: Judgements, end: Judgements, metric: str, book: RuleBook, bootstrap: int = 1000, seed: int = 0
-) -> dict[str, float | None]:
-    """`{value, low, high}` of a metric of `end` minus that of `start`, both judging the same pairs.
-
-    Each resample gives both the same weights of queries, so that what makes a pair hard for both cancels.
-    `metric` is any of `score`, such as `macro_f1`.
-
-    Raises:
-      ScorecardError: the pairs are not the same ones in the same order, or there is no such metric.
-    """
-    same = len(start) == len(end) and np.array_equal(start.steps, end.steps) and np.array_equal(start.tier, end.tier)
-    if not same or list(start.query) != list(end.query):
-        raise ScorecardError("a paired difference needs two judgements of the same pairs in the same order")
-    estimators = Estimator(start, book), Estimator(end, book)
-
-    def difference(weights: np.ndarray) -> np.ndarray:
-        before, after = (estimator(weights) for estimator in estimators)
-        if metric not in before or metric not in after:
-            raise ScorecardError(f"unknown metric {metric!r}; there are {', '.join(before)}")
-        return after[metric].value - before[metric].value
-
-    queries = estimators[0].queries
-    value = difference(np.ones((1, queries)))[0]
-    resampled = [difference(weights) for weights in resamples(queries, len(start), bootstrap, seed)]
-    low, high = interval(value, np.concatenate([[], *resampled]))
-    return {"value": _number(value), "low": low, "high": high}
 
 
 def over_seeds(

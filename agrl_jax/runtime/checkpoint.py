@@ -35,7 +35,7 @@ SFT_END = "sft_end"
 # Fields of the identity that may differ on resuming: evaluation, logs, checkpoints; and the mesh, how a batch is cut
 # up to save memory, and the versions of libraries (the continuation is then exact up to rounding only).
 MAY_CHANGE = (
-    "config.eval", "config.log", "config.checkpoint", "config.workdir", "config.mesh", "versions",
+    "config.eval", "config.log", "config.checkpoint", "config.mesh", "versions",
     *(f"config.{stage}.micro_batches" for stage in ("sft", "rl", "dpo", "more", "distill")),
     "config.rl.sample_batches", "config.objective.logprob_chunk", "config.policy.remat", "config.policy.attention",
     "config.distill.path", "config.distill.teacher",  # the digest of what is learnt is in the identity

@@ -99,8 +99,7 @@ def _parse_value(name: str, text: str, default: Any) -> Any:
 class Rule:
     """What a field may hold. A string or boolean without choices may hold anything of its type.
 
-    `low` and `high` are inclusive, `above` is exclusive; `also` lists values allowed beside the range;
-    `optional` allows None.
+    `low` and `high` are inclusive, `above` is exclusive; `also` lists values allowed beside the range.
     """
 
     type: type = float
@@ -109,12 +108,11 @@ class Rule:
     high: float | None = None
     choices: tuple[Any, ...] = ()
     also: tuple[Any, ...] = ()
-    optional: bool = False
     joined: str = ""  # the separator of several choices, if they can be joined
 
     def problem(self, value: Any) -> str:
         """The end of a sentence about what is wrong with `value`; empty if nothing is."""
-        if (value is None and self.optional) or (type(value) is self.type and value in self.also):
+        if type(value) is self.type and value in self.also:
             return ""
         if not _is_a(value, self.type):
             return f"is {value!r}, expected {self.expected()}"
@@ -148,7 +146,7 @@ class Rule:
             text = " ".join([kind, " and ".join(bounds)]).strip()
         else:
             text = {str: "a string", bool: "True or False"}.get(self.type, self.type.__name__)
-        return " or ".join([text, *map(str, self.also), *(["None"] if self.optional else [])])
+        return " or ".join([text, *map(str, self.also)])
 
 
 def _is_a(value: Any, kind: type) -> bool:
@@ -366,32 +364,17 @@ RULES: Mapping[str, Rule] = {
 # ------------------------------------------------------------------------------------------- the checks
 
 
-def check_known(config: ConfigDict | Mapping[str, Any], reference: ConfigDict | Mapping[str, Any]) -> None:
-    """Raises ConfigError if `config` has fields that `reference` lacks, each with the nearest valid ones."""
-    known = dict(_flatten(reference))
-    unknown = [name for name, _ in _flatten(config) if name not in known]
-    raise_problems([f"unknown field {name}{_hint(name, known)}" for name in unknown])
+def validate(config: ConfigDict) -> None:
+    """Checks every field by itself: each field of RULES exists and obeys its rule, and there are no other fields.
 
-
-def validate(
-    config: ConfigDict, rules: Mapping[str, Rule] = RULES, reference: ConfigDict | None = None
-) -> None:
-    """Checks every field by itself: each rule's field exists and obeys the rule, and there are no other fields.
-
-    With a `reference`, a field without a rule is allowed if it has the type that it has in the reference. Raises
-    ConfigError with all problems in one message; unknown fields come with the nearest valid ones.
+    Raises ConfigError with all problems in one message; unknown fields come with the nearest valid ones.
     """
     fields = dict(_flatten(config))
-    defaults = dict(_flatten(reference)) if reference is not None else {}
-    problems = [f"field {name} is missing" for name in rules if name not in fields]
+    problems = [f"field {name} is missing" for name in RULES if name not in fields]
     for name, value in fields.items():
-        if name not in rules and name not in defaults:
-            problems.append(f"unknown field {name}{_hint(name, [*rules, *defaults])}")
-            continue
-        default = defaults.get(name)
-        rule = rules.get(name, Rule(object if default is None else type(default)))
-        problem = rule.problem(value)
-        if problem:
+        if name not in RULES:
+            problems.append(f"unknown field {name}{_hint(name, RULES)}")
+        elif problem := RULES[name].problem(value):
             problems.append(f"{name} {problem}")
     raise_problems(problems)
 
@@ -642,10 +625,9 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
     return any(name == pattern or name.startswith(pattern + ".") for pattern in patterns)
 
 
-def config_digest(config: ConfigDict, ignore: Sequence[str] = ("workdir",)) -> str:
-    """SHA-256, in hex, of all fields but those in or below the dotted names in `ignore`."""
-    kept = {name: value for name, value in _flatten(resolve(config)) if not matches(name, ignore)}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+def config_digest(config: ConfigDict) -> str:
+    """SHA-256, in hex, of all fields."""
+    return hashlib.sha256(json.dumps(flatten(resolve(config)), sort_keys=True).encode()).hexdigest()
 
 
 def diff(old: ConfigDict | Mapping[str, Any], new: ConfigDict | Mapping[str, Any]) -> list[str]:
@@ -663,11 +645,11 @@ def diff(old: ConfigDict | Mapping[str, Any], new: ConfigDict | Mapping[str, Any
 
 
 def parse_flags(
-    argv: Sequence[str], name: str = "config", positional: bool = False, known: Mapping[str, Any] | None = None
+    argv: Sequence[str], positional: bool = False, known: Mapping[str, Any] | None = None
 ) -> list[str]:
     """Parses the command line; a mistake ends the process with one clear message and exit code 2.
 
-    absl alone would answer an unknown field of the config file flag `--{name}`, or an error inside the config
+    absl alone would answer an unknown field of the config file flag `--config`, or an error inside the config
     file, with a traceback. Returns the arguments that are not flags, the program's name first; more than that is
     a mistake, unless `positional`. `known` are the fields by dotted names where they come from no file. Fits
     `absl.app.run(flags_parser=...)` too.
@@ -677,10 +659,10 @@ def parse_flags(
         app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)  # absl itself exits with 1, as for a mistake
     try:
         rest = flags.FLAGS(list(argv))
-        if name in flags.FLAGS and flags.FLAGS[name].value is not None:
-            _ = flags.FLAGS[name].value.is_locked  # an unreadable file raises only on first use
+        if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
+            _ = flags.FLAGS["config"].value.is_locked  # an unreadable file raises only on first use
     except (flags.Error, AttributeError, KeyError, OSError) as error:
-        exit_with(overrides_error(error, argv, name, known))
+        exit_with(overrides_error(error, argv, known))
     if len(rest) > 1 and not positional:
         exit_with(ConfigError(f"unexpected argument {rest[1]!r}; flags start with --"))
     return rest
@@ -702,9 +684,7 @@ def exit_with(error: Exception) -> NoReturn:
     raise SystemExit(2)
 
 
-def overrides_error(
-    error: Exception, argv: Sequence[str], name: str = "config", known: Mapping[str, Any] | None = None
-) -> ConfigError:
+def overrides_error(error: Exception, argv: Sequence[str], known: Mapping[str, Any] | None = None) -> ConfigError:
     """The ConfigError that explains a failure to parse `argv`, with field and value.
 
     Raises `error` itself where it comes from a bug in a config file, whose traceback is worth seeing.
@@ -712,19 +692,19 @@ def overrides_error(
     inner = [cause for cause in _causes(error) if isinstance(cause, ConfigError)]
     if inner:
         return inner[-1]  # absl and ml-collections wrap what a config file raised
-    example = f"--{name}=configs/quickstart.py"
+    example = "--config=configs/quickstart.py"
     if isinstance(error, OSError) and "Configuration is not available" in str(error):
         reason = str(error).strip().splitlines()[-1].strip()
         return ConfigError(f"the config file cannot be read: {reason}; name one, such as {example}")
     if isinstance(error, AttributeError) and "no attribute 'get_config'" in str(error):
-        return ConfigError(f"--{name} names a file without a function get_config; name a config, such as {example}")
+        return ConfigError(f"--config names a file without a function get_config; name a config, such as {example}")
     if missing := re.search(r"Flag --(\w+) must have a value other than None", str(error)):
         flag = missing.group(1)
-        return ConfigError(f"--{flag} is needed" + (f", such as {example}" if flag == name else ""))
-    if not known and isinstance(error, flags.UnrecognizedFlagError) and str(error.flagname).startswith(f"{name}."):
-        return ConfigError(f"--{error.flagname} needs --{name}=FILE before it")
-    known = known or _load(argv, name)
-    problems = [problem for word in argv if (problem := _override_problem(word, known, name))] if known else []
+        return ConfigError(f"--{flag} is needed" + (f", such as {example}" if flag == "config" else ""))
+    if not known and isinstance(error, flags.UnrecognizedFlagError) and str(error.flagname).startswith("config."):
+        return ConfigError(f"--{error.flagname} needs --config=FILE before it")
+    known = known or _load(argv)
+    problems = [problem for word in argv if (problem := _override_problem(word, known))] if known else []
     if problems:
         return ConfigError("\n  ".join(problems))
     if isinstance(error, flags.Error):
@@ -740,9 +720,9 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__ or cause.__context__
 
 
-def _override_problem(word: str, known: Mapping[str, Any], name: str) -> str:
+def _override_problem(word: str, known: Mapping[str, Any]) -> str:
     """What is wrong with one command-line word, if it is an override of the config; empty if nothing is."""
-    match = re.fullmatch(rf"--?(no)?{re.escape(name)}\.([^=]+)(?:=(.*))?", word, re.DOTALL)
+    match = re.fullmatch(r"--?(no)?config\.([^=]+)(?:=(.*))?", word, re.DOTALL)
     if match is None:
         return ""
     negated, field, text = match.groups()
@@ -772,14 +752,14 @@ def _parses(kind: type, text: str) -> bool:
     return True
 
 
-def _load(argv: Sequence[str], name: str) -> dict[str, Any]:
+def _load(argv: Sequence[str]) -> dict[str, Any]:
     """The fields of the config file named in `argv`, without its overrides; empty if it cannot be loaded."""
     for position, word in enumerate(argv):
-        match = re.fullmatch(rf"--?{re.escape(name)}(?:=(.*))?", word, re.DOTALL)
+        match = re.fullmatch(r"--?config(?:=(.*))?", word, re.DOTALL)
         if match:
             path = match.group(1) if match.group(1) is not None else "".join(argv[position + 1 : position + 2])
             try:
-                return flatten(flags.FLAGS[name].parser.parse(path))
+                return flatten(flags.FLAGS["config"].parser.parse(path))
             except Exception:  # a config file can raise anything; the first error is the one to report
                 return {}
     return {}
