@@ -24,6 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from agrl_jax.data.bundled.benchmark import load_benchmark
 from agrl_jax.data.pairs import Pair, item_text
 from agrl_jax.rulebook import book
+from agrl_jax.runtime.config import parse_flags
 
 _DATA_DIR = flags.DEFINE_string("data_dir", "", "where the benchmark is kept; empty: built anew and thrown away")
 _SEED = flags.DEFINE_integer("benchmark_seed", 0, "seed of the benchmark")
@@ -84,8 +85,6 @@ def _overlap(pair: Pair) -> list[float]:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
     with tempfile.TemporaryDirectory() as folder:
         data = load_benchmark(_DATA_DIR.value or folder, _SEED.value)
     train = [*data["sft"], *data["train"]]
@@ -101,4 +100,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

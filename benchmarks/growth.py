@@ -25,6 +25,7 @@ import numpy as np
 from absl import app, flags
 
 from agrl_jax.policy.layers import PolicyConfig
+from agrl_jax.runtime.config import parse_flags
 from agrl_jax.runtime.memory import with_huge_pages
 from benchmarks import machine, results, table, workload
 from benchmarks.contenders.protocol import peak_rss
@@ -139,8 +140,6 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
     if _POINT.value:
         point = json.loads(_POINT.value)
         shape = dataclasses.replace(PolicyConfig(**point["shape"]), compute_dtype=machine.dtype_of(DTYPE.value))
@@ -160,4 +159,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     with_huge_pages()
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

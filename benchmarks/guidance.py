@@ -22,6 +22,7 @@ from absl import app, flags
 
 from agrl_jax.rl.guidance import GuidanceConfig, initial_state
 from agrl_jax.rl.step import StepConfig
+from agrl_jax.runtime.config import parse_flags
 from agrl_jax.runtime.memory import with_huge_pages
 from agrl_jax.types import Batch, TrainState
 from benchmarks import machine, results, table, workload
@@ -90,8 +91,6 @@ def _remembering(state: TrainState, load: Workload) -> TrainState:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
     dtype = machine.dtype_of(DTYPE.value)
     found = {"benchmark": "guidance", "dtype": dtype, "machine": machine.describe(), "policies": []}
     pairs = zip(_MODELS.value, _WORKS.value, strict=True)
@@ -103,4 +102,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     with_huge_pages()
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

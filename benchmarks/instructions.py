@@ -28,6 +28,7 @@ from agrl_jax.policy import transformer
 from agrl_jax.policy.scoring import instructed, prefill
 from agrl_jax.rulebook import book
 from agrl_jax.runtime import optim
+from agrl_jax.runtime.config import parse_flags
 from agrl_jax.runtime.memory import with_huge_pages
 from agrl_jax.supervised import sft
 from agrl_jax.supervised.step import make_step
@@ -116,8 +117,6 @@ def measure(make: Callable[..., Callable[[], Any]], model: Model, kinds: dict[st
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
     dtype = machine.dtype_of(DTYPE.value)
     model = workload.load(MODEL.value, dtype)
     kinds = layouts(model, _ROWS.value)
@@ -137,4 +136,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     with_huge_pages()
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

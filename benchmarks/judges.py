@@ -26,6 +26,7 @@ from agrl_jax.judging import trained
 from agrl_jax.policy.smollm2 import find_smollm2
 from agrl_jax.rulebook import grammar
 from agrl_jax.runtime import sharding
+from agrl_jax.runtime.config import parse_flags
 from agrl_jax.runtime.memory import with_huge_pages
 from benchmarks import environments, results, table, workload
 from benchmarks.contenders import protocol
@@ -70,8 +71,6 @@ def run(name: str, python: str, task: protocol.JudgeTask) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
     if wrong := set(_ONLY.value) - set(CONTENDERS):
         raise app.UsageError(f"--only={wrong.pop()}: not one of {', '.join(CONTENDERS)}")
     jax.config.update("jax_platforms", "cpu")  # in this process alone: the contenders use the device
@@ -97,4 +96,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     with_huge_pages()
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -18,6 +18,7 @@ from typing import Any
 from absl import app, flags
 
 from agrl_jax.policy.layers import PolicyConfig
+from agrl_jax.runtime.config import parse_flags
 from agrl_jax.runtime.memory import with_huge_pages
 from benchmarks import machine, phases, results, table, workload
 from benchmarks.options import CHUNK, DTYPE, MODEL, OUT, REPEATS, WORK
@@ -53,8 +54,6 @@ def _load(shape: PolicyConfig, work: Work) -> Workload:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
     dtype, work = machine.dtype_of(DTYPE.value), workload.WORKS[WORK.value]
     shape = dataclasses.replace(workload.SHAPES[MODEL.value], compute_dtype=dtype, remat=_REMAT.value)
     limits = machine.ceilings(dtype)
@@ -74,4 +73,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     with_huge_pages()
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from absl import app
 
+from agrl_jax.runtime.config import parse_flags
 from agrl_jax.runtime.memory import with_huge_pages
 from benchmarks.options import DTYPE
 
@@ -108,12 +109,10 @@ def _commit() -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
     dtype = dtype_of(DTYPE.value)
     print(json.dumps(describe() | {"dtype": dtype, "ceilings": ceilings(dtype)}))
 
 
 if __name__ == "__main__":
     with_huge_pages()
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -22,6 +22,7 @@ import jax
 from absl import app, flags
 
 from agrl_jax.policy import loading
+from agrl_jax.runtime.config import parse_flags
 from agrl_jax.runtime.memory import with_huge_pages
 from benchmarks import environments, results, table, workload
 from benchmarks.contenders import protocol
@@ -130,8 +131,6 @@ def _outcome(run: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
     jax.config.update("jax_platforms", "cpu")  # in this process alone: the contenders use the device
     out = results.path_of(OUT.value, f"peers_{WORK.value}")
     try:
@@ -143,4 +142,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     with_huge_pages()
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

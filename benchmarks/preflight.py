@@ -16,6 +16,7 @@ from absl import app, flags
 
 from agrl_jax import preflight
 from agrl_jax.bounds import compile
+from agrl_jax.runtime.config import parse_flags
 from agrl_jax.runtime.files import write_text
 from agrl_jax.runtime.markdown import table
 from benchmarks.machine import ROOT
@@ -98,4 +99,4 @@ def _kept() -> dict[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

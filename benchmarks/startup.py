@@ -34,6 +34,7 @@ from agrl_jax.policy import loading
 from agrl_jax.policy.smollm2 import NotInstalledError, find_smollm2
 from agrl_jax.policy.tokenizer import Tokenizer, train_bpe
 from agrl_jax.rulebook import book, wording
+from agrl_jax.runtime.config import parse_flags
 from agrl_jax.runtime.logs import MetricsWriter, read_jsonl
 from agrl_jax.runtime.memory import with_huge_pages
 from agrl_jax.training import run
@@ -156,8 +157,6 @@ def _pairs_per_minute(pairs: list[Pair], tokenizer: Tokenizer, length: int, styl
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
     path = results.path_of(OUT.value, "startup")
     found: dict[str, Any] = {"benchmark": "startup", "machine": machine.describe()}
     name = config_flags.get_config_filename(flags.FLAGS["config"])
@@ -173,4 +172,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     with_huge_pages()
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

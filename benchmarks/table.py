@@ -17,6 +17,7 @@ from typing import Any
 import matplotlib
 from absl import app, flags
 
+from agrl_jax.runtime.config import parse_flags
 from agrl_jax.runtime.markdown import table
 from benchmarks import results
 from benchmarks.machine import ROOT
@@ -264,8 +265,6 @@ def _gigabytes(size: float | None) -> float | None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
     found = read(Path(_RESULTS.value))
     print(markdown(found))
     if _PLOT.value:
@@ -273,4 +272,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)
