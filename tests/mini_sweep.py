@@ -17,5 +17,5 @@ def base() -> ConfigDict:
     return c
 
 
-SWEEP = Sweep("mini", runs={"sft": {}, "sft_all": {}, "grpo": {}, "agrl": {}}, seeds=(0, 1), tuned=None, base=base)
+SWEEP = Sweep("mini", runs={"sft": {}, "sft_all": {}, "agrl": {}}, seeds=(0, 1), tuned=None, base=base)
 get_config = SWEEP.get_config

@@ -143,10 +143,10 @@ def test_one_process_killed_stops_the_others_and_the_restart_resumes(
 
 @pytest.fixture(scope="module")
 def stopped(shared: Path) -> Path:
-    """A run of four processes, of which one was asked to stop. All of them save at the same step."""
-    job = Job(4, shared / "four", shared, "--config.checkpoint.every=1000")
+    """A run of two processes, of which the second was asked to stop. Both save at the same step."""
+    job = Job(2, shared / "stopped", shared, "--config.checkpoint.every=1000")
     job.wait_for_rows(15)
-    job.processes[2].send_signal(signal.SIGTERM)
+    job.processes[1].send_signal(signal.SIGTERM)
     said = job.said()
     assert {process.returncode for process in job.processes} == {128 + signal.SIGTERM}, "\n".join(said)
     assert len({text.splitlines()[-1] for text in said}) == 1 and "the same command continues" in said[0]
@@ -154,10 +154,10 @@ def stopped(shared: Path) -> Path:
 
 
 @pytest.mark.parametrize(("number", "mesh"), [(1, ()), (2, ("--config.mesh.data=1", "--config.mesh.fsdp=2"))])
-def test_a_checkpoint_of_four_processes_resumes_on_fewer(
+def test_a_checkpoint_of_two_processes_resumes_on_one_and_on_another_mesh(
     two: tuple[Path, list[str]], stopped: Path, shared: Path, number: int, mesh: tuple[str, ...]
 ) -> None:
-    workdir = shared / f"from_four_on_{number}"
+    workdir = shared / f"goes_on_on_{number}"
     shutil.copytree(stopped, workdir)
     assert "resuming from rl step" in Job(number, workdir, shared, *mesh).finish()[0]
     assert_same_run(workdir, two[0])
