@@ -34,7 +34,7 @@ from ml_collections import ConfigDict
 
 from agrl_jax import recipes
 from agrl_jax.runtime import markdown
-from agrl_jax.runtime.config import ConfigError, exit_with
+from agrl_jax.runtime.config import ConfigError
 from agrl_jax.runtime.console import say
 from agrl_jax.runtime.files import write_json, write_text
 from experiments import choose, run, study, table
@@ -223,20 +223,14 @@ def main(argv: list[str], plan: Plan = PLAN) -> None:
     overrides = run.read_flags(argv)
     values = flags.FLAGS
     plan = dataclasses.replace(plan, results=Path(values.results).resolve())
-    run.stop_when_told()
     failed = 0
-    try:
+    with run.until_told():
         if unknown := [name for name in values.regimes if name not in REGIMES]:
             raise ConfigError(f"--regimes={unknown[0]}: there are {', '.join(REGIMES)}")
         if values.tables:
             plan.tables(values.regimes)
         else:
             failed = plan.run(Path(values.dir).resolve(), values.workers, values.regimes, overrides, values.search)
-    except ConfigError as error:
-        exit_with(error)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where it was", file=sys.stderr)
-        raise SystemExit(130) from None
     say(f"the tables are in {plan.results / plan.name}")
     raise SystemExit(1 if failed else 0)
 

@@ -213,19 +213,14 @@ def main(argv: list[str]) -> None:
     overrides = run.read_flags(argv)
     values = flags.FLAGS
     sweep = dataclasses.replace(SWEEP, results=Path(values.results).resolve())
-    run.stop_when_told()
     failed = 0
-    try:
-        with training.exit_codes((ConfigError, *distillation.USER_ERRORS)):  # a student is trained in this process
-            if of_student := [word for word in overrides if word.startswith("--config.distill.")]:
-                raise ConfigError(f"{of_student[0]}: the student has its fields from `base` in {__file__}")
-            for seed in dict.fromkeys(seed for _, seed in run.select(sweep, [], values.seeds)):
-                if not values.tables:
-                    failed += make(sweep, seed, Path(values.dir).resolve(), values.workers, overrides)
-                    write_table(sweep)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where it was", file=sys.stderr)
-        raise SystemExit(130) from None
+    with run.until_told(), training.exit_codes(distillation.USER_ERRORS):  # a student is trained in this process
+        if of_student := [word for word in overrides if word.startswith("--config.distill.")]:
+            raise ConfigError(f"{of_student[0]}: the student has its fields from `base` in {__file__}")
+        for seed in dict.fromkeys(seed for _, seed in run.select(sweep, [], values.seeds)):
+            if not values.tables:
+                failed += make(sweep, seed, Path(values.dir).resolve(), values.workers, overrides)
+                write_table(sweep)
     say(write_table(sweep).read_text())
     raise SystemExit(1 if failed else 0)
 

@@ -18,8 +18,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -115,11 +116,19 @@ def read_flags(argv: Sequence[str]) -> list[str]:
     return overrides
 
 
-def stop_when_told() -> None:
-    """SIGTERM and the end of `--minutes` raise KeyboardInterrupt, as Ctrl-C does."""
+@contextmanager
+def until_told() -> Iterator[None]:
+    """SIGTERM and the end of `--minutes` stop the block, as Ctrl-C does: exit code 130. A ConfigError is told: 2."""
     for signum in (signal.SIGTERM, signal.SIGALRM):
         signal.signal(signum, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, 60 * flags.FLAGS.minutes)
+    try:
+        yield
+    except ConfigError as error:
+        exit_with(error)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def run(
@@ -267,16 +276,10 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_list("seeds", [], "Seeds; by default all.")
     overrides = read_flags(argv)
     values = flags.FLAGS
-    stop_when_told()
-    try:
+    with until_told():
         sweep = study.load(values.sweep, values.results)
         wanted = select(sweep, values.only, values.seeds)
         failed = run(sweep, values.sweep, Path(values.dir).resolve(), values.workers, wanted, overrides)
-    except ConfigError as error:
-        exit_with(error)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where it was", file=sys.stderr)
-        raise SystemExit(130) from None
     raise SystemExit(1 if failed else 0)
 
 

@@ -277,7 +277,8 @@ def test_smollm2_learns_the_form_of_answers_on_two_cores(tmp_path: Path, monkeyp
     config.rulebook.path = str(tmp_path / "short.yaml")
     config.data.update(prompt_len=64, response_len=20)
     config.sft.update(steps=12, batch_size=2, learning_rate=1e-4, warmup=2)
-    config.rl.update(steps=2, warmup=1)
+    config.rl.update(steps=2, batch_size=2, group_size=2, micro_batches=1, warmup=1)
+    config.guidance.replace = 1
     config.reward.overlong_from = 18
     config.eval.update(pairs=4, validation_pairs=4, pass_pairs=0)
     card = run(config, tmp_path / "run")
