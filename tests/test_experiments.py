@@ -240,7 +240,7 @@ def test_a_sweep_killed_and_started_again_makes_each_run_once_and_a_table_of_the
     starts = list((tmp_path / "runs" / "starts").iterdir())
     assert len(starts) == 2 and not any((start / "checkpoints" / "rl" / "1").exists() for start in starts)
     for workdir in (tmp_path / "runs" / "mini").iterdir():
-        assert "sft_end" in json.loads((workdir / "calibration.json").read_text())
+        assert "the end of the warm start" in json.loads((workdir / "calibration.json").read_text())
     process = run(tmp_path)
     assert "nothing is missing" in process.communicate()[0]
 
