@@ -44,6 +44,7 @@ from experiments import (
     search,
     study,
     table,
+    tier_only,
 )  # fmt: skip
 from experiments import run as run_sweep
 
@@ -51,7 +52,7 @@ ROOT = Path(__file__).parent.parent
 PLAN = language_model.PLAN
 SWEEPS = (
     main_table.SWEEP, longer.SWEEP, search.SWEEP, ablations.SWEEP, esci.SWEEP, PLAN.search, PLAN.sweep,
-    language_model_long.SWEEP, reasoning.SWEEP,
+    language_model_long.SWEEP, reasoning.SWEEP, tier_only.SWEEP,
 )  # fmt: skip
 
 

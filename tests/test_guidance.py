@@ -93,7 +93,7 @@ def memory(level=(1.0,), offset=(0, 0, 0, 0), seen=(UNKNOWN,) * 4) -> GuidanceSt
 )
 def test_levels(batch, state, progress, changes, expected):
     found = guidance.levels(state, batch, jnp.float32(progress), having(**changes))
-    assert found.dtype == jnp.int32
+    assert found.dtype == jnp.int32 and found.shape == (4,)
     np.testing.assert_array_equal(found, expected)
 
 

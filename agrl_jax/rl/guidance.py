@@ -98,7 +98,7 @@ def select(pass_rate: Array, guidable: Array, cfg: GuidanceConfig, shards: int) 
 def levels(state: GuidanceState, batch: Batch, progress: Array, cfg: GuidanceConfig) -> Array:
     """Parts to reveal, [B] int32 in 0 .. P - 1. `progress` [] in [0, 1] is the share of training done."""
     most = batch.part_end.shape[1] - 1
-    level = state.level[batch.family if cfg.per_family else 0]
+    level = state.level[batch.family if cfg.per_family else jnp.zeros_like(batch.family)]
     if cfg.level == "adaptive":
         level = level + state.offset[batch.row]
     if cfg.cap != "none":
