@@ -41,6 +41,7 @@ _WORK = flags.DEFINE_enum("base_work", "quickstart", list(workload.WORKS), "the 
 _FACTORS = flags.DEFINE_list("factors", ["1", "2", "4", "8"], "how much, times the base")
 _POINT = flags.DEFINE_string("point", "", "JSON: the one point that this process measures; used by the command itself")
 
+FIGURES = ("seconds", "temporary", "peak", "parameters")  # of a point
 AXES = ("group_size", "prompt_len", "response_len", "vocab_size", "parameters")
 
 
@@ -70,6 +71,16 @@ def measure(shape: PolicyConfig, work: Work, repeats: int) -> dict[str, Any]:
     }
 
 
+def _in_a_process(point: dict[str, Any]) -> dict[str, Any]:
+    """`measure` of a point, in a process of its own, since the peak of memory is a process's."""
+    command = [
+        sys.executable, "-m", "benchmarks.growth", f"--point={json.dumps(point)}",
+        f"--repeats={REPEATS.value}", f"--dtype={DTYPE.value}",
+    ]  # fmt: skip
+    output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
 def fit(sizes: Sequence[float], values: Sequence[float | None]) -> float | None:
     """The exponent of the power of the size that fits the values best, in logarithms."""
     if len(sizes) < 2 or any(not value for value in values):
@@ -78,7 +89,7 @@ def fit(sizes: Sequence[float], values: Sequence[float | None]) -> float | None:
 
 
 def _measure_all(found: dict[str, Any], factors: Sequence[int], path: Path) -> None:
-    """Adds the points that `found` does not have yet, each measured in a process of its own, and writes them."""
+    """Adds the points that `found` does not have yet, and writes them."""
     shape, work, points = workload.SHAPES[found["model"]], workload.WORKS[found["work"]], found["points"]
     done = {(point["axis"], point["factor"]) for point in points}
     for axis, factor in itertools.product(AXES, factors):
@@ -86,12 +97,8 @@ def _measure_all(found: dict[str, Any], factors: Sequence[int], path: Path) -> N
             continue
         bigger, more = grown(shape, work, axis, factor)
         point = {"shape": dataclasses.asdict(bigger), "work": dataclasses.asdict(more)}
-        command = [
-            sys.executable, "-m", "benchmarks.growth", f"--point={json.dumps(point)}",
-            f"--repeats={REPEATS.value}", f"--dtype={DTYPE.value}",
-        ]  # fmt: skip
-        output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-        figures = json.loads(output.splitlines()[-1])
+        base = next((one for one in points if one["factor"] == factor == 1), None)  # the same on every axis
+        figures = _in_a_process(point) if base is None else {name: base[name] for name in FIGURES}
         size = figures["parameters"] if axis == "parameters" else (point["work"] | point["shape"])[axis]
         points.append({"axis": axis, "factor": factor, "size": size, **figures})
         results.write(path, found)
