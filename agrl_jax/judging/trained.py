@@ -195,8 +195,8 @@ def weights_name(
     """
     if assemble.adapters_of(config, found.name) is None:
         return fingerprint(params)
-    adapters = assemble.load_trained(folder, config, model, mesh, *found)
-    return f"{fingerprint(adapters)} in {config.policy.param_dtype}"
+    kept = assemble.load_trained(folder, config, model, mesh, *found)
+    return f"{fingerprint(kept)} in {config.policy.param_dtype}"
 
 
 def identity(rules: RuleBook, weights: str) -> dict[str, str]:
