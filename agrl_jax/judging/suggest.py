@@ -86,7 +86,7 @@ def open_pool(path: epath.PathLike, columns: Mapping[str, str], labelled: Iterab
         raise PairsError(f"columns: there is no column {wrong[0]!r}; there are {', '.join((*TEXTS, 'label'))}")
     check_columns(file, [column for name, column in columns.items() if name in TEXTS])
     label = columns["label"]
-    known = {_key(vars(pair), {}) for pair in labelled}
+    known = {_key_of(pair) for pair in labelled}
     keys, whole = [], []
     for row in file.rows():
         keys.append(_key(row.record, columns))
@@ -260,7 +260,12 @@ def _no_opinions(count: int, book: RuleBook) -> Opinions:
 def _key(record: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[str, str]:
     """Query and item as a prompt shows them, upper and lower case of the query aside."""
     texts = {name: clean(record.get(columns.get(name, name)), cents=name == "price") for name in TEXTS}
-    return texts["query"].casefold(), item_text(Pair(id="", **texts))
+    return _key_of(Pair(id="", **texts))
+
+
+def _key_of(pair: Pair) -> tuple[str, str]:
+    """The same of a pair that has been read."""
+    return pair.query.casefold(), item_text(pair)
 
 
 # ------------------------------------------------------------------------------------------ which to check
@@ -286,7 +291,7 @@ def doubts(scored: Sequence[Scored], contradicting: Iterable[int], book: RuleBoo
     pairs = {pair.row: pair for one in scored for pair in one.pairs}
     alike: dict[tuple[str, str], list[Pair]] = defaultdict(list)
     for pair in pairs.values():
-        alike[pair.query.casefold(), item_text(pair)].append(pair)
+        alike[_key_of(pair)].append(pair)
     found = []
     for row, pair in pairs.items():
         probs = np.mean(judged[row], axis=0)
@@ -297,7 +302,7 @@ def doubts(scored: Sequence[Scored], contradicting: Iterable[int], book: RuleBoo
             because.append(f"labelled {label}, judged {likeliest}")
         if row in contradicting:
             because.append("its steps contradict the label")
-        others = [o for o in alike[pair.query.casefold(), item_text(pair)] if o.tier != pair.tier]
+        others = [o for o in alike[_key_of(pair)] if o.tier != pair.tier]
         if others:
             because.append(f"the same pair is {names[others[0].tier]} in row {others[0].row}")
         if because:
@@ -360,9 +365,9 @@ def write(
 
 def check_rows(one: Scored, path: epath.PathLike, pairs: Sequence[Pair], source: epath.PathLike) -> None:
     """Raises PairsError where the judgements of a file at `path` are not of the `pairs` in the rows of `source`."""
-    there = {pair.row: (pair.query.casefold(), item_text(pair)) for pair in pairs}
+    there = {pair.row: _key_of(pair) for pair in pairs}
     for pair in one.pairs:
-        if there.get(pair.row) != (pair.query.casefold(), item_text(pair)):
+        if there.get(pair.row) != _key_of(pair):
             raise PairsError(f"{path}: row {pair.row} is not the labelled pair of row {pair.row} of {source}")
 
 
